@@ -1,0 +1,198 @@
+/* Facts. A stopped thread that was inside an interruptible system call has orig_rax = its number and rax = -ERESTART… or -EINTR; the
+ * kernel restarts it when it next leaves for user mode with a signal (or a trap) pending, and a detach always makes one pending.
+ * Setting orig_rax to -1 prevents the restart, so a diverted thread does not have its rip moved back.
+ * PTRACE_SYSCALL stops at entry and at exit; PTRACE_O_TRACESYSGOOD marks both with SIGTRAP | 0x80.
+ */
+#define _GNU_SOURCE
+#include "trace.h"
+
+#include <elf.h>
+#include <errno.h>
+#include <linux/kcmp.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/ptrace.h>
+#include <sys/syscall.h>
+#include <sys/uio.h>
+#include <sys/user.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "executor.h"
+
+#ifndef PTRACE_GET_RSEQ_CONFIGURATION
+#define PTRACE_GET_RSEQ_CONFIGURATION 0x420f /* Linux 5.13 */
+#endif
+_Static_assert(sizeof(struct lr_registers) == sizeof(struct user_regs_struct), "the kernel's register layout");
+
+static int
+result_of(long value)
+{
+	return value < 0 ? -errno : (int)value;
+}
+
+int lr_seize(int32_t tid, uint64_t options) { return result_of(ptrace(PTRACE_SEIZE, tid, 0, options)); }
+int lr_interrupt(int32_t tid) { return result_of(ptrace(PTRACE_INTERRUPT, tid, 0, 0)); }
+int lr_set_options(int32_t tid, uint64_t options) { return result_of(ptrace(PTRACE_SETOPTIONS, tid, 0, options)); }
+int lr_continue(int32_t tid, int32_t signal) { return result_of(ptrace(PTRACE_CONT, tid, 0, (long)signal)); }
+int lr_detach(int32_t tid, int32_t signal) { return result_of(ptrace(PTRACE_DETACH, tid, 0, (long)signal)); }
+
+int
+lr_wait(int32_t tid, int32_t *status)
+{
+	pid_t got;
+	do
+		got = waitpid(tid, status, __WALL);
+	while (got < 0 && errno == EINTR);
+	return result_of(got);
+}
+
+int
+lr_get_registers(int32_t tid, struct lr_registers *registers)
+{
+	struct iovec iov = {registers, sizeof *registers};
+	return result_of(ptrace(PTRACE_GETREGSET, tid, NT_PRSTATUS, &iov));
+}
+
+int
+lr_set_registers(int32_t tid, const struct lr_registers *registers)
+{
+	struct iovec iov = {(void *)registers, sizeof *registers};
+	return result_of(ptrace(PTRACE_SETREGSET, tid, NT_PRSTATUS, &iov));
+}
+
+int
+lr_get_xstate(int32_t tid, void *buffer, size_t *length)
+{
+	struct iovec iov = {buffer, *length};
+	int error = result_of(ptrace(PTRACE_GETREGSET, tid, NT_X86_XSTATE, &iov));
+	*length = iov.iov_len;
+	return error;
+}
+
+int
+lr_set_xstate(int32_t tid, const void *buffer, size_t length)
+{
+	struct iovec iov = {(void *)buffer, length};
+	return result_of(ptrace(PTRACE_SETREGSET, tid, NT_X86_XSTATE, &iov));
+}
+
+int
+lr_get_signal_mask(int32_t tid, uint64_t *mask)
+{
+	return result_of(ptrace(PTRACE_GETSIGMASK, tid, sizeof *mask, mask));
+}
+
+int
+lr_set_signal_mask(int32_t tid, uint64_t mask)
+{
+	return result_of(ptrace(PTRACE_SETSIGMASK, tid, sizeof mask, &mask));
+}
+
+int
+lr_peek_signals(int32_t tid, int32_t shared, void *infos, int32_t room)
+{
+	struct __ptrace_peeksiginfo_args args = {.off = 0, .flags = shared ? PTRACE_PEEKSIGINFO_SHARED : 0, .nr = room};
+	return result_of(ptrace(PTRACE_PEEKSIGINFO, tid, &args, infos));
+}
+
+int
+lr_get_rseq(int32_t tid, struct lr_rseq *rseq)
+{
+	long size = ptrace(PTRACE_GET_RSEQ_CONFIGURATION, tid, sizeof *rseq, rseq);
+	return size < 0 ? -errno : 0;
+}
+
+int
+lr_get_robust_list(int32_t tid, uint64_t *head, uint64_t *length)
+{
+	return result_of(syscall(SYS_get_robust_list, tid, head, length));
+}
+
+int
+lr_kcmp_file(int32_t pid, int32_t a, int32_t b)
+{
+	long order = syscall(SYS_kcmp, pid, pid, KCMP_FILE, (unsigned long)a, (unsigned long)b);
+	return order < 0 ? -errno : order == 0;
+}
+
+int lr_pidfd_open(int32_t pid) { return result_of(syscall(SYS_pidfd_open, pid, 0)); }
+int lr_pidfd_getfd(int32_t pidfd, int32_t fd) { return result_of(syscall(SYS_pidfd_getfd, pidfd, fd, 0)); }
+int lr_pidfd_send_signal(int32_t pidfd, int32_t signal) { return result_of(syscall(SYS_pidfd_send_signal, pidfd, signal, NULL, 0)); }
+
+int
+lr_syscall_stop(int32_t tid, int32_t *status)
+{
+	if (ptrace(PTRACE_SYSCALL, tid, 0, 0) < 0)
+		return -errno;
+	int got = lr_wait(tid, status);
+	return got < 0 ? got : 0;
+}
+
+int
+lr_run_executor(int32_t tid, uint64_t entry, uint64_t list, uint64_t stack)
+{
+	struct lr_registers registers;
+	int error = lr_get_registers(tid, &registers);
+	if (error)
+		return error;
+	registers.rip = entry;
+	registers.r12 = list;
+	registers.rsp = stack;
+	registers.orig_rax = ~0ull;
+	return lr_set_registers(tid, &registers);
+}
+
+int
+lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint64_t *why, int64_t *result)
+{
+	struct lr_registers registers;
+	*status = 0;
+	if (resume && ptrace(PTRACE_CONT, tid, 0, 0) < 0)
+		return -errno;
+	int got = lr_wait(tid, status);
+	if (got < 0)
+		return got;
+	if (!WIFSTOPPED(*status) || WSTOPSIG(*status) != SIGTRAP)
+		return -ECHILD;
+	int error = lr_get_registers(tid, &registers);
+	if (error)
+		return error;
+	*index = registers.rdi;
+	*why = registers.rsi;
+	*result = (int64_t)registers.rax;
+	return 0;
+}
+
+int
+lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, uint64_t number, const uint64_t *args, int64_t *result)
+{
+	struct lr_registers registers = *base;
+	int32_t status;
+	registers.rip = stub;
+	registers.orig_rax = ~0ull;
+	registers.rax = number;
+	registers.rdi = args[0];
+	registers.rsi = args[1];
+	registers.rdx = args[2];
+	registers.r10 = args[3];
+	registers.r8 = args[4];
+	registers.r9 = args[5];
+	int error = lr_set_registers(tid, &registers);
+	for (int stops = 0; !error && stops < 2;) {
+		error = lr_syscall_stop(tid, &status);
+		if (error)
+			break;
+		if (!WIFSTOPPED(status))
+			return -ESRCH;
+		if (WSTOPSIG(status) == (SIGTRAP | 0x80))
+			stops++;
+		else if (status >> 16 == 0 && WSTOPSIG(status) != SIGTRAP)
+			return -EINTR; /* a signal that cannot be blocked */
+	}
+	if (error)
+		return error;
+	error = lr_get_registers(tid, &registers);
+	*result = (int64_t)registers.rax;
+	return error;
+}

@@ -1,0 +1,45 @@
+/* ptrace and its neighbours, as functions that return 0 (or a count) or -errno. The calling thread must be the tracer. */
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+struct lr_registers { /* struct user_regs_struct of x86-64 */
+	uint64_t r15, r14, r13, r12, rbp, rbx, r11, r10, r9, r8, rax, rcx, rdx, rsi, rdi, orig_rax, rip, cs, eflags, rsp, ss, fs_base, gs_base,
+		ds, es, fs, gs;
+};
+
+struct lr_rseq { /* struct ptrace_rseq_configuration, Linux 5.13 */
+	uint64_t pointer;
+	uint32_t size, signature, flags, reserved;
+};
+
+int lr_seize(int32_t tid, uint64_t options);
+int lr_interrupt(int32_t tid);
+int lr_set_options(int32_t tid, uint64_t options);
+int lr_continue(int32_t tid, int32_t signal);
+int lr_detach(int32_t tid, int32_t signal);
+int lr_wait(int32_t tid, int32_t *status); /* returns the tid waited for; tid -1: any */
+int lr_get_registers(int32_t tid, struct lr_registers *registers);
+int lr_set_registers(int32_t tid, const struct lr_registers *registers);
+int lr_get_xstate(int32_t tid, void *buffer, size_t *length); /* length: in, the room; out, what there is */
+int lr_set_xstate(int32_t tid, const void *buffer, size_t length);
+int lr_get_signal_mask(int32_t tid, uint64_t *mask);
+int lr_set_signal_mask(int32_t tid, uint64_t mask);
+int lr_peek_signals(int32_t tid, int32_t shared, void *infos, int32_t room); /* returns how many siginfo_t (128 bytes each) */
+int lr_get_rseq(int32_t tid, struct lr_rseq *rseq);
+int lr_get_robust_list(int32_t tid, uint64_t *head, uint64_t *length);
+int lr_kcmp_file(int32_t pid, int32_t a, int32_t b); /* 1: the same open file description, 0: not */
+int lr_pidfd_open(int32_t pid);
+int lr_pidfd_getfd(int32_t pidfd, int32_t fd);
+int lr_pidfd_send_signal(int32_t pidfd, int32_t signal);
+int lr_syscall_stop(int32_t tid, int32_t *status); /* PTRACE_SYSCALL and wait for the next stop */
+
+/* Start each thread at `entry` with r12 = lists[i] and rsp = stacks[i], and so on: see executor.h. */
+int lr_run_executor(int32_t tid, uint64_t entry, uint64_t list, uint64_t stack);
+/* Let the executor go on to its next stop: 0, or -errno; index, why (enum lr_stop) and result as it left them in its registers.
+ * A stop that is not the executor's own: -ECHILD with status set. */
+int lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint64_t *why, int64_t *result);
+
+/* One system call by a stopped thread, through the stub at `stub` (a syscall instruction at its first byte). The thread must be in a
+ * ptrace stop; afterwards it is in a syscall-exit stop at the stub, and the caller sets its registers. */
+int lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, uint64_t number, const uint64_t *args, int64_t *result);

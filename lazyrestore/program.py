@@ -1,0 +1,350 @@
+"""A restore program: a flat list of system calls, as data.
+
+A manifest compiles to a `Program`; `link()` turns it into one blob (executor, ops, data, stacks) that runs at a fixed
+address of a new process (see `_native/executor.h`). Nothing here knows a resource: resources append operations with
+`call()`, and the builder keeps for every operation which resource it serves, so that a failure is reported as
+`fd 7 (timerfd): timerfd_settime: EINVAL` and `explain()` can print the program without running it.
+
+Descriptors are allocated while the program is compiled. The kernel always gives the lowest free number, so `Descriptors` knows which number a
+call will return; the executor checks that it did.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from lazyrestore._native import _core
+
+lib = _core.lib
+ffi = _core.ffi
+
+_OP = struct.Struct("<I6BBB4x6Qqq")
+assert _OP.size == ffi.sizeof("struct lr_op")
+_LIST = struct.Struct("<QQ")
+_MASK = (1 << 64) - 1
+
+PAGE = 4096
+LEADER_STACK = 4096
+THREAD_STACK = 1024
+
+NAMES: dict[int, str] = {getattr(lib, name): name[4:] for name in dir(lib) if name.startswith("SYS_")}
+NAMES[lib.LR_OP_STOP] = "stop"
+NAMES[lib.LR_OP_THREAD] = "start_thread"
+
+
+@dataclass(frozen=True, slots=True)
+class Pointer:
+    """The address of `offset` bytes into the program's data."""
+
+    offset: int
+
+    def __add__(self, more: int) -> Pointer:
+        return Pointer(self.offset + more)
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The result of an earlier operation of the same list."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """The signed 32-bit number that an earlier operation wrote at `offset` bytes into the data."""
+
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ListAddress:
+    """The address of another list of the program (a thread's)."""
+
+    number: int
+
+
+Argument = int | Pointer | Result | Word | ListAddress
+
+
+@dataclass(slots=True)
+class Op:
+    """One system call: what the executor gets, plus what a person is told."""
+
+    number: int
+    arguments: tuple[Argument, ...]
+    expect: int
+    want: int
+    resource: str
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return NAMES.get(self.number, f"syscall {self.number}")
+
+
+class OpList:
+    """The operations of one thread. `with ops.serving("fd 3 (file)"):` names the resource of what is appended."""
+
+    def __init__(self, program: Program, number: int) -> None:
+        self.program = program
+        self.number = number
+        self.ops: list[Op] = []
+        self._resource = ""
+
+    @contextmanager
+    def serving(self, resource: str) -> Iterator[None]:
+        outer, self._resource = self._resource, resource
+        try:
+            yield
+        finally:
+            self._resource = outer
+
+    def call(self, number: int, *arguments: Argument, note: str = "") -> Result:
+        """Append a call that must not fail."""
+        return self._append(number, arguments, lib.LR_EXPECT_OK, 0, note)
+
+    def call_expecting(self, want: int, number: int, *arguments: Argument, note: str = "") -> Result:
+        """Append a call that must return exactly `want`."""
+        return self._append(number, arguments, lib.LR_EXPECT_EQUAL, want, note)
+
+    def try_call(self, number: int, *arguments: Argument, note: str = "") -> Result:
+        """Append a call whose failure does not matter."""
+        return self._append(number, arguments, lib.LR_EXPECT_ANY, 0, note)
+
+    def stop(self, note: str) -> int:
+        """Let the tracer in at this point; returns the index of the operation."""
+        return self._append(lib.LR_OP_STOP, (), lib.LR_EXPECT_ANY, 0, note).index
+
+    def start_thread(self, clone_args: Pointer, size: int, ops: OpList, want_tid: int) -> Result:
+        return self._append(
+            lib.LR_OP_THREAD, (clone_args, size, ListAddress(ops.number)), lib.LR_EXPECT_EQUAL, want_tid, ""
+        )
+
+    def _append(self, number: int, arguments: tuple[Argument, ...], expect: int, want: int, note: str) -> Result:
+        self.ops.append(Op(number, arguments, expect, want, self._resource, note))
+        return Result(len(self.ops) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """A program laid out for one address: `image` is to be mapped at `base`."""
+
+    base: int
+    image: bytearray
+    entry: int
+    lists: list[int]
+    stacks: list[int]
+    op_addresses: list[int]
+
+
+@dataclass(slots=True)
+class Program:
+    """Lists of operations (the first is the leader's) and the data they point to."""
+
+    lists: list[OpList] = field(default_factory=list)
+    data: bytearray = field(default_factory=bytearray)
+    _strings: dict[bytes, Pointer] = field(default_factory=dict)
+    _stack_fields: list[tuple[int, int]] = field(default_factory=list)
+
+    def add_list(self) -> OpList:
+        ops = OpList(self, len(self.lists))
+        self.lists.append(ops)
+        return ops
+
+    def place(self, content: bytes, align: int = 8) -> Pointer:
+        """Put bytes into the data area."""
+        self.data.extend(bytes(-len(self.data) % align))
+        pointer = Pointer(len(self.data))
+        self.data.extend(content)
+        return pointer
+
+    def reserve(self, length: int) -> Pointer:
+        """Room that an operation writes to."""
+        return self.place(bytes(length))
+
+    def string(self, text: str | bytes) -> Pointer:
+        """A NUL-terminated string; equal strings are stored once."""
+        content = os.fsencode(text) + b"\0"
+        if content not in self._strings:
+            self._strings[content] = self.place(content, align=1)
+        return self._strings[content]
+
+    def stack_of(self, pointer: Pointer, ops: OpList) -> None:
+        """Let the 8 bytes at `pointer` hold the lowest address of that list's executor stack when linked."""
+        self._stack_fields.append((pointer.offset, ops.number))
+
+    def pointer_at(self, pointer: Pointer, target: Pointer) -> None:
+        """Let the 8 bytes at `pointer` hold the address of `target` when linked (a pointer inside a structure)."""
+        self._relocations.append((pointer.offset, target.offset))
+
+    _relocations: list[tuple[int, int]] = field(default_factory=list)
+
+    def size(self) -> int:
+        """Bytes of address space that the linked program takes, a multiple of the page size."""
+        code, _ = executor_code()
+        total = _align(len(code), PAGE) + len(self.lists) * _LIST.size
+        total += sum(len(ops.ops) for ops in self.lists) * _OP.size + _align(len(self.data), 16) + 32
+        return _align(total + LEADER_STACK + (len(self.lists) - 1) * THREAD_STACK, PAGE)
+
+    def link(self, base: int) -> Linked:
+        """Lay the program out for `base` (a page boundary): executor, lists, operations, data, stacks."""
+        code, entry = executor_code()
+        lists_at = base + _align(len(code), PAGE)
+        ops_at = _align(lists_at + len(self.lists) * _LIST.size, 16)
+        data_at = _align(ops_at + sum(len(ops.ops) for ops in self.lists) * _OP.size, 16)
+        stacks_at = _align(data_at + len(self.data), 16)
+        image = bytearray(self.size())
+        image[: len(code)] = code
+        lists, stacks, op_addresses = [], [], []
+        at, stack = ops_at, stacks_at
+        for ops in self.lists:
+            lists.append(lists_at + len(lists) * _LIST.size)
+            _LIST.pack_into(image, lists[-1] - base, at, len(ops.ops))
+            op_addresses.append(at)
+            at += len(ops.ops) * _OP.size
+            stacks.append(stack)
+            stack += THREAD_STACK if ops.number else LEADER_STACK
+        for ops, at in zip(self.lists, op_addresses, strict=True):
+            offset = at - base
+            for op in ops.ops:
+                self._pack(image, offset, op, data_at, lists)
+                offset += _OP.size
+        data = bytearray(self.data)
+        for where, number in self._stack_fields:
+            struct.pack_into("<Q", data, where, stacks[number])
+        for where, target in self._relocations:
+            struct.pack_into("<Q", data, where, data_at + target)
+        image[data_at - base : data_at - base + len(data)] = data
+        tops = [
+            low + (THREAD_STACK if number else LEADER_STACK) for number, low in enumerate(stacks)
+        ]
+        return Linked(base, image, base + entry, lists, tops, op_addresses)
+
+    @staticmethod
+    def _pack(image: bytearray, offset: int, op: Op, data_at: int, lists: list[int]) -> None:
+        kinds = [0, 0, 0, 0, 0, 0]
+        values = [0, 0, 0, 0, 0, 0]
+        for position, argument in enumerate(op.arguments):
+            if isinstance(argument, int):
+                values[position] = argument & _MASK
+            elif isinstance(argument, Pointer):
+                values[position] = data_at + argument.offset
+            elif isinstance(argument, Result):
+                kinds[position], values[position] = lib.LR_RESULT, argument.index
+            elif isinstance(argument, Word):
+                kinds[position], values[position] = lib.LR_WORD, data_at + argument.offset
+            else:
+                values[position] = lists[argument.number]
+        _OP.pack_into(image, offset, op.number, *kinds, op.expect, 0, *values, op.want, 0)
+
+    def explain(self) -> Iterator[str]:
+        """The program, one line per operation."""
+        for ops in self.lists:
+            yield f"# {'leader' if ops.number == 0 else f'thread {ops.number}'}"
+            for index, op in enumerate(ops.ops):
+                yield f"{index:5} {op.resource or '-':32} {self._describe(op)}"
+
+    def _describe(self, op: Op) -> str:
+        words = ", ".join(self._word(argument) for argument in op.arguments)
+        want = f" == {op.want:#x}" if op.expect == lib.LR_EXPECT_EQUAL else ""
+        return f"{op.name}({words}){want}" + (f"  # {op.note}" if op.note else "")
+
+    def _word(self, argument: Argument) -> str:
+        match argument:
+            case int():
+                return str(argument) if -1024 < argument < 65536 else hex(argument & _MASK)
+            case Pointer(offset):
+                end = self.data.find(b"\0", offset)
+                text = bytes(self.data[offset:end])
+                if Pointer(offset) == self._strings.get(text + b"\0"):
+                    return repr(os.fsdecode(text))
+                return f"data+{offset:#x}"
+            case Result(index):
+                return f"result[{index}]"
+            case Word(offset):
+                return f"*(int *)(data+{offset:#x})"
+            case ListAddress(number):
+                return f"list {number}"
+
+
+class Descriptors:
+    """The new process's descriptor table while its program is compiled.
+
+    `reserved` are numbers that hold something of ours (handed over at spawn) until the end of the program.
+    """
+
+    def __init__(self, ops: OpList, reserved: Iterable[int], high: int) -> None:
+        self.ops = ops
+        self.used: set[int] = set(reserved)
+        self._high = high
+
+    def lowest(self, minimum: int = 0) -> int:
+        number = minimum
+        while number in self.used:
+            number += 1
+        return number
+
+    def create(self, syscall: int, *arguments: Argument, note: str = "") -> int:
+        """Append a call that returns a new descriptor; returns the number it will have."""
+        number = self.lowest()
+        self.ops.call_expecting(number, syscall, *arguments, note=note)
+        self.used.add(number)
+        return number
+
+    def create_pair(self, syscall: int, *arguments: Argument, note: str = "") -> tuple[int, int]:
+        """Append a call (pipe2, socketpair, …) that makes two descriptors; its out pointer is among the arguments."""
+        first = self.lowest()
+        second = self.lowest(first + 1)
+        self.ops.call_expecting(0, syscall, *arguments, note=note)
+        self.used.update((first, second))
+        return first, second
+
+    def close(self, number: int) -> None:
+        self.ops.call(lib.SYS_close, number)
+        self.used.discard(number)
+
+    def settle(self, moves: dict[int, dict[int, bool]]) -> None:
+        """Put each descriptor where it belongs: {current number: {wanted number: close-on-exec}}.
+
+        A current number that is not wanted is closed. A wanted number may be another one's current number.
+        """
+        current = {now: now for now in moves}
+        wanted_by_others = {want for now, wants in moves.items() for want in wants if want != now}
+        for now in moves:
+            if now in wanted_by_others:
+                self.ops.call(lib.SYS_fcntl, now, lib.F_DUPFD_CLOEXEC, self._high, note="out of the way")
+                moved = self.lowest(self._high)
+                self.used.add(moved)
+                self.close(now)
+                current[now] = moved
+        for now, wants in moves.items():
+            at = current[now]
+            for want, cloexec in wants.items():
+                if want == at:
+                    self.ops.call(lib.SYS_fcntl, at, lib.F_SETFD, lib.FD_CLOEXEC if cloexec else 0)
+                else:
+                    self.ops.call_expecting(want, lib.SYS_dup3, at, want, lib.O_CLOEXEC if cloexec else 0)
+                self.used.add(want)
+            if at not in wants:
+                self.close(at)
+
+
+_code: tuple[bytes, int] | None = None
+
+
+def executor_code() -> tuple[bytes, int]:
+    """The executor's position-independent bytes and the offset of its entry point."""
+    global _code
+    if _code is None:
+        length, entry = ffi.new("size_t *"), ffi.new("size_t *")
+        address = lib.lr_executor_code(length, entry)
+        _code = bytes(ffi.buffer(address, length[0])), int(entry[0])
+    return _code
+
+
+def _align(value: int, boundary: int) -> int:
+    return -(-value // boundary) * boundary
