@@ -46,9 +46,8 @@ setup(
             PAGERD,
             sources=SOURCES,
             depends=sorted(glob("lazyrestore/_native/**/*.h", recursive=True)),
-            include_dirs=["lazyrestore/_native"],
             libraries=["zstd"],
-            extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread"],
+            extra_compile_args=["-iquote", "lazyrestore/_native", "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread"],
         )
     ]
     if SOURCES

@@ -13,7 +13,7 @@ from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
 HEADERS = ["executor.h", "spawn.h", "trace.h", "memory.h", "features.h"]
-SOURCES = ["executor.c", "spawn.c", "trace.c", "memory.c", "features.c"]
+SOURCES = sorted(path.name for path in HERE.glob("*.c") if not path.name.startswith("_"))
 
 SYSCALLS = """
     accept4 arch_prctl bind capset chdir chmod fchmodat chroot chown fchownat clone3 close close_range dup3 epoll_create1 epoll_ctl
@@ -98,7 +98,6 @@ ffibuilder.cdef("\n".join(f"#define {name} ..." for name in names(CONSTANTS)))
 ffibuilder.set_source(
     "lazyrestore._native._core",
     PREAMBLE + "\n".join(f'#include "{header}"' for header in present),
-    sources=[f"lazyrestore/_native/{source}" for source in SOURCES if (HERE / source).exists()],
-    include_dirs=["lazyrestore/_native"],
-    extra_compile_args=["-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers", "-pthread"],
+    sources=[f"lazyrestore/_native/{source}" for source in SOURCES],
+    extra_compile_args=["-iquote", "lazyrestore/_native", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers", "-pthread"],
 )
