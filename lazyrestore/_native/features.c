@@ -1,13 +1,13 @@
-/* Trying memory files, the layout of a process and the CPU's state: see probe.h.
+/* Trying memory files, the layout of a process and the CPU's state: see features.h.
  *
  * Facts. vm.memfd_noexec may forbid to run a memfd. A process may move its own vdso unless the kernel sealed it
  * (CONFIG_MSEAL_SYSTEM_MAPPINGS, Linux 6.16). PR_SET_MM_MAP exists with CONFIG_CHECKPOINT_RESTORE only, and checks the
  * addresses, then the capability for the exe link, then whether the old file is still mapped (EBUSY).
- * Choice. What changes a process is tried in a child (see probe_process.c); the exe link counts as
+ * Choice. What changes a process is tried in a child (see features_process.c); the exe link counts as
  * permitted when only EBUSY stands in the way, since a child of ours still maps our file.
  */
 #define _GNU_SOURCE
-#include "probe.h"
+#include "features.h"
 
 #include "abi.h"
 

@@ -1,4 +1,4 @@
-/* Trying userfaultfd, by doing what the pager does: see probe.h.
+/* Trying userfaultfd, by doing what the pager does: see features.h.
  *
  * Facts. A feature bit says that the kernel was built with it, not that a fault of this process arrives. A fault taken inside a
  * system call reaches the userfaultfd only if it was opened without UFFD_USER_MODE_ONLY. Closing a userfaultfd wakes
@@ -9,7 +9,7 @@
  * Cost. A thread per attempt.
  */
 #define _GNU_SOURCE
-#include "probe.h"
+#include "features.h"
 
 #include "abi.h"
 

@@ -1,4 +1,4 @@
-/* Trying what one process may do to another: see probe.h.
+/* Trying what one process may do to another: see features.h.
  *
  * Facts. Whether a tracer, a chosen process id or another's limits are allowed depends on capabilities, on the user namespace, on
  * security modules (Yama) and on seccomp filters of a container; none of these can be read off reliably.
@@ -8,7 +8,7 @@
  * Cost. Each attempt copies this process's page tables once.
  */
 #define _GNU_SOURCE
-#include "probe.h"
+#include "features.h"
 
 #include <elf.h>
 #include <errno.h>
