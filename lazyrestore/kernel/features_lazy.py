@@ -75,7 +75,7 @@ def _huge_pages() -> str:
     return ", ".join(f"{count} × {size >> 20} MiB" for size, count in free.items())
 
 
-OLD_KERNEL = "a kernel with CONFIG_USERFAULTFD, Linux 5.14 or newer"
+OLD_KERNEL = "first what userfaultfd asks for; then Linux 5.14 or newer with CONFIG_USERFAULTFD"
 NO_LAZY = "restore"
 
 PROBES = (

@@ -1,0 +1,66 @@
+"""`lazyrestore doctor`: what works on this machine, what does not, what that stops, and what to do."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import click
+
+from lazyrestore.errors import MissingFeature
+from lazyrestore.kernel.features import Feature, Result, try_all, usable
+
+STYLES = {Result.WORKS: "green", Result.MISSING: "red", Result.UNTRIED: "yellow"}
+
+
+def as_json(features: list[Feature]) -> dict[str, Any]:
+    """The report as plain data: ok, kernel release, and one object per feature with the fields of Feature."""
+    return {
+        "ok": usable(features),
+        "kernel": platform.release(),
+        "features": [asdict(feature) for feature in features],
+    }
+
+
+def verdict(features: list[Feature]) -> str:
+    """One sentence: whether snapshot and restore will work, and what is missing for them."""
+    stopping = [feature.name for feature in features if not feature.ok]
+    if stopping:
+        return f"snapshot and restore will not work: {', '.join(stopping)}"
+    return "snapshot and restore will work"
+
+
+def print_table(features: list[Feature]) -> None:
+    """A table on standard output; for whatever does not work, what stops and what to do."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("feature", "", "result", "what it is for, or what is wrong"):
+        table.add_column(heading, overflow="fold")
+    for feature in features:
+        color = STYLES[feature.result] if feature.needed or feature.result is Result.WORKS else "yellow"
+        result = f"[{color}]{feature.result}[/{color}]"
+        said = f"{feature.purpose} ({feature.detail})" if feature.detail else feature.purpose
+        if feature.result is not Result.WORKS:
+            said = f"{said}\nstops: {feature.without}\nto do: {feature.advice}"
+        table.add_row(feature.name, "needed" if feature.needed else "optional", result, said)
+    console.print(table)
+    console.print(f"\n{verdict(features)}", style="green" if usable(features) else "red", highlight=False)
+
+
+@click.command("doctor")
+@click.option("--json", "json_output", is_flag=True, help="Print JSON.")
+def doctor_command(json_output: bool) -> None:
+    """Try every kernel feature and privilege that matters; exit status 0 only if snapshot and restore will work."""
+    features = try_all()
+    if json_output:
+        click.echo(json.dumps(as_json(features), indent=2, ensure_ascii=False))
+    else:
+        print_table(features)
+    if not usable(features):
+        sys.exit(MissingFeature.exit_status)
