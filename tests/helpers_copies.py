@@ -1,0 +1,68 @@
+"""Snapshot a victim, let it die, restore it, and compare what the kernel says of both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, TypeVar
+
+from helpers import Victim, until
+from helpers_facts import differences, process_facts
+
+if TYPE_CHECKING:
+    import lazyrestore
+
+T = TypeVar("T")
+
+
+class Copy:
+    """A restored process under test."""
+
+    def __init__(self, process: lazyrestore.RestoredProcess, snapshot: lazyrestore.Snapshot) -> None:
+        self.process = process
+        self.snapshot = snapshot
+        self.pid = process.pid
+
+    def check(self) -> None:
+        """Raise if the copy has ended."""
+        if (status := self.process.poll()) is not None:
+            raise AssertionError(f"the copy ended with {status}")
+
+    def until(self, condition: Callable[[], T | None], what: str) -> T:
+        return until(condition, what, self.check)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(60)
+
+
+class Copies:
+    """Makes copies and ends them."""
+
+    def __init__(self, store: lazyrestore.Store) -> None:
+        self.store = store
+        self._made: list[Copy] = []
+
+    def restore(self, snapshot: lazyrestore.Snapshot) -> Copy:
+        """Restore one more time; the PID must be free."""
+        copy = Copy(snapshot.restore(), snapshot)
+        self._made.append(copy)
+        return copy
+
+    def replace(self, victim: Victim, name: str = "x", *, ignore: tuple[str, ...] = ()) -> Copy:
+        """Snapshot with kill=True, reap the original, restore, and compare all facts but those in `ignore`."""
+        before = process_facts(victim.pid)
+        snapshot = self.store.snapshot(victim.pid, name=name, kill=True)
+        victim.gone()
+        copy = self.restore(snapshot)
+        after = process_facts(copy.pid)
+        changed = {what: how for what, how in differences(before, after).items() if what not in ignore}
+        assert not changed, changed
+        assert copy.pid == victim.pid
+        return copy
+
+    def end(self) -> None:
+        for copy in self._made:
+            with suppress(ProcessLookupError):
+                copy.kill()

@@ -1,0 +1,56 @@
+"""The 64-thread victim: start it, read its report, wait until each of its threads has moved on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from helpers import Builder, Victim, Victims, ask, until
+from helpers_copies import Copy
+
+
+class Report(NamedTuple):
+    """errors: how many the victim saw; messages: the first of them; rounds: per thread."""
+
+    errors: int
+    messages: list[str]
+    rounds: dict[str, int]
+
+
+def parse(text: str) -> Report:
+    lines = text.splitlines()
+    rounds = {" ".join(words[1:3]): int(words[3]) for line in lines if (words := line.split())[0] == "thread"}
+    assert len(rounds) == 64, text
+    return Report(int(lines[0].split()[1]), [line for line in lines if line.startswith("error ")], rounds)
+
+
+class Threads64:
+    """tests/victims/threads64.c, running in `directory`."""
+
+    def __init__(self, victims: Victims, build: Builder, directory: Path) -> None:
+        directory.mkdir()
+        self.socket = directory / "control"
+        self.process: Victim | Copy
+        self.victim = victims.start([build.c("threads64", "-lm"), self.socket], cwd=directory)
+        self.process = self.victim
+        self.victim.until(self.socket.exists, "the control socket")
+        self.moved_on()
+
+    def report(self) -> Report:
+        return parse(ask(self.socket, "report"))
+
+    def moved_on(self, rounds: int = 2) -> None:
+        """Wait until every thread has made `rounds` more rounds; fail if any of them saw an error."""
+        before = self.report()
+        assert before.errors == 0, before.messages
+
+        def moved() -> bool:
+            now = self.report()
+            assert now.errors == 0, now.messages
+            return all(now.rounds[name] >= before.rounds[name] + rounds for name in now.rounds)
+
+        until(moved, "progress of all threads", self.process.check)
+
+    def finish(self) -> Report:
+        """End all threads; what only the end shows (tid addresses, robust mutex, rseq counters) is in the report."""
+        return parse(ask(self.socket, "finish"))

@@ -1,0 +1,70 @@
+"""Node.js and a JVM: JIT-compiled code, garbage collectors, their threads, timers and event loops."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from helpers import VICTIMS, Builder, Victims, http_get, in_threads
+from helpers_copies import Copies
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no Node.js on this machine")
+def test_node(run: Path, victims: Victims, copies: Copies) -> None:
+    victim = victims.start(["node", VICTIMS / "node_server.js", run / "port"])
+    port = victim.until(lambda: int((run / "port").read_text()), "the port")
+    expected = [http_get(port, f"/mix?n={n}") for n in range(200)]
+    digest = http_get(port, "/digest")
+    http_get(port, "/garbage?n=100000")
+    http_get(port, "/zip?n=1000")
+    http_get(port, "/file")
+    ticks, served = int(http_get(port, "/ticks")), int(http_get(port, "/served"))
+    victim.quiet()
+
+    copy = copies.replace(victim)
+    assert int(http_get(port, "/served")) == served + 1
+    assert http_get(port, "/digest") == digest
+
+    def load(thread: int) -> None:
+        for n in range(thread, 200, 8):
+            assert http_get(port, f"/mix?n={n}") == expected[n]
+        assert http_get(port, "/zip?n=5000") == b"lazy" * 5000
+        assert int(http_get(port, "/file")) == len((VICTIMS / "node_server.js").read_text())
+        http_get(port, "/garbage?n=300000")
+        assert int(http_get(port, "/evaluate?n=1000")) == 499500
+
+    in_threads(8, load)
+    assert http_get(port, "/digest") == digest
+    copy.until(lambda: int(http_get(port, "/ticks")) > ticks + 5, "timers that go on")
+    copy.process.terminate()
+    assert copy.process.wait(60) == -15
+
+
+@pytest.mark.skipif(not shutil.which("javac"), reason="no JDK on this machine")
+@pytest.mark.parametrize("collector", ["-XX:+UseSerialGC", "-XX:+UseG1GC", "-XX:+UseParallelGC"])
+def test_jvm(run: Path, victims: Victims, copies: Copies, build: Builder, collector: str) -> None:
+    command = ["java", collector, "-Xmx256m", "-cp", build.java("Server"), "Server", run / "port"]
+    victim = victims.start(command)
+    port = victim.until(lambda: int((run / "port").read_text()), "the port")
+    expected = [http_get(port, f"/mix?n={n}") for n in range(200)]
+    garbage = http_get(port, "/garbage?n=64")
+    digest = http_get(port, "/digest")
+    ticks = int(http_get(port, "/ticks"))
+    victim.quiet()
+
+    copy = copies.replace(victim)
+    assert http_get(port, "/digest") == digest
+
+    def load(thread: int) -> None:
+        for n in range(thread, 200, 8):
+            assert http_get(port, f"/mix?n={n}") == expected[n]
+            assert n % 5 or http_get(port, f"/thread?n={n}") == expected[n]
+        assert http_get(port, "/garbage?n=64") == garbage
+
+    in_threads(8, load)
+    assert http_get(port, "/digest") == digest
+    copy.until(lambda: int(http_get(port, "/ticks")) > ticks + 5, "a sleeping thread that goes on")
+    copy.process.terminate()
+    assert copy.process.wait(60) == 143

@@ -1,0 +1,59 @@
+"""64 threads that compute, sleep and wait: neither the original nor the copy may notice anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from helpers import Builder, Victims, until
+from helpers_copies import Copies
+from helpers_threads import Threads64
+
+# The threads run on while /proc is read: their pending signals and masks inside ppoll are not still. Everything else is.
+MOVING = ("tasks", "status")
+
+
+@pytest.fixture
+def threads(victims: Victims, build: Builder, run: Path) -> Threads64:
+    return Threads64(victims, build, run / "threads")
+
+
+def test_the_original_left_running(threads: Threads64, copies: Copies) -> None:
+    for number in range(8):
+        copies.store.snapshot(threads.victim.pid, name=f"x{number}")
+        threads.moved_on(1)
+    report = threads.finish()
+    assert report.errors == 0, report.messages
+    assert threads.victim.process.wait() == 0
+
+
+def test_the_copy(threads: Threads64, copies: Copies) -> None:
+    copy = copies.replace(threads.victim, ignore=MOVING)
+    threads.process = copy
+    threads.moved_on(3)
+    report = threads.finish()
+    assert report.errors == 0, report.messages
+    assert copy.process.wait(60) == 0
+
+
+def test_copies_of_copies(threads: Threads64, copies: Copies) -> None:
+    """Three generations, and then the first snapshot once more."""
+    first = copies.store.snapshot(threads.victim.pid, name="g0", kill=True)
+    threads.victim.gone()
+    copy = copies.restore(first)
+    for number in range(1, 3):
+        threads.process = copy
+        threads.moved_on(1)
+        snapshot = copies.store.snapshot(copy.pid, name=f"g{number}", kill=True)
+        until(lambda: copy.process.poll() is not None, "the end of the copy")  # noqa: B023
+        copy = copies.restore(snapshot)
+    threads.process = copy
+    threads.moved_on()
+    copy.kill()
+    copy = copies.restore(first)
+    threads.process = copy
+    threads.moved_on()
+    report = threads.finish()
+    assert report.errors == 0, report.messages
+    assert copy.process.wait(60) == 0
