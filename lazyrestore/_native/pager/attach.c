@@ -1,0 +1,145 @@
+#include "attach.h"
+
+#include "space.h"
+#include "uffd.h"
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+enum { FD_UFFD, FD_PIDFD, FD_RANGES, FD_SHARED, MAX_RANGES = 1 << 20 };
+
+static void scoped_space(struct space **space) {
+	if (*space)
+		space_free(*space);
+}
+
+/* The pid behind a pidfd in the pager's own PID namespace, 0 if it is in none of ours or dead. */
+static int32_t pid_of(int pidfd) {
+	char path[64], line[128];
+	long pid = 0;
+	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", pidfd);
+	FILE *file = fopen(path, "re");
+	if (!file)
+		return 0;
+	while (fgets(line, sizeof line, file))
+		if (sscanf(line, "Pid: %ld", &pid) == 1)
+			break;
+	fclose(file);
+	return pid > 0 ? (int32_t)pid : 0;
+}
+
+static struct lr_error read_ranges(int fd, uint32_t n, struct lr_range **ranges) {
+	struct stat about;
+	size_t bytes = n * sizeof **ranges;
+	if (!n || n > MAX_RANGES)
+		return lr_fail("attach: number of ranges", EINVAL, n);
+	if (fstat(fd, &about) || (uint64_t)about.st_size != bytes)
+		return lr_fail("attach: size of the ranges", EINVAL, (uint64_t)about.st_size);
+	*ranges = malloc(bytes);
+	if (!*ranges)
+		return lr_fail("malloc", ENOMEM, 0);
+	if (pread(fd, *ranges, bytes, 0) != (ssize_t)bytes)
+		return lr_fail("pread of the ranges", errno ? errno : EIO, 0);
+	return LR_OK;
+}
+
+static struct lr_error check_range(struct space *space, const struct lr_range *range, uint64_t floor) {
+	bool known = range->backing != LR_BACKING_HUGETLB || space->pager->image.hugetlb;
+	struct backing *backing = known ? space_backing(space, range->backing) : NULL;
+	if (!backing)
+		return lr_fail("attach: range of an unknown backing", EINVAL, range->start);
+	if (range->start < floor || range->start >= range->end || range->end > LR_ADDRESS_END)
+		return lr_fail("attach: range not sorted, empty or too high", EINVAL, range->start);
+	if ((range->start | range->end | range->image) % backing->page)
+		return lr_fail("attach: range not aligned", EINVAL, range->start);
+	if (range->image < backing->image || range->image - backing->image > LR_ADDRESS_END - (range->end - range->start))
+		return lr_fail("attach: range beyond its backing", EINVAL, range->start);
+	return LR_OK;
+}
+
+static struct lr_error get_shared(struct space *space, const struct lr_request *request, int *fds) {
+	space->shared = calloc(request->n_shared ? request->n_shared : 1, sizeof *space->shared);
+	if (!space->shared)
+		return lr_fail("calloc", ENOMEM, 0);
+	for (uint32_t i = 0; i < request->n_shared; i++) {
+		if (request->shared[i] >= UINT16_MAX)
+			return lr_fail("attach: number of a shared object", EINVAL, request->shared[i]);
+		uint32_t kind = LR_BACKING_SHARED + request->shared[i];
+		struct lr_error error =
+			pager_shared_get(space->pager, kind, fd_release(&fds[i]), &space->shared[space->n_shared]);
+		if (error.code)
+			return error;
+		space->n_shared++;
+	}
+	return LR_OK;
+}
+
+/* Checks all ranges and puts them into the map before the first is registered. */
+static struct lr_error map_ranges(struct space *space, const struct lr_range *ranges, uint32_t n) {
+	for (uint32_t i = 0; i < n; i++) {
+		struct lr_error error = check_range(space, &ranges[i], i ? ranges[i - 1].end : LR_PAGE);
+		if (error.code)
+			return error;
+		struct interval interval = {
+			.start = ranges[i].start, .end = ranges[i].end, .image = ranges[i].image, .backing = ranges[i].backing};
+		if (interval_map_insert(&space->map, interval))
+			return lr_fail("interval map", ENOMEM, interval.start);
+		space->bytes_registered += interval.end - interval.start;
+	}
+	return LR_OK;
+}
+
+/* One system call per run of adjacent ranges of one backing. */
+static struct lr_error register_ranges(int uffd, const struct lr_range *ranges, uint32_t n) {
+	for (uint32_t i = 0; i < n;) {
+		uint32_t last = i;
+		while (last + 1 < n && ranges[last + 1].start == ranges[last].end &&
+		       ranges[last + 1].backing == ranges[i].backing)
+			last++;
+		struct lr_error error = uffd_register(uffd, ranges[i].start, ranges[last].end);
+		if (error.code)
+			return error;
+		i = last + 1;
+	}
+	return LR_OK;
+}
+
+static struct lr_error attach_owned(struct pager *pager, const struct lr_request *request, int *fds, unsigned n_fds) {
+	if (request->n_shared > LR_MAX_SHARED || n_fds != FD_SHARED + request->n_shared)
+		return lr_fail("attach: number of descriptors", EINVAL, n_fds);
+	__attribute__((cleanup(scoped_space))) struct space *space = space_new(pager);
+	scoped_free struct lr_range *ranges = NULL;
+	if (!space)
+		return lr_fail("calloc", ENOMEM, 0);
+	space->uffd = fd_release(&fds[FD_UFFD]);
+	space->pidfd = fd_release(&fds[FD_PIDFD]);
+	space->pid = pid_of(space->pidfd);
+	bool hugetlb;
+	struct lr_error error = read_ranges(fds[FD_RANGES], request->n_ranges, &ranges);
+	if (!error.code)
+		error = unpacker_init(&space->unpacker);
+	if (!error.code)
+		error = get_shared(space, request, fds + FD_SHARED);
+	if (!error.code)
+		error = map_ranges(space, ranges, request->n_ranges);
+	if (!error.code)
+		error = uffd_api(space->uffd, &space->poison, &hugetlb);
+	if (!error.code && pager->image.hugetlb && !hugetlb)
+		error = lr_fail("UFFDIO_API: hugetlb faults", EOPNOTSUPP, 0);
+	if (!error.code)
+		error = register_ranges(space->uffd, ranges, request->n_ranges);
+	for (uint32_t i = 0; !error.code && request->flags & LR_ATTACH_EAGER && i < space->n_shared; i++)
+		error = backing_fill_all(space->shared[i], &pager->image, &space->unpacker);
+	if (!error.code)
+		error = space_start(space);
+	if (!error.code)
+		space = NULL; /* its thread owns it */
+	return error;
+}
+
+struct lr_error attach(struct pager *pager, const struct lr_request *request, int *fds, unsigned n_fds) {
+	struct lr_error error = attach_owned(pager, request, fds, n_fds);
+	for (unsigned i = 0; i < n_fds; i++)
+		scoped_close(&fds[i]);
+	return error;
+}

@@ -1,0 +1,149 @@
+#define _GNU_SOURCE
+#include "backing.h"
+
+#include "log.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <linux/memfd.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+struct fill_stats fill_stats;
+
+struct lr_error backing_init(const struct image *image, uint32_t kind, int fd, struct backing *backing) {
+	struct stat about;
+	if (fstat(fd, &about))
+		return lr_fail("fstat of a memory file", errno, 0);
+	struct backing made = {
+		.kind = kind,
+		.page = kind == LR_BACKING_HUGETLB ? LR_HUGE : LR_PAGE,
+		.image = kind < LR_BACKING_SHARED ? 0 : (kind - LR_BACKING_SHARED + 1ull) << 47,
+		.device = about.st_dev,
+		.inode = about.st_ino,
+		.references = 1,
+	};
+	made.first = image_first_at(image, made.image);
+	made.n = image_first_at(image, made.image + LR_ADDRESS_END) - made.first;
+	/* The futex word of a state is the aligned four bytes around it. */
+	made.states_length = (made.n + LR_PAGE) & ~(size_t)(LR_PAGE - 1);
+	made.states = mmap(NULL, made.states_length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (made.states == MAP_FAILED)
+		return lr_fail("mmap of chunk states", errno, 0);
+	made.fd = fd;
+	*backing = made;
+	return LR_OK;
+}
+
+void backing_deinit(struct backing *backing) {
+	munmap((void *)backing->states, backing->states_length);
+	close(backing->fd);
+}
+
+struct lr_error backing_create_template(const struct image *image, bool hugetlb, struct backing *backing) {
+	unsigned flags = MFD_CLOEXEC | (hugetlb ? MFD_HUGETLB | MFD_HUGE_2MB : 0);
+	scoped_fd fd = memfd_create(hugetlb ? "lazyrestore-huge" : "lazyrestore", flags);
+	if (fd < 0)
+		return lr_fail("memfd_create", errno, 0);
+	if (ftruncate(fd, (off_t)LR_ADDRESS_END))
+		return lr_fail("ftruncate of the template", errno, LR_ADDRESS_END);
+	struct lr_error error = backing_init(image, hugetlb ? LR_BACKING_HUGETLB : LR_BACKING_TEMPLATE, fd, backing);
+	if (!error.code)
+		fd_release(&fd);
+	return error;
+}
+
+static struct lr_error store(const struct backing *backing, uint64_t address, const void *raw, size_t length) {
+	off_t offset = (off_t)(address - backing->image);
+	if (backing->kind != LR_BACKING_HUGETLB) {
+		for (size_t done = 0; done < length;) {
+			ssize_t n = pwrite(backing->fd, (const char *)raw + done, length - done, offset + (off_t)done);
+			if (n < 0 && errno == EINTR)
+				continue;
+			if (n <= 0)
+				return lr_fail("pwrite into a memory file", n < 0 ? errno : EIO, address);
+			done += (size_t)n;
+		}
+		return LR_OK;
+	}
+	if (length != LR_HUGE || address % LR_HUGE)
+		return lr_fail("chunk: not a huge page", EBADMSG, address);
+	if (fallocate(backing->fd, 0, offset, LR_HUGE)) /* ENOSPC here, or SIGBUS below */
+		return lr_fail("fallocate of a huge page", errno, address);
+	void *page = mmap(NULL, LR_HUGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, backing->fd, offset);
+	if (page == MAP_FAILED)
+		return lr_fail("mmap of a huge page", errno, address);
+	memcpy(page, raw, LR_HUGE);
+	munmap(page, LR_HUGE);
+	return LR_OK;
+}
+
+static uint32_t *futex_word(struct backing *backing, uint64_t slot) {
+	return (uint32_t *)(void *)(backing->states + (slot & ~3ull));
+}
+
+static void await(struct backing *backing, uint64_t slot) {
+	_Atomic uint8_t *state = &backing->states[slot];
+	for (;;) {
+		uint32_t *word = futex_word(backing, slot);
+		uint32_t seen = __atomic_load_n(word, __ATOMIC_ACQUIRE);
+		uint8_t value = (uint8_t)(seen >> (slot & 3) * 8);
+		if (value == CHUNK_FILLING) {
+			atomic_compare_exchange_strong(state, &value, CHUNK_AWAITED);
+			continue;
+		}
+		if (value != CHUNK_AWAITED)
+			return;
+		syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+	}
+}
+
+static void count(const struct image *image, uint64_t chunk, bool good) {
+	if (!good) {
+		atomic_fetch_add_explicit(&fill_stats.chunks_bad, 1, memory_order_relaxed);
+		return;
+	}
+	atomic_fetch_add_explicit(&fill_stats.chunks_filled, 1, memory_order_relaxed);
+	atomic_fetch_add_explicit(&fill_stats.bytes_filled, image->chunks[chunk].length, memory_order_relaxed);
+	atomic_fetch_add_explicit(&fill_stats.bytes_read, image->chunks[chunk].stored, memory_order_relaxed);
+}
+
+static struct lr_error fill(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
+	struct lr_error error = image_unpack(image, chunk, unpacker);
+	if (!error.code)
+		error = store(backing, image->chunks[chunk].address, unpacker->raw, image->chunks[chunk].length);
+	if (error.code)
+		log_line("snapshot %s: chunk %llu at image address %#llx cannot be read: %s: %s", image->name,
+			 (unsigned long long)chunk, (unsigned long long)image->chunks[chunk].address, error.step,
+			 strerror(error.code));
+	return error;
+}
+
+enum chunk_state backing_fill(struct backing *backing, const struct image *image, uint64_t chunk,
+			      struct unpacker *unpacker) {
+	uint64_t slot = chunk - backing->first;
+	if (slot >= backing->n)
+		return CHUNK_BAD;
+	_Atomic uint8_t *state = &backing->states[slot];
+	uint8_t value = atomic_load_explicit(state, memory_order_acquire);
+	if (value == CHUNK_EMPTY && atomic_compare_exchange_strong(state, &value, CHUNK_FILLING)) {
+		bool good = !fill(backing, image, chunk, unpacker).code;
+		count(image, chunk, good);
+		value = good ? CHUNK_FILLED : CHUNK_BAD;
+		if (atomic_exchange(state, value) == CHUNK_AWAITED)
+			syscall(SYS_futex, futex_word(backing, slot), FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+		return value;
+	}
+	if (value == CHUNK_FILLING || value == CHUNK_AWAITED)
+		await(backing, slot);
+	return atomic_load_explicit(state, memory_order_acquire);
+}
+
+struct lr_error backing_fill_all(struct backing *backing, const struct image *image, struct unpacker *unpacker) {
+	for (uint64_t chunk = backing->first; chunk < backing->first + backing->n; chunk++)
+		if (backing_fill(backing, image, chunk, unpacker) != CHUNK_FILLED)
+			return lr_fail("filling a shared memory file", EBADMSG, image->chunks[chunk].address);
+	return LR_OK;
+}

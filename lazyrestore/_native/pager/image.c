@@ -1,0 +1,169 @@
+#include "image.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <zstd.h>
+
+static bool inside(uint64_t offset, uint64_t length, uint64_t size) {
+	return offset <= size && length <= size - offset;
+}
+
+static struct lr_error read_whole(int fd, void *buffer, size_t length, uint64_t offset) {
+	for (size_t done = 0; done < length;) {
+		ssize_t n = pread(fd, (char *)buffer + done, length - done, (off_t)(offset + done));
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return lr_fail("pread", n < 0 ? errno : EIO, offset + done);
+		done += (size_t)n;
+	}
+	return LR_OK;
+}
+
+void image_deinit(struct image *image) {
+	if (image->map)
+		munmap(image->map, image->map_length);
+	free(image->packs);
+	if (image->data_fd >= 0)
+		close(image->data_fd);
+	*image = (struct image){.data_fd = -1};
+}
+
+static struct lr_error map_index(struct image *image, uint64_t offset) {
+	uint64_t bytes = image->n_chunks * sizeof(struct lr_chunk);
+	if (image->n_chunks > UINT64_MAX / sizeof(struct lr_chunk) || !inside(offset, bytes, image->data_size))
+		return lr_fail("image: index beyond the data file", EINVAL, offset);
+	if (offset % _Alignof(struct lr_chunk))
+		return lr_fail("image: index not aligned", EINVAL, offset);
+	if (!bytes)
+		return LR_OK;
+	uint64_t first = offset & ~(uint64_t)(LR_PAGE - 1);
+	image->map_length = bytes + (offset - first);
+	image->map = mmap(NULL, image->map_length, PROT_READ, MAP_SHARED, image->data_fd, (off_t)first);
+	if (image->map == MAP_FAILED) {
+		image->map = NULL;
+		return lr_fail("mmap of the index", errno, offset);
+	}
+	image->chunks = (const struct lr_chunk *)((const char *)image->map + (offset - first));
+	return LR_OK;
+}
+
+struct lr_error image_init(int image_fd, int data_fd, struct image *image) {
+	struct lr_image header;
+	struct stat data, about;
+	*image = (struct image){.data_fd = -1};
+	if (fstat(data_fd, &data) || fstat(image_fd, &about))
+		return lr_fail("fstat", errno, 0);
+	struct lr_error error = read_whole(image_fd, &header, sizeof header, 0);
+	if (error.code)
+		return error;
+	if (header.magic != LR_IMAGE_MAGIC || header.version != LR_PROTOCOL_VERSION)
+		return lr_fail("image: magic or version", EPROTO, header.version);
+	if ((uint64_t)about.st_size != sizeof header + header.n_packs * (uint64_t)sizeof(struct lr_pack))
+		return lr_fail("image: size", EINVAL, (uint64_t)about.st_size);
+	struct image made = {
+		.data_fd = -1,
+		.data_size = (uint64_t)data.st_size,
+		.n_chunks = header.n_chunks,
+		.n_packs = header.n_packs,
+		.hugetlb = header.flags & LR_IMAGE_HUGETLB,
+		.packs = calloc(header.n_packs ? header.n_packs : 1, sizeof *made.packs),
+	};
+	if (!made.packs)
+		return lr_fail("calloc", ENOMEM, 0);
+	memcpy(made.name, header.name, sizeof made.name - 1);
+	error = read_whole(image_fd, made.packs, made.n_packs * sizeof *made.packs, sizeof header);
+	for (uint32_t i = 0; !error.code && i < made.n_packs; i++)
+		if (!inside(made.packs[i].offset, made.packs[i].length, made.data_size))
+			error = lr_fail("image: pack beyond the data file", EINVAL, i);
+	made.data_fd = data_fd;
+	if (!error.code)
+		error = map_index(&made, header.index_offset);
+	if (error.code) {
+		made.data_fd = -1; /* the caller keeps it */
+		image_deinit(&made);
+		return error;
+	}
+	*image = made;
+	return LR_OK;
+}
+
+uint64_t image_first_at(const struct image *image, uint64_t address) {
+	uint64_t low = 0, high = image->n_chunks;
+	while (low < high) {
+		uint64_t middle = low + (high - low) / 2;
+		if (image->chunks[middle].address < address)
+			low = middle + 1;
+		else
+			high = middle;
+	}
+	return low;
+}
+
+struct image_place image_find(const struct image *image, uint64_t address) {
+	uint64_t above = image_first_at(image, address + 1);
+	struct image_place place = {.hole = true, .end = UINT64_MAX};
+	if (above < image->n_chunks)
+		place.end = image->chunks[above].address;
+	if (!above)
+		return place;
+	const struct lr_chunk *below = &image->chunks[above - 1];
+	uint64_t end = below->address + below->length;
+	if (address >= end) {
+		place.start = end;
+		return place;
+	}
+	return (struct image_place){.chunk = above - 1, .start = below->address, .end = end};
+}
+
+struct lr_error unpacker_init(struct unpacker *unpacker) {
+	size_t stored = ZSTD_compressBound(LR_MAX_CHUNK);
+	*unpacker = (struct unpacker){.context = ZSTD_createDCtx(), .stored = malloc(stored), .raw = malloc(LR_MAX_CHUNK)};
+	if (unpacker->context && unpacker->stored && unpacker->raw)
+		return LR_OK;
+	unpacker_deinit(unpacker);
+	return lr_fail("malloc", ENOMEM, 0);
+}
+
+void unpacker_deinit(struct unpacker *unpacker) {
+	ZSTD_freeDCtx(unpacker->context);
+	free(unpacker->stored);
+	free(unpacker->raw);
+	*unpacker = (struct unpacker){0};
+}
+
+static struct lr_error check(const struct image *image, uint64_t index) {
+	const struct lr_chunk *chunk = &image->chunks[index];
+	if (chunk->address % LR_PAGE || chunk->length % LR_PAGE || !chunk->length || chunk->length > LR_MAX_CHUNK)
+		return lr_fail("chunk: address or length", EBADMSG, chunk->address);
+	if (index + 1 < image->n_chunks && chunk->address + chunk->length > image->chunks[index + 1].address)
+		return lr_fail("chunk: overlaps the next", EBADMSG, chunk->address);
+	if (chunk->pack >= image->n_packs || !inside(chunk->offset, chunk->stored, image->packs[chunk->pack].length))
+		return lr_fail("chunk: outside its pack", EBADMSG, chunk->address);
+	if (chunk->stored > ZSTD_compressBound(LR_MAX_CHUNK))
+		return lr_fail("chunk: stored size", EBADMSG, chunk->address);
+	return LR_OK;
+}
+
+struct lr_error image_unpack(const struct image *image, uint64_t index, struct unpacker *unpacker) {
+	enum { DESCRIPTOR = 4, CHECKSUM_FLAG = 1 << 2 }; /* RFC 8878, 3.1.1.1.1 */
+	const struct lr_chunk *chunk = &image->chunks[index];
+	struct lr_error error = check(image, index);
+	if (error.code)
+		return error;
+	uint64_t offset = image->packs[chunk->pack].offset + chunk->offset;
+	error = read_whole(image->data_fd, unpacker->stored, chunk->stored, offset);
+	if (error.code)
+		return error;
+	const unsigned char *stored = unpacker->stored;
+	if (ZSTD_getFrameContentSize(stored, chunk->stored) != chunk->length)
+		return lr_fail("chunk: content size", EBADMSG, chunk->address);
+	if (!(stored[DESCRIPTOR] & CHECKSUM_FLAG))
+		return lr_fail("chunk: no checksum", EBADMSG, chunk->address);
+	size_t n = ZSTD_decompressDCtx(unpacker->context, unpacker->raw, chunk->length, stored, chunk->stored);
+	if (ZSTD_isError(n) || n != chunk->length)
+		return lr_fail("ZSTD_decompressDCtx", EBADMSG, chunk->address);
+	return LR_OK;
+}

@@ -1,0 +1,51 @@
+/* The stored image as the pager sees it: the chunk index, the packs, and how to get a chunk's raw bytes.
+ *
+ * Facts: the numbers come from a file that may be damaged; a read beyond the end of a mapped file, or of a bad disk
+ * block, is SIGBUS, while pread(2) says so. Opening must cost O(packs). Choice: the index is mapped (its range checked
+ * against the file's size once), each entry is checked when it is used, packs are read with pread. Cost: one copy of the
+ * compressed bytes, 2 us per chunk; a disk error under the index ends the pager, and the keeper its processes. */
+#pragma once
+#include "protocol.h"
+#include "result.h"
+#include <stdbool.h>
+
+struct image {
+	int data_fd; /* owned */
+	uint64_t data_size;
+	void *map; /* the pages that hold the index */
+	size_t map_length;
+	const struct lr_chunk *chunks;
+	uint64_t n_chunks;
+	struct lr_pack *packs;
+	uint32_t n_packs;
+	bool hugetlb;
+	char name[96];
+};
+
+/* Takes `data_fd` over when it succeeds; `image_fd` stays the caller's. */
+struct lr_error image_init(int image_fd, int data_fd, struct image *image);
+void image_deinit(struct image *image);
+
+/* Where an image address lies: in chunk `chunk`, or in a hole; [start, end) is the chunk's or the hole's. */
+struct image_place {
+	bool hole;
+	uint64_t chunk;
+	uint64_t start;
+	uint64_t end;
+};
+struct image_place image_find(const struct image *image, uint64_t address);
+
+/* The first chunk that begins at or after `address`; n_chunks if there is none. */
+uint64_t image_first_at(const struct image *image, uint64_t address);
+
+/* One thread's buffers and zstd context. */
+struct unpacker {
+	void *context;
+	void *stored;
+	void *raw;
+};
+struct lr_error unpacker_init(struct unpacker *unpacker);
+void unpacker_deinit(struct unpacker *unpacker);
+
+/* Leaves the chunk's raw bytes, checked against its checksum, in unpacker->raw. */
+struct lr_error image_unpack(const struct image *image, uint64_t chunk, struct unpacker *unpacker);

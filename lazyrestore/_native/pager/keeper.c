@@ -1,0 +1,183 @@
+#define _GNU_SOURCE
+#include "keeper.h"
+
+#include "log.h"
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/sysmacros.h>
+#include <sys/wait.h>
+
+/* The keeper may be cloned from a process with threads: it allocates nothing and takes no lock. */
+
+static bool is_ours(const struct keeper_files *files, uint64_t only, uint64_t device, uint64_t inode) {
+	if (!inode)
+		return false;
+	uint32_t n = atomic_load(&files->n);
+	for (uint32_t i = 0; i < n; i++)
+		if (files->files[i].inode == inode && files->files[i].device == device && (!only || only == inode))
+			return true;
+	return false;
+}
+
+/* /proc/PID/maps: "start-end perms offset major:minor inode path"; device numbers are hexadecimal. */
+struct maps_parser {
+	unsigned field;
+	bool between;
+	uint64_t major, minor, inode;
+	bool after_colon;
+};
+
+static bool maps_feed(struct maps_parser *parser, char c, const struct keeper_files *files, uint64_t only) {
+	enum { DEVICE = 3, INODE = 4 };
+	if (c == '\n') {
+		bool hit = is_ours(files, only, makedev(parser->major, parser->minor), parser->inode);
+		*parser = (struct maps_parser){0};
+		return hit;
+	}
+	if (c == ' ') {
+		parser->between = true;
+		return false;
+	}
+	if (parser->between && parser->field <= INODE)
+		parser->field++;
+	parser->between = false;
+	if (parser->field == DEVICE) {
+		uint64_t *number = parser->after_colon ? &parser->minor : &parser->major;
+		if (c == ':')
+			parser->after_colon = true;
+		else
+			*number = *number * 16 + (uint64_t)(c <= '9' ? c - '0' : (c | 32) - 'a' + 10);
+	} else if (parser->field == INODE) {
+		parser->inode = parser->inode * 10 + (uint64_t)(c - '0');
+	}
+	return false;
+}
+
+static bool maps_ours(int proc, const char *pid, const struct keeper_files *files, uint64_t only) {
+	char buffer[8192];
+	snprintf(buffer, sizeof buffer, "%s/maps", pid);
+	scoped_fd fd = openat(proc, buffer, O_RDONLY | O_CLOEXEC);
+	struct maps_parser parser = {0};
+	for (;;) {
+		ssize_t n = fd < 0 ? 0 : read(fd, buffer, sizeof buffer);
+		if (n <= 0)
+			return false;
+		for (ssize_t i = 0; i < n; i++)
+			if (maps_feed(&parser, buffer[i], files, only))
+				return true;
+	}
+}
+
+/* A process is taken by pidfd first and looked at second: what is killed is what was looked at. */
+static bool kill_if_ours(int proc, const char *name, const struct keeper_files *files, uint64_t only) {
+	pid_t pid = (pid_t)atoi(name);
+	if (pid <= 0 || pid == getpid())
+		return false;
+	scoped_fd pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+	if (pidfd < 0 || !maps_ours(proc, name, files, only))
+		return false;
+	if (syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0))
+		return false;
+	struct pollfd dead = {.fd = pidfd, .events = POLLIN};
+	while (poll(&dead, 1, -1) < 0 && errno == EINTR)
+		;
+	log_line("killed process %d, whose memory nobody can serve any more", (int)pid);
+	return true;
+}
+
+unsigned keeper_kill_mappers(const struct keeper_files *files, uint64_t only) {
+	struct entry {
+		uint64_t inode, offset;
+		unsigned short length;
+		unsigned char type;
+		char name[];
+	};
+	unsigned killed = 0;
+	for (bool again = true; again;) {
+		again = false;
+		scoped_fd proc = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+		_Alignas(8) char buffer[16384];
+		long n;
+		while (proc >= 0 && (n = syscall(SYS_getdents64, proc, buffer, sizeof buffer)) > 0)
+			for (long at = 0; at < n; at += ((struct entry *)(void *)(buffer + at))->length)
+				if (kill_if_ours(proc, ((struct entry *)(void *)(buffer + at))->name, files, only)) {
+					again = true;
+					killed++;
+				}
+	}
+	return killed;
+}
+
+static _Noreturn void keep(const struct keeper *keeper) {
+	prctl(PR_SET_NAME, "lr-keeper");
+	struct pollfd pager = {.fd = keeper->pager_pidfd, .events = POLLIN};
+	while (poll(&pager, 1, -1) <= 0)
+		;
+	unsigned killed = keeper_kill_mappers(keeper->files, 0);
+	log_line("the pager died; the keeper ended %u processes", killed);
+	unlink(keeper->socket_path);
+	_exit(0);
+}
+
+struct lr_error keeper_init(struct keeper *keeper, const char *socket_path) {
+	*keeper = (struct keeper){.pidfd = -1, .pager_pidfd = -1};
+	if (strlen(socket_path) >= sizeof keeper->socket_path)
+		return lr_fail("socket path", ENAMETOOLONG, 0);
+	strcpy(keeper->socket_path, socket_path);
+	keeper->files = mmap(NULL, sizeof *keeper->files, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (keeper->files == MAP_FAILED)
+		return lr_fail("mmap of the keeper's list", errno, 0);
+	keeper->pager_pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
+	return keeper->pager_pidfd < 0 ? lr_fail("pidfd_open", errno, 0) : LR_OK;
+}
+
+struct lr_error keeper_start(struct keeper *keeper) {
+	if (keeper->pidfd >= 0)
+		close(keeper->pidfd);
+	keeper->pidfd = -1;
+	long pid = syscall(SYS_clone, CLONE_FILES | SIGCHLD, NULL, NULL, NULL, NULL);
+	if (pid < 0)
+		return lr_fail("clone of the keeper", errno, 0);
+	if (!pid)
+		keep(keeper);
+	keeper->pid = (pid_t)pid;
+	keeper->pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
+	return keeper->pidfd < 0 ? lr_fail("pidfd_open of the keeper", errno, 0) : LR_OK;
+}
+
+void keeper_deinit(struct keeper *keeper) {
+	if (keeper->pid > 0) {
+		kill(keeper->pid, SIGKILL);
+		waitpid(keeper->pid, NULL, 0);
+	}
+	if (keeper->pidfd >= 0)
+		close(keeper->pidfd);
+	munmap(keeper->files, sizeof *keeper->files);
+}
+
+struct lr_error keeper_add(struct keeper *keeper, dev_t device, ino_t inode, uint32_t *slot) {
+	struct keeper_files *files = keeper->files;
+	for (uint32_t i = 0; i < KEEPER_FILES; i++)
+		if (!files->files[i].inode) {
+			files->files[i].device = device;
+			files->files[i].inode = inode;
+			if (i >= files->n)
+				files->n = i + 1;
+			*slot = i;
+			return LR_OK;
+		}
+	return lr_fail("list of memory files", ENOSPC, inode);
+}
+
+void keeper_remove(struct keeper *keeper, uint32_t slot) {
+	keeper->files->files[slot].inode = 0;
+}

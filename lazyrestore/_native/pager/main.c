@@ -1,0 +1,234 @@
+/* pagerd: gives restored processes their memory when they touch it.
+ *
+ * Start: exec'd by a restorer with descriptors whose numbers are on the command line. The exec'd process forks and exits at
+ * once, so that nobody has the pager as a child; the listening socket already queues connections, so no further handshake
+ * is needed. The pager opens the image, makes the template, clones the keeper, and accepts.
+ * End: when there has been no address space and no connection for the lingering time. Restorers connect or start a pager
+ * under an exclusive flock(2) of the lock file; the pager takes the same lock (it must hold its own open file description)
+ * before it looks at the queue of connections for the last time and removes the socket. */
+#define _GNU_SOURCE
+#include "log.h"
+#include "pager.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/file.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+
+enum { LISTEN, DATA, PIN, LOCK, LOG, IMAGE, N_FDS };
+
+struct options {
+	int fds[N_FDS];
+	uint64_t linger_ms;
+};
+
+static struct lr_error parse(int argc, char **argv, struct options *options) {
+	static const char *const names[N_FDS] = {"--listen", "--data", "--pin", "--lock", "--log", "--image"};
+	unsigned seen = 0;
+	options->linger_ms = 1000;
+	for (int i = 1; i + 1 < argc; i += 2) {
+		char *rest;
+		unsigned long value = strtoul(argv[i + 1], &rest, 10);
+		if (*rest || rest == argv[i + 1] || value > INT32_MAX)
+			return lr_fail(argv[i], EINVAL, 0);
+		if (!strcmp(argv[i], "--linger"))
+			options->linger_ms = value;
+		for (unsigned k = 0; k < N_FDS; k++)
+			if (!strcmp(argv[i], names[k])) {
+				options->fds[k] = (int)value;
+				seen |= 1u << k;
+			}
+	}
+	return seen == (1u << N_FDS) - 1 ? LR_OK : lr_fail("command line", EINVAL, seen);
+}
+
+/* Closes all but ours. */
+static void close_others(const struct options *options) {
+	for (unsigned next = 0;;) {
+		unsigned keep = ~0u;
+		for (int k = 0; k < N_FDS; k++)
+			if ((unsigned)options->fds[k] >= next && (unsigned)options->fds[k] < keep)
+				keep = (unsigned)options->fds[k];
+		if (keep > next)
+			syscall(SYS_close_range, next, keep - 1, 0);
+		if (keep == ~0u)
+			return;
+		fcntl((int)keep, F_SETFD, FD_CLOEXEC);
+		next = keep + 1;
+	}
+}
+
+static void detach(void) {
+	sigset_t none;
+	sigemptyset(&none);
+	sigprocmask(SIG_SETMASK, &none, NULL);
+	for (int number = 1; number < NSIG; number++)
+		signal(number, SIG_DFL);
+	/* Processes live by the pager: only LR_STOP, or SIGKILL, ends it. */
+	const int ignored[] = {SIGHUP, SIGINT, SIGTERM, SIGPIPE, SIGXFSZ, SIGUSR1, SIGUSR2};
+	for (unsigned i = 0; i < sizeof ignored / sizeof *ignored; i++)
+		signal(ignored[i], SIG_IGN);
+	struct rlimit limit;
+	if (!getrlimit(RLIMIT_NOFILE, &limit)) { /* one descriptor per forked child, two per restored process */
+		limit.rlim_cur = limit.rlim_max;
+		setrlimit(RLIMIT_NOFILE, &limit);
+	}
+	limit = (struct rlimit){RLIM_INFINITY, RLIM_INFINITY}; /* it counts for memory files too; only root may raise it */
+	setrlimit(RLIMIT_FSIZE, &limit);
+	prctl(PR_SET_NAME, "lr-pager");
+	setsid();
+	if (chdir("/"))
+		return; /* never fails; if it did, a mount would stay busy, no more */
+}
+
+static struct lr_error open_backings(struct pager *pager) {
+	struct lr_error error = backing_create_template(&pager->image, false, &pager->template);
+	if (!error.code)
+		error = keeper_add(&pager->keeper, pager->template.device, pager->template.inode, &pager->template.keeper_slot);
+	if (error.code || !pager->image.hugetlb)
+		return error;
+	error = backing_create_template(&pager->image, true, &pager->huge);
+	if (!error.code)
+		error = keeper_add(&pager->keeper, pager->huge.device, pager->huge.inode, &pager->huge.keeper_slot);
+	return error;
+}
+
+static struct lr_error pager_init(struct pager *pager, const struct options *options) {
+	struct sockaddr_un address = {0};
+	socklen_t length = sizeof address - 1;
+	pthread_mutex_init(&pager->lock, NULL);
+	pager->started_ns = now_ns();
+	pager->huge.fd = -1;
+	pager->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (pager->wake_fd < 0)
+		return lr_fail("eventfd", errno, 0);
+	if (getsockname(options->fds[LISTEN], (struct sockaddr *)&address, &length))
+		return lr_fail("getsockname", errno, 0);
+	int flags = fcntl(options->fds[LISTEN], F_GETFL);
+	if (flags < 0 || fcntl(options->fds[LISTEN], F_SETFL, flags | O_NONBLOCK) < 0)
+		return lr_fail("listening socket: O_NONBLOCK", errno, 0);
+	struct lr_error error = keeper_init(&pager->keeper, address.sun_path);
+	if (!error.code)
+		error = image_init(options->fds[IMAGE], options->fds[DATA], &pager->image);
+	close(options->fds[IMAGE]);
+	if (!error.code)
+		error = open_backings(pager);
+	if (!error.code)
+		error = keeper_start(&pager->keeper);
+	return error;
+}
+
+static void accept_all(struct pager *pager, int listener) {
+	int connection;
+	while ((connection = accept4(listener, NULL, NULL, SOCK_CLOEXEC)) >= 0) {
+		pthread_mutex_lock(&pager->lock);
+		pager->n_clients++;
+		pthread_mutex_unlock(&pager->lock);
+		struct lr_error error = server_start(pager, connection);
+		if (!error.code)
+			continue;
+		log_line("a connection was dropped: %s: %s", error.step, strerror(error.code));
+		pthread_mutex_lock(&pager->lock);
+		pager->n_clients--;
+		pthread_mutex_unlock(&pager->lock);
+	}
+}
+
+static bool is_idle(struct pager *pager, bool *stopping) {
+	SCOPED_LOCK(&pager->lock);
+	*stopping = pager->stopping;
+	return !pager->n_spaces && !pager->n_clients;
+}
+
+/* True with the lock held for good, the socket gone and nobody waiting. */
+static bool may_leave(struct pager *pager, const struct options *options) {
+	bool stopping;
+	if (flock(options->fds[LOCK], LOCK_EX | LOCK_NB))
+		return false;
+	accept_all(pager, options->fds[LISTEN]);
+	if (is_idle(pager, &stopping)) {
+		unlink(pager->keeper.socket_path);
+		return true;
+	}
+	flock(options->fds[LOCK], LOCK_UN);
+	return false;
+}
+
+static void restart_keeper(struct pager *pager) {
+	waitpid(pager->keeper.pid, NULL, 0);
+	pthread_mutex_lock(&pager->lock);
+	struct lr_error error = keeper_start(&pager->keeper);
+	pthread_mutex_unlock(&pager->lock);
+	if (error.code)
+		log_line("no keeper: %s: %s; trying on", error.step, strerror(error.code));
+	else
+		log_line("the keeper died; process %d took its place", (int)pager->keeper.pid);
+}
+
+static void serve(struct pager *pager, const struct options *options) {
+	enum { RETRY_MS = 50 };
+	uint64_t idle_since = now_ns();
+	bool was_idle = true, stopping = false;
+	for (;;) {
+		struct pollfd fds[] = {
+			{.fd = options->fds[LISTEN], .events = POLLIN},
+			{.fd = pager->wake_fd, .events = POLLIN},
+			{.fd = pager->keeper.pidfd, .events = POLLIN},
+		};
+		bool idle = is_idle(pager, &stopping);
+		if (idle && !was_idle)
+			idle_since = now_ns();
+		was_idle = idle;
+		int timeout = -1;
+		if (idle) {
+			uint64_t passed = (now_ns() - idle_since) / 1000000;
+			if (stopping || passed >= options->linger_ms) {
+				if (may_leave(pager, options))
+					return;
+				timeout = RETRY_MS; /* a restorer is at work under the lock; it will connect or let go */
+			} else {
+				timeout = (int)(options->linger_ms - passed) + 1;
+			}
+		}
+		if (pager->keeper.pidfd < 0)
+			timeout = RETRY_MS;
+		poll(fds, 3, timeout);
+		uint64_t drained;
+		if (fds[1].revents && read(pager->wake_fd, &drained, sizeof drained) < 0)
+			continue;
+		accept_all(pager, options->fds[LISTEN]);
+		if (fds[2].revents || pager->keeper.pidfd < 0)
+			restart_keeper(pager);
+	}
+}
+
+int main(int argc, char **argv) {
+	static struct pager pager;
+	struct options options = {0};
+	if (parse(argc, argv, &options).code)
+		return 2;
+	pid_t child = fork();
+	if (child)
+		return child < 0 ? 1 : 0;
+	log_init(options.fds[LOG]);
+	detach();
+	close_others(&options);
+	struct lr_error error = pager_init(&pager, &options);
+	if (!error.code)
+		serve(&pager, &options);
+	else
+		log_line("cannot start: %s: %s (%#llx)", error.step, strerror(error.code), (unsigned long long)error.address);
+	if (error.code && pager.keeper.socket_path[0])
+		unlink(pager.keeper.socket_path);
+	keeper_deinit(&pager.keeper);
+	return error.code ? 1 : 0;
+}

@@ -1,0 +1,206 @@
+/* Answering one page fault: what belongs at the address, and one ioctl that puts it there, with its neighbourhood. */
+#include "space.h"
+
+#include "log.h"
+#include "uffd.h"
+#include <errno.h>
+#include <string.h>
+#include <sys/mman.h>
+
+enum { ZERO_RUN = 64 * 1024, ZERO_RUN_MAX = 2 * 1024 * 1024 };
+
+enum install { INSTALL_CONTINUE, INSTALL_ZERO, INSTALL_COPY_ZERO, INSTALL_POISON };
+
+/* What to put where. [start, end) contains `at`, the page that somebody waits for; the rest is a favour. */
+struct job {
+	enum install what;
+	uint64_t at;
+	uint64_t start;
+	uint64_t end;
+	uint32_t page; /* bytes */
+	bool shared;
+};
+
+static struct uffd_result attempt(int uffd, enum install what, uint64_t start, uint64_t end) {
+	static const void *_Atomic huge_zeros;
+	switch (what) {
+	case INSTALL_CONTINUE:
+		return uffd_continue(uffd, start, end);
+	case INSTALL_ZERO:
+		return uffd_zero(uffd, start, end);
+	case INSTALL_POISON:
+		return uffd_poison(uffd, start, end);
+	case INSTALL_COPY_ZERO:
+		break;
+	}
+	if (!huge_zeros) {
+		void *zeros = mmap(NULL, LR_HUGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		if (zeros == MAP_FAILED)
+			return (struct uffd_result){.code = ENOMEM};
+		huge_zeros = zeros; /* two threads at once waste one mapping of the zero page */
+	}
+	return uffd_copy(uffd, start, start + LR_HUGE, huge_zeros);
+}
+
+static enum verdict poison(struct space *space, struct job job);
+
+/* Halves [start, end) around `at`: the range may span VMAs, which one ioctl does not. */
+static void halve(struct job *job) {
+	uint64_t half = (job->end - job->start) / 2 / job->page * job->page;
+	if (job->at < job->start + half)
+		job->end = job->start + half;
+	else
+		job->start += half;
+}
+
+static void count_pages(struct space *space, enum install what, uint64_t bytes) {
+	if (bytes && what != INSTALL_POISON)
+		stats_add(&space->stats, what == INSTALL_CONTINUE ? LR_COUNT_PAGES : LR_COUNT_ZERO_PAGES, bytes / LR_PAGE);
+}
+
+/* One page of a shared file that no chunk covers: it is there if the process wrote it, else it is zero. */
+static struct uffd_result settle_shared(int uffd, uint64_t at, uint32_t page) {
+	struct uffd_result result = uffd_continue(uffd, at, at + page);
+	if (result.code == EFAULT)
+		result = uffd_zero(uffd, at, at + page);
+	return result;
+}
+
+static enum verdict give_up(struct space *space, struct job job, int code) {
+	log_line("snapshot %s: process %d: page %#llx cannot be installed: %s", space->pager->image.name, (int)space->pid,
+		 (unsigned long long)job.at, strerror(code));
+	if (job.what == INSTALL_POISON) {
+		space_kill(space, "a page can be neither installed nor poisoned");
+		return DEAD;
+	}
+	job.what = INSTALL_POISON;
+	job.start = job.at;
+	job.end = job.at + job.page;
+	return poison(space, job);
+}
+
+static enum verdict install(struct space *space, struct job job) {
+	bool served = false; /* the page at job.at is there */
+	while (job.start < job.end) {
+		struct uffd_result result = attempt(space->uffd, job.what, job.start, job.end);
+		if (job.shared && result.code == (job.what == INSTALL_ZERO ? EEXIST : EFAULT) && !result.done)
+			result = settle_shared(space->uffd, job.start, job.page);
+		count_pages(space, job.what, result.done);
+		if (job.at - job.start < result.done)
+			served = true;
+		job.start += result.done;
+		if (result.done)
+			continue; /* EAGAIN here means only that it stopped; the next attempt tells why */
+		switch (result.code) {
+		case 0:
+			break;
+		case EAGAIN:
+			return served ? SERVED : AGAIN;
+		case EEXIST:
+			stats_add(&space->stats, LR_COUNT_EEXIST, 1);
+			if (job.start == job.at) {
+				uffd_wake(space->uffd, job.at, job.at + job.page);
+				served = true;
+			} else if (served && job.what != INSTALL_CONTINUE) {
+				return SERVED;
+			}
+			job.start += job.page;
+			break;
+		case ENOENT:
+			if (served)
+				return SERVED;
+			if (job.end - job.start > job.page) {
+				halve(&job);
+				break;
+			}
+			stats_add(&space->stats, LR_COUNT_GONE, 1);
+			uffd_wake(space->uffd, job.at, job.at + job.page);
+			return SERVED;
+		case ESRCH:
+			return DEAD;
+		default:
+			if (served)
+				return SERVED;
+			if (job.start != job.at) { /* not the page that matters */
+				job.start += job.page;
+				break;
+			}
+			return give_up(space, job, result.code);
+		}
+	}
+	return SERVED;
+}
+
+static enum verdict poison(struct space *space, struct job job) {
+	if (!space->poison) { /* before Linux 6.6 */
+		space_kill(space, "damaged memory, and this kernel cannot mark it");
+		return DEAD;
+	}
+	job.what = INSTALL_POISON;
+	enum verdict verdict = install(space, job);
+	if (verdict == SERVED)
+		stats_add(&space->stats, LR_COUNT_POISON, 1);
+	return verdict;
+}
+
+/* The interval that decides about `address`; what no interval holds belongs to a mapping that grew. */
+static struct interval locate(struct space *space, uint64_t address) {
+	struct interval found, next;
+	if (interval_map_find(&space->map, address, &found))
+		return found;
+	uint64_t end = interval_map_next(&space->map, address, &next) ? next.start : LR_ADDRESS_END;
+	struct interval grown = {.end = end, .backing = LR_BACKING_TEMPLATE, .flags = INTERVAL_ZERO};
+	if (interval_map_before(&space->map, address, &found)) {
+		grown.start = found.end;
+		grown.backing = found.backing;
+		if (found.backing >= LR_BACKING_SHARED) {
+			grown.image = found.image + (found.end - found.start);
+			grown.flags = 0;
+		}
+	}
+	return grown;
+}
+
+static enum verdict serve_zero(struct space *space, struct job job) {
+	job.what = job.page == LR_HUGE ? INSTALL_COPY_ZERO : INSTALL_ZERO;
+	if (job.page == LR_HUGE)
+		space->zero_run = job.page;
+	else if (job.at == space->zero_end && space->zero_run && !job.shared)
+		space->zero_run = space->zero_run * 2 < ZERO_RUN_MAX ? space->zero_run * 2 : ZERO_RUN_MAX;
+	else
+		space->zero_run = ZERO_RUN;
+	if (job.end - job.at > space->zero_run)
+		job.end = job.at + space->zero_run;
+	space->zero_end = job.end;
+	enum verdict verdict = install(space, job);
+	if (verdict == SERVED)
+		stats_add(&space->stats, LR_COUNT_ZERO, 1);
+	return verdict;
+}
+
+enum verdict serve_fault(struct space *space, uint64_t address) {
+	const struct image *image = &space->pager->image;
+	struct interval interval = locate(space, address);
+	struct backing *backing = space_backing(space, interval.backing);
+	struct job job = {.page = backing->page, .shared = interval.backing >= LR_BACKING_SHARED};
+	job.at = address & ~(uint64_t)(job.page - 1);
+	job.start = job.at;
+	job.end = interval.end;
+	if (interval.flags & INTERVAL_ZERO)
+		return serve_zero(space, job);
+
+	uint64_t wanted = interval.image + (job.at - interval.start);
+	struct image_place place = image_find(image, wanted);
+	if (job.end - job.at > place.end - wanted)
+		job.end = job.at + (place.end - wanted);
+	if (place.hole)
+		return serve_zero(space, job);
+	if (wanted - place.start < job.at - interval.start)
+		job.start = job.at - (wanted - place.start);
+	else
+		job.start = interval.start;
+	job.what = INSTALL_CONTINUE;
+	if (backing_fill(backing, image, place.chunk, &space->unpacker) != CHUNK_FILLED)
+		return poison(space, job);
+	return install(space, job);
+}

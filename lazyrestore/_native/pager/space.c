@@ -1,0 +1,299 @@
+#define _GNU_SOURCE
+#include "space.h"
+
+#include "log.h"
+#include "uffd.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+
+struct space *space_new(struct pager *pager) {
+	struct space *space = calloc(1, sizeof *space);
+	if (!space)
+		return NULL;
+	space->pager = pager;
+	space->uffd = space->pidfd = -1;
+	interval_map_init(&space->map);
+	return space;
+}
+
+void space_free(struct space *space) {
+	pthread_mutex_lock(&space->pager->lock);
+	for (uint32_t i = 0; i < space->n_shared; i++)
+		pager_shared_put(space->pager, space->shared[i]);
+	pthread_mutex_unlock(&space->pager->lock);
+	if (space->uffd >= 0)
+		close(space->uffd);
+	if (space->pidfd >= 0)
+		close(space->pidfd);
+	interval_map_deinit(&space->map);
+	unpacker_deinit(&space->unpacker);
+	free(space->shared);
+	free(space->faults);
+	free(space);
+}
+
+struct backing *space_backing(struct space *space, uint32_t kind) {
+	if (kind == LR_BACKING_TEMPLATE)
+		return &space->pager->template;
+	if (kind == LR_BACKING_HUGETLB)
+		return &space->pager->huge;
+	for (uint32_t i = 0; i < space->n_shared; i++)
+		if (space->shared[i]->kind == kind)
+			return space->shared[i];
+	return NULL;
+}
+
+void space_kill(struct space *space, const char *why) {
+	log_line("snapshot %s: process %d (space %llu) is killed: %s", space->pager->image.name, (int)space->pid,
+		 (unsigned long long)space->id, why);
+	if (space->pidfd >= 0 && !syscall(SYS_pidfd_send_signal, space->pidfd, SIGKILL, NULL, 0))
+		return;
+	/* A forked child: nobody knows its pid, so all that share its memory files go. */
+	struct backing *backing = space->n_shared ? space->shared[0] : &space->pager->template;
+	keeper_kill_mappers(space->pager->keeper.files, backing->inode);
+}
+
+/* -- events ------------------------------------------------------------------------------------------------------------ */
+
+/* Private memory in [start, end) reads zero from now on. Shared memory keeps what its file holds. */
+static int on_remove(struct space *space, uint64_t start, uint64_t end) {
+	struct interval found;
+	for (uint64_t at = start; interval_map_next(&space->map, at, &found) && found.start < end; at = found.end) {
+		if (found.start < start)
+			found.start = start;
+		if (found.end > end)
+			found.end = end;
+		if (found.backing >= LR_BACKING_SHARED || found.flags & INTERVAL_ZERO)
+			continue;
+		found.flags |= INTERVAL_ZERO;
+		found.image = found.start; /* of no meaning, but neighbours join */
+		int error = interval_map_insert(&space->map, found);
+		if (error)
+			return error;
+	}
+	return 0;
+}
+
+static struct lr_error adopt_child(struct space *parent, struct space *child) {
+	child->pid = 0;
+	child->generation = parent->generation + 1;
+	child->poison = parent->poison;
+	child->bytes_registered = parent->bytes_registered;
+	child->shared = calloc(parent->n_shared ? parent->n_shared : 1, sizeof *child->shared);
+	if (!child->shared || interval_map_copy(&parent->map, &child->map))
+		return lr_fail("copy of the interval map", ENOMEM, 0);
+	pthread_mutex_lock(&parent->pager->lock);
+	for (; child->n_shared < parent->n_shared; child->n_shared++) {
+		child->shared[child->n_shared] = parent->shared[child->n_shared];
+		child->shared[child->n_shared]->references++;
+	}
+	pthread_mutex_unlock(&parent->pager->lock);
+	struct lr_error error = unpacker_init(&child->unpacker);
+	return error.code ? error : space_start(child);
+}
+
+/* A child that cannot be served must not run on zeros: its descriptor stays open, and its first fault waits for good. */
+static void on_fork(struct space *parent, int uffd) {
+	struct space *child = space_new(parent->pager);
+	struct lr_error error = lr_fail("calloc", ENOMEM, 0);
+	if (child) {
+		child->uffd = uffd;
+		fcntl(uffd, F_SETFL, fcntl(uffd, F_GETFL) | O_NONBLOCK);
+		error = adopt_child(parent, child);
+	}
+	if (!error.code)
+		return;
+	log_line("snapshot %s: a child of process %d cannot be served and will wait: %s: %s", parent->pager->image.name,
+		 (int)parent->pid, error.step, strerror(error.code));
+	if (child) {
+		child->uffd = -1;
+		space_free(child);
+	}
+}
+
+static int on_fault(struct space *space, const struct uffd_msg *message, uint64_t now) {
+	if (space->n_faults == space->faults_capacity) {
+		uint32_t capacity = space->faults_capacity ? space->faults_capacity * 2 : 64;
+		struct fault *faults = realloc(space->faults, capacity * sizeof *faults);
+		if (!faults)
+			return ENOMEM;
+		space->faults = faults;
+		space->faults_capacity = capacity;
+	}
+	uint64_t flags = message->arg.pagefault.flags;
+	stats_add(&space->stats, flags & UFFD_PAGEFAULT_FLAG_MINOR ? LR_COUNT_MINOR : LR_COUNT_MISSING, 1);
+	if (flags & UFFD_PAGEFAULT_FLAG_WRITE)
+		stats_add(&space->stats, LR_COUNT_WRITE, 1);
+	space->faults[space->n_faults++] = (struct fault){message->arg.pagefault.address & ~(uint64_t)(LR_PAGE - 1), now};
+	return 0;
+}
+
+static int on_message(struct space *space, const struct uffd_msg *message, uint64_t now) {
+	uint64_t from = message->arg.remap.from, to = message->arg.remap.to, length = message->arg.remap.len;
+	switch (message->event) {
+	case UFFD_EVENT_PAGEFAULT:
+		return on_fault(space, message, now);
+	case UFFD_EVENT_FORK:
+		stats_add(&space->stats, LR_COUNT_FORK, 1);
+		on_fork(space, (int)message->arg.fork.ufd);
+		return 0;
+	case UFFD_EVENT_REMAP:
+		stats_add(&space->stats, LR_COUNT_REMAP, 1);
+		return from == to ? 0 : interval_map_move(&space->map, from, to, length);
+	case UFFD_EVENT_REMOVE:
+		stats_add(&space->stats, LR_COUNT_REMOVE, 1);
+		return on_remove(space, message->arg.remove.start, message->arg.remove.end);
+	case UFFD_EVENT_UNMAP:
+		stats_add(&space->stats, LR_COUNT_UNMAP, 1);
+		return interval_map_erase(&space->map, message->arg.remove.start, message->arg.remove.end);
+	default:
+		return EPROTO;
+	}
+}
+
+bool space_drain(struct space *space, uint32_t *n_read) {
+	enum { BATCH = 32 };
+	struct uffd_msg messages[BATCH];
+	*n_read = 0;
+	for (;;) {
+		ssize_t n = read(space->uffd, messages, sizeof messages);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0 && errno == EAGAIN)
+			break;
+		if (n < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM)) {
+			/* A fork event finds no descriptor; it stays queued, and the forking thread waits. */
+			log_line("no descriptor for a forked child: %s; trying on", strerror(errno));
+			poll(NULL, 0, 10);
+			break;
+		}
+		if (n < 0 || n % (ssize_t)sizeof *messages) {
+			space_kill(space, "its userfaultfd cannot be read");
+			return false;
+		}
+		uint64_t now = now_ns();
+		for (uint32_t i = 0; i < (size_t)n / sizeof *messages; i++) {
+			int error = on_message(space, &messages[i], now);
+			if (error) {
+				space_kill(space, strerror(error));
+				return false;
+			}
+		}
+		*n_read += (uint32_t)((size_t)n / sizeof *messages);
+	}
+	atomic_store_explicit(&space->intervals, space->map.count, memory_order_relaxed);
+	return true;
+}
+
+/* -- the thread -------------------------------------------------------------------------------------------------------- */
+
+/* After EAGAIN without an event to read: the event is about to be queued, or was read and its thread has not run since. The
+ * kernel tells of the former by POLLIN, of the latter not at all; hence the short time-out. */
+static void await_event(struct space *space, unsigned round) {
+	if (round < 4) {
+		sched_yield();
+		return;
+	}
+	struct pollfd readable = {.fd = space->uffd, .events = POLLIN};
+	poll(&readable, 1, 1);
+}
+
+/* False: the address space is gone. */
+static bool serve_all(struct space *space) {
+	unsigned round = 0;
+	uint32_t n_read;
+	while (space->first_fault < space->n_faults) {
+		struct fault fault = space->faults[space->first_fault];
+		switch (serve_fault(space, fault.address)) {
+		case DEAD:
+			return false;
+		case SERVED:
+			stats_time(&space->stats, now_ns() - fault.read_ns);
+			space->first_fault++;
+			round = 0;
+			break;
+		case AGAIN:
+			stats_add(&space->stats, LR_COUNT_EAGAIN, 1);
+			if (!space_drain(space, &n_read))
+				return false;
+			if (!n_read)
+				await_event(space, round++);
+			break;
+		}
+	}
+	space->first_fault = space->n_faults = 0;
+	return true;
+}
+
+/* Until the address space is gone: the pidfd tells when the process ends, but a process may also exec, a vfork child may
+ * outlive it, and a forked child has none; hence a look from time to time. */
+static void serve_space(struct space *space) {
+	enum { UFFD, PID };
+	for (;;) {
+		struct pollfd fds[] = {
+			[UFFD] = {.fd = space->uffd, .events = POLLIN},
+			[PID] = {.fd = space->pidfd, .events = POLLIN},
+		};
+		int n = poll(fds, 2, space->pidfd >= 0 ? 1000 : 200);
+		if (fds[PID].revents) {
+			close(space->pidfd);
+			space->pidfd = -1;
+		}
+		if (!n || fds[PID].revents)
+			if (!uffd_alive(space->uffd))
+				return;
+		if (n > 0 && fds[UFFD].revents) {
+			uint32_t n_read;
+			if (!space_drain(space, &n_read) || !serve_all(space))
+				return;
+		}
+	}
+}
+
+/* A process that was killed here may take a moment; its descriptor must not close before. */
+static void await_end(struct space *space) {
+	for (struct timespec pause = {.tv_nsec = 1000000}; uffd_alive(space->uffd);)
+		nanosleep(&pause, NULL);
+}
+
+static void *space_main(void *argument) {
+	struct space *space = argument;
+	struct pager *pager = space->pager;
+	prctl(PR_SET_NAME, "lr-space");
+	serve_space(space);
+	await_end(space);
+	pthread_mutex_lock(&pager->lock);
+	for (struct space **link = &pager->spaces; *link; link = &(*link)->next)
+		if (*link == space) {
+			*link = space->next;
+			break;
+		}
+	pager->n_spaces--;
+	pager->spaces_ended++;
+	stats_merge(&pager->ended, &space->stats);
+	pthread_mutex_unlock(&pager->lock);
+	space_free(space);
+	pager_wake(pager);
+	return NULL;
+}
+
+struct lr_error space_start(struct space *space) {
+	struct pager *pager = space->pager;
+	SCOPED_LOCK(&pager->lock);
+	space->id = pager->next_id++;
+	space->intervals = space->map.count;
+	space->next = pager->spaces;
+	pager->spaces = space;
+	struct lr_error error = pager_thread(space_main, space);
+	if (error.code)
+		pager->spaces = space->next;
+	else
+		pager->n_spaces++;
+	return error;
+}

@@ -1,0 +1,70 @@
+/* One restored address space: its userfaultfd, its interval map, and the one thread that serves both.
+ *
+ * Facts: events tell what fork, mremap, munmap and madvise did, in order, and their callers sleep until the event is
+ * read; but read(2) hands out page faults before events that were queued earlier. While an event is unread, every install
+ * answers EAGAIN. A protection change is not told: a VMA may be split where the map shows one interval.
+ * Consequence: only one thread installs pages and reads events; a fault is looked up in the map at the moment it is
+ * served, again after each EAGAIN. An install that succeeds was made with a map that is up to date.
+ * Choice, what an address means:
+ *   in an interval                 the image at that address
+ *   in a zero interval             zeros: private memory after MADV_DONTNEED (EVENT_REMOVE)
+ *   in no interval                 a mapping grew there (mremap in place tells nothing): beyond a shared mapping's end the
+ *                                  file goes on, anything else is zero
+ * Cost: MADV_REMOVE and MADV_DONTNEED of shared memory look the same; the latter, which keeps contents, is assumed, so a
+ * chunk that is punched out before its first touch comes back (LR_ATTACH_EAGER avoids it). When one thread forks while
+ * another is inside munmap or madvise, the kernel may queue the second event first, though the child was copied
+ * before; the child then sees the effect of a call that ran at the same time as fork. */
+#pragma once
+#include "interval_map.h"
+#include "pager.h"
+
+enum { INTERVAL_ZERO = 1 }; /* interval.flags */
+
+struct fault {
+	uint64_t address;
+	uint64_t read_ns;
+};
+
+struct space {
+	struct pager *pager;
+	struct space *next;
+	uint64_t id;
+	int uffd;  /* owned */
+	int pidfd; /* owned; -1: a forked child, or the process ended but its memory lives on (vfork) */
+	int32_t pid;
+	uint32_t generation;
+	bool poison; /* UFFDIO_POISON works */
+	uint64_t bytes_registered;
+	struct interval_map map;
+	_Atomic uint32_t intervals; /* map.count for other threads */
+	struct backing **shared;    /* one reference each */
+	uint32_t n_shared;
+	struct unpacker unpacker;
+	struct stats stats;
+	struct fault *faults; /* read, not yet served: [first, n_faults) */
+	uint32_t first_fault, n_faults, faults_capacity;
+	uint64_t zero_end; /* where the last run of zeros ended, and its length: runs of a sequential reader grow */
+	uint64_t zero_run;
+};
+
+/* Allocates; owns nothing yet. NULL: no memory. */
+struct space *space_new(struct pager *pager);
+
+/* Closes and frees all it owns, shared backings too. Not for one whose process may live. */
+void space_free(struct space *space);
+
+/* Adds it to the pager's list and starts its thread, which owns it from then on. On failure it stays the caller's. */
+struct lr_error space_start(struct space *space);
+
+/* The backing behind an interval. */
+struct backing *space_backing(struct space *space, uint32_t kind);
+
+/* Reads all messages: events change the map, faults join the queue. False: the space cannot be kept right. */
+bool space_drain(struct space *space, uint32_t *n_read);
+
+/* Kills the process, for want of a way to give it the right bytes. */
+void space_kill(struct space *space, const char *why);
+
+/* serve.c */
+enum verdict { SERVED, AGAIN, DEAD };
+enum verdict serve_fault(struct space *space, uint64_t address);

@@ -1,0 +1,31 @@
+/* userfaultfd's ioctls, one function each: how far it came, and the errno that stopped it.
+ *
+ * Facts: an ioctl over a range may stop half way. The kernel then answers EAGAIN with the bytes done in the struct's last
+ * field; the true reason shows when the rest is tried. It wakes the threads that wait in the part that was done. EAGAIN
+ * with nothing done means that fork, mremap, munmap or madvise is under way (mmap_changing): the event comes, or was
+ * read and the thread that waits for us has not run yet. */
+#pragma once
+#include "result.h"
+#include <stdbool.h>
+
+struct uffd_result {
+	uint64_t done; /* bytes; may be more than 0 beside an error */
+	int code;      /* 0: the whole range */
+};
+
+/* Negotiates all events and missing and minor faults on shmem; hugetlb and poison where the kernel has them. */
+struct lr_error uffd_api(int uffd, bool *poison, bool *hugetlb);
+
+/* Any VMAs that lie in [start, end), for missing and minor faults. */
+struct lr_error uffd_register(int uffd, uint64_t start, uint64_t end);
+
+struct uffd_result uffd_continue(int uffd, uint64_t start, uint64_t end);
+struct uffd_result uffd_zero(int uffd, uint64_t start, uint64_t end);
+struct uffd_result uffd_copy(int uffd, uint64_t start, uint64_t end, const void *source);
+struct uffd_result uffd_poison(int uffd, uint64_t start, uint64_t end);
+
+/* Threads that wait in the range try again. Cannot fail for a range that is one. */
+void uffd_wake(int uffd, uint64_t start, uint64_t end);
+
+/* Is there still an address space behind this descriptor? */
+bool uffd_alive(int uffd);
