@@ -16,7 +16,7 @@ HEADERS = ["executor.h", "spawn.h", "trace.h", "memory.h", "features.h"]
 SOURCES = sorted(path.name for path in HERE.glob("*.c") if not path.name.startswith("_"))
 
 SYSCALLS = """
-    accept4 arch_prctl bind capset chdir chmod fchmodat chroot chown fchownat clone3 close close_range dup3 epoll_create1 epoll_ctl
+    accept4 arch_prctl bind brk capset chdir chmod fchmodat chroot chown fchownat clone3 close close_range dup3 epoll_create1 epoll_ctl
     eventfd2 execveat fcntl fchdir fchmod ftruncate futex getpid getresuid getrlimit gettid ioctl ioprio_set kill listen lseek
     madvise membarrier memfd_create mlock2 mlockall mmap mprotect mremap msync munmap openat personality pidfd_open pipe2 ppoll prctl prlimit64 pselect6 pwrite64
     read restart_syscall rseq rt_sigaction rt_sigprocmask rt_sigqueueinfo rt_tgsigqueueinfo rt_sigtimedwait sched_setaffinity sched_setattr sendmsg
@@ -24,7 +24,7 @@ SYSCALLS = """
     sigaltstack signalfd4 socket socketpair splice tee tgkill timer_create timer_settime timerfd_create timerfd_settime umask unlinkat unshare
     userfaultfd vmsplice write writev setfsuid setfsgid io_getevents epoll_wait epoll_pwait epoll_pwait2 semop semtimedop nanosleep clock_nanosleep
     poll accept connect recvfrom recvmsg recvmmsg sendmmsg pause select mount wait4 exit exit_group mkdirat mknodat linkat symlinkat utimensat statx
-    setdomainname sethostname setns
+    setdomainname sethostname setns flock shutdown
 """
 
 CONSTANTS = """
@@ -40,6 +40,7 @@ CONSTANTS = """
     PR_SET_THP_DISABLE PR_GET_THP_DISABLE PR_GET_TID_ADDRESS PR_SET_VMA PR_SET_VMA_ANON_NAME PR_MCE_KILL_GET PR_GET_TSC PR_SET_TSC PR_SET_SPECULATION_CTRL ARCH_GET_XCOMP_PERM ARCH_REQ_XCOMP_PERM
     RLIMIT_NOFILE PRIO_PROCESS SYS_SECCOMP_ACTION AT_NULL MCL_CURRENT MCL_FUTURE MCL_ONFAULT MLOCK_ONFAULT SIG_BLOCK SIG_SETMASK SA_RESTORER
     MS_REC MS_PRIVATE MS_NOSUID MS_NODEV MS_NOEXEC SIGTRAP SIGSTOP SIGKILL SIGCONT
+    SO_BUF_LOCK SO_PEEK_OFF SO_SNDBUFFORCE SO_RCVBUFFORCE SO_PASSSEC SO_ATTACH_FILTER F_SEAL_FUTURE_WRITE F_SEAL_WRITE
 """.replace("SYS_SECCOMP_ACTION", "")
 
 
