@@ -1,0 +1,145 @@
+"""What a run has measured: series of values, ratios between them, goals; as a table and as JSON.
+
+A figure is a series of values of one quantity, one value per round; what is reported is its median with minimum and
+maximum. Nothing is dropped as an outlier.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
+
+T = TypeVar("T")
+
+
+@dataclass
+class Figure:
+    """The values of one quantity, in the order in which they were measured."""
+
+    name: str
+    unit: str
+    values: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def text(self) -> str:
+        return f"{_short(self.median)} ({_short(min(self.values))}–{_short(max(self.values))})"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A limit on one number: at most `limit`, or at least `limit` if `floor`."""
+
+    what: str
+    value: float
+    limit: float
+    unit: str
+    floor: bool = False
+
+    @property
+    def met(self) -> bool:
+        return self.value >= self.limit if self.floor else self.value <= self.limit
+
+    def verdict(self) -> str:
+        """The word "met", or by how much it is missed, in per cent of the limit."""
+        return "met" if self.met else f"missed by {abs(self.value / self.limit - 1) * 100:.0f} %"
+
+
+@dataclass
+class Report:
+    """All figures, goals and notes of one run."""
+
+    machine: dict[str, str]
+    figures: dict[str, Figure] = field(default_factory=dict)
+    goals: list[Goal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, value: float, unit: str) -> None:
+        """Append one value to the figure `name`, which always has the same unit."""
+        figure = self.figures.setdefault(name, Figure(name, unit))
+        if figure.unit != unit:
+            raise ValueError(f"{name} is in {figure.unit}, not in {unit}")
+        figure.values.append(value)
+
+    def median(self, name: str) -> float | None:
+        """The median of a figure, None if it was not measured."""
+        figure = self.figures.get(name)
+        return figure.median if figure else None
+
+    def goal(self, what: str, value: float | None, limit: float, unit: str, *, floor: bool = False) -> None:
+        """State a goal; one whose value was not measured becomes a note."""
+        if value is None:
+            self.notes.append(f"not measured: {what}")
+        else:
+            self.goals.append(Goal(what, value, limit, unit, floor))
+
+    def ratio(self, above: str, below: str) -> float | None:
+        """The ratio of two medians, None if one is missing."""
+        a, b = self.median(above), self.median(below)
+        return None if a is None or not b else a / b
+
+    def to_json(self) -> str:
+        content: dict[str, Any] = {
+            "machine": self.machine,
+            "figures": {
+                f.name: {
+                    "unit": f.unit,
+                    "median": f.median,
+                    "min": min(f.values),
+                    "max": max(f.values),
+                    "values": f.values,
+                }
+                for f in self.figures.values()
+            },
+            "goals": [
+                {"what": g.what, "value": g.value, "limit": g.limit, "unit": g.unit, "floor": g.floor, "met": g.met}
+                for g in self.goals
+            ],
+            "notes": self.notes,
+        }
+        return json.dumps(content, indent=2)
+
+    def write(self, path: Path) -> None:
+        path.write_text(self.to_json() + "\n")
+
+    def show(self, console: Console) -> None:
+        console.print(", ".join(f"{k} {v}" for k, v in self.machine.items()), style="dim")
+        table = Table("figure", "unit", "median (min–max)", "n", title="figures")
+        for figure in self.figures.values():
+            table.add_row(figure.name, figure.unit, figure.text(), str(len(figure.values)))
+        console.print(table)
+        if self.goals:
+            goals = Table("goal", "value", "limit", "", title="goals")
+            for goal in self.goals:
+                sign = "≥" if goal.floor else "≤"
+                verdict = f"[green]{goal.verdict()}" if goal.met else f"[red]{goal.verdict()}"
+                goals.add_row(
+                    goal.what, f"{_short(goal.value)} {goal.unit}", f"{sign} {goal.limit:g} {goal.unit}", verdict
+                )
+            console.print(goals)
+        for note in self.notes:
+            console.print(f"note: {note}")
+
+
+def clock(action: Callable[[], T]) -> tuple[T, float]:
+    """The action's result and how long it took, in milliseconds."""
+    start = time.perf_counter()
+    result = action()
+    return result, (time.perf_counter() - start) * 1000
+
+
+def _short(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if value == 0:
+        return "0"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -1,0 +1,125 @@
+"""Start victims, ask them something, end them: only by PID, and only those started here.
+
+Facts: a restored process is a child of whoever restored it, or an orphan if that one has exited; PID 1 of a container
+  does not always reap orphans, and a zombie occupies its PID, which the next restore needs.
+Choice: the benchmark is a child subreaper, so every victim and every copy ends as its child and is reaped here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PR_SET_CHILD_SUBREAPER = 36
+PATIENCE = 300.0  # seconds after which a victim that does not answer is an error, never a figure
+WARM_UP = 20  # requests
+
+
+class Unresponsive(Exception):
+    """A victim did not answer, or answered wrongly."""
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A running process of ours and the Unix socket it answers on."""
+
+    pid: int
+    path: Path
+    http: bool
+
+    def ask(self, what: str = "/") -> str:
+        """The answer to one request, asked as soon as the victim listens. Raises Unresponsive."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return _ask(self.path, what, self.http)
+            except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError) as error:
+                if time.monotonic() > deadline or not Path(f"/proc/{self.pid}").exists():
+                    raise Unresponsive(f"process {self.pid} does not answer on {self.path}: {error}") from error
+                select.select([], [], [], 0.0005)
+
+    def warm_up(self) -> str:
+        """The answer after some requests, which must all be alike."""
+        answers = {self.ask() for _ in range(WARM_UP)}
+        if len(answers) != 1:
+            raise Unresponsive(f"process {self.pid} gives different answers")
+        return answers.pop()
+
+
+def become_subreaper() -> None:
+    """Adopt orphaned descendants. Raises OSError."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def start(script: str, path: Path, *arguments: str) -> Victim:
+    """Start a victim script of this folder, in its own session, with /dev/null as its streams."""
+    path.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / script), str(path), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"OPENBLAS_NUM_THREADS": "2"},
+    )
+    process.returncode = 0  # reaped by end(), not by Popen's destructor
+    return Victim(process.pid, path, script == "worker.py")
+
+
+def end(pid: int) -> None:
+    """Kill a process and wait until its PID is free; it may be gone already."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    reap(pid)
+
+
+def reap(pid: int) -> None:
+    """Wait for the end of a process, reap it if it is ours, and return when its PID is free."""
+    with contextlib.suppress(ProcessLookupError):
+        pidfd = os.pidfd_open(pid)
+        try:
+            select.select([pidfd], [], [])
+        finally:
+            os.close(pidfd)
+    deadline = time.monotonic() + PATIENCE
+    while Path(f"/proc/{pid}").exists():
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+        if time.monotonic() > deadline:
+            raise Unresponsive(f"process {pid} has ended, but nobody reaps it")
+        select.select([], [], [], 0.0005)
+
+
+@contextlib.contextmanager
+def running(script: str, path: Path, *arguments: str) -> Iterator[Victim]:
+    """A victim that is ended on the way out, whoever runs under its PID then (it or its restored copy)."""
+    victim = start(script, path, *arguments)
+    try:
+        yield victim
+    finally:
+        end(victim.pid)
+
+
+def _ask(path: Path, what: str, http: bool) -> str:
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(PATIENCE)
+        client.connect(str(path))
+        client.sendall(f"GET {what} HTTP/1.0\r\n\r\n".encode() if http else b"?")
+        answer = b""
+        while piece := client.recv(65536):
+            answer += piece
+    if not answer:
+        raise ConnectionResetError(f"empty answer from {path}")
+    return answer.rpartition(b"\r\n\r\n")[2].decode()
