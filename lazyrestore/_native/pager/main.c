@@ -38,9 +38,10 @@ static struct lr_error parse(int argc, char **argv, struct options *options) {
 	for (int i = 1; i + 1 < argc; i += 2) {
 		char *rest;
 		unsigned long value = strtoul(argv[i + 1], &rest, 10);
-		if (*rest || rest == argv[i + 1] || value > INT32_MAX)
+		bool linger = !strcmp(argv[i], "--linger");
+		if (*rest || rest == argv[i + 1] || value > INT32_MAX || (!linger && value <= STDERR_FILENO))
 			return lr_fail(argv[i], EINVAL, 0);
-		if (!strcmp(argv[i], "--linger"))
+		if (linger)
 			options->linger_ms = value;
 		for (unsigned k = 0; k < N_FDS; k++)
 			if (!strcmp(argv[i], names[k])) {
@@ -51,9 +52,12 @@ static struct lr_error parse(int argc, char **argv, struct options *options) {
 	return seen == (1u << N_FDS) - 1 ? LR_OK : lr_fail("command line", EINVAL, seen);
 }
 
-/* Closes all but ours. */
+/* Closes all but ours. The standard streams become /dev/null, so that no memory file ever gets their numbers. */
 static void close_others(const struct options *options) {
-	for (unsigned next = 0;;) {
+	int null = open("/dev/null", O_RDWR);
+	for (int stream = 0; stream <= STDERR_FILENO; stream++)
+		dup2(null, stream);
+	for (unsigned next = STDERR_FILENO + 1;;) {
 		unsigned keep = ~0u;
 		for (int k = 0; k < N_FDS; k++)
 			if ((unsigned)options->fds[k] >= next && (unsigned)options->fds[k] < keep)

@@ -1,0 +1,255 @@
+"""One connection to a pager.
+
+Facts: a SOCK_SEQPACKET packet arrives whole or not at all, with its descriptors; the pager's end closes only when pager and
+keeper are both dead, so a read never waits for a dead pager. Consequence: requests block without a time limit, and an
+end of file means that the pager is gone (its processes then are killed by the keeper, never left on zeros).
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Self
+
+from ..errors import PagerError
+from . import wire
+
+BACKING_TEMPLATE = 0
+BACKING_HUGETLB = 1
+BACKING_SHARED = 2
+"""Shared object number k is backing BACKING_SHARED + k."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Virtual addresses [start, end) that the pager serves from image address `image` on.
+
+    All page-aligned (hugetlb: 2 MiB); `backing` is BACKING_TEMPLATE, BACKING_HUGETLB or BACKING_SHARED + k.
+    """
+
+    start: int
+    end: int
+    image: int
+    backing: int = BACKING_TEMPLATE
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTimes:
+    """Nanoseconds from reading a fault message to waking its thread; the quantiles are exact to 12 %."""
+
+    p50_ns: int
+    p99_ns: int
+    max_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Counts of what one address space, or all of a pager's, met with. Pages are 4 KiB."""
+
+    missing: int  # faults
+    minor: int  # faults
+    write: int  # of these
+    zero_faults: int  # of these
+    zero_pages: int
+    pages: int
+    forks: int
+    remaps: int
+    removes: int
+    unmaps: int
+    retries: int
+    exists: int
+    gone: int
+    poisoned: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceStats:
+    """One living address space."""
+
+    pid: int
+    """In the pager's PID namespace; 0: a forked child, whose pid the kernel does not tell."""
+    generation: int
+    """0: restored; 1: forked by it; and so on."""
+    id: int
+    intervals: int
+    bytes_registered: int
+    service: ServiceTimes
+    counters: Counters
+
+
+@dataclass(frozen=True, slots=True)
+class PagerStats:
+    """A pager's sums since it started, and its living address spaces."""
+
+    uptime_ns: int
+    chunks_total: int
+    chunks_filled: int
+    chunks_bad: int
+    bytes_filled: int
+    """Raw bytes decompressed."""
+    bytes_read: int
+    """Compressed bytes read."""
+    faults: int
+    service: ServiceTimes
+    counters: Counters
+    spaces_ended: int
+    spaces: tuple[SpaceStats, ...]
+
+
+class PagerGone(PagerError):
+    """The pager ended, or is ending, while it was asked; a new one may be started."""
+
+
+class PagerClient:
+    """A connected pager. Thread-safe; owns its socket and the template descriptors, all closed by `close()`."""
+
+    def __init__(self, connection: socket.socket, name: str) -> None:
+        """Takes `connection` over and says HELLO. Raises PagerGone, PagerError."""
+        self._socket = connection
+        self._lock = threading.Lock()
+        self._name = name
+        self._templates: list[int] = []
+        try:
+            self._hello()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connection; attached address spaces go on being served."""
+        self._socket.close()
+        while self._templates:
+            os.close(self._templates.pop())
+
+    @property
+    def template_fd(self) -> int:
+        """The template memfd (file offset == image address), valid until `close()`."""
+        return self._templates[0]
+
+    @property
+    def hugetlb_fd(self) -> int | None:
+        """The hugetlb template, None if the image has no hugetlb memory; valid until `close()`."""
+        return self._templates[1] if len(self._templates) > 1 else None
+
+    def attach(
+        self,
+        userfaultfd: int,
+        pidfd: int,
+        ranges: Iterable[Range],
+        shared: Mapping[int, int] | None = None,
+        *,
+        eager: bool = False,
+    ) -> None:
+        """Hands one address space over; when this returns, its faults are served.
+
+        userfaultfd: fresh, no UFFDIO_API done, created by or in the process (pidfd_getfd). ranges: sorted by start, not
+        overlapping, already mapped. shared: shared object number to memfd. eager: fill the shared memfds wholly before
+        returning. All descriptors stay the caller's. Raises PagerError with errno, step, and the address in the
+        resource; the process must then be killed.
+        """
+        shared = shared or {}
+        if len(shared) > wire.MAX_SHARED:
+            raise PagerError(self._name, "attach", "too many shared memory objects", errno=errno.E2BIG)
+        packed = [wire.RANGE.pack(r.start, r.end, r.image, r.backing, 0) for r in ranges]
+        memfd = os.memfd_create("lazyrestore-ranges", os.MFD_CLOEXEC)
+        try:
+            os.writev(memfd, [b"".join(packed)])
+            request = _request(wire.ATTACH, wire.ATTACH_EAGER if eager else 0, len(packed), list(shared))
+            self._ask(request, [userfaultfd, pidfd, memfd, *shared.values()])
+        finally:
+            os.close(memfd)
+
+    def stats(self) -> PagerStats:
+        """Raises PagerGone, PagerError."""
+        with self._lock:
+            self._send(_request(wire.STATS))
+            head = wire.TOTALS.unpack(self._receive(wire.TOTALS.size))
+            _, error, n_spaces, ended = head[:4]
+            if error:
+                raise PagerError(self._name, "stats", errno=error)
+            spaces = tuple(_space(self._receive(wire.SPACE.size)) for _ in range(n_spaces))
+        uptime, total, filled, bad, bytes_filled, bytes_read, faults, *times = head[4:14]
+        return PagerStats(
+            uptime, total, filled, bad, bytes_filled, bytes_read, faults,
+            ServiceTimes(*times), Counters(*head[14:]), ended, spaces,
+        )  # fmt: skip
+
+    def stop(self) -> None:
+        """Asks the pager to exit when no address space and no connection is left. Raises PagerGone."""
+        self._ask(_request(wire.STOP))
+
+    def pids(self) -> tuple[int, int]:
+        """(pager, keeper) as of now, in the pager's PID namespace."""
+        return self._hello()
+
+    def _hello(self) -> tuple[int, int]:
+        with self._lock:
+            self._send(_request(wire.HELLO))
+            try:
+                data, fds, _, _ = socket.recv_fds(self._socket, wire.REPLY.size, 2)
+            except OSError as error:
+                raise self._gone(error.errno) from error
+            if self._templates:
+                for fd in fds:
+                    os.close(fd)
+            else:
+                self._templates = list(fds)
+            reply = self._check(data)
+        if not self._templates:
+            raise PagerError(self._name, "hello", "no template arrived")
+        return reply
+
+    def _ask(self, request: bytes, fds: list[int] | None = None) -> None:
+        with self._lock:
+            self._send(request, fds or [])
+            self._check(self._receive(wire.REPLY.size))
+
+    def _check(self, data: bytes) -> tuple[int, int]:
+        if len(data) != wire.REPLY.size:
+            raise self._gone(errno.ECONNRESET)
+        _, error, address, step, pager, keeper, _, _ = wire.REPLY.unpack(data)
+        if error:
+            where = f"{self._name}, address {address:#x}" if address else self._name
+            raise PagerError(where, step.rstrip(b"\0").decode(errors="replace"), errno=error)
+        return pager, keeper
+
+    def _send(self, request: bytes, fds: list[int] | None = None) -> None:
+        try:
+            socket.send_fds(self._socket, [request], fds or [])
+        except (BrokenPipeError, ConnectionError) as error:
+            raise self._gone(error.errno) from error
+
+    def _receive(self, size: int) -> bytes:
+        try:
+            data = self._socket.recv(size)
+        except ConnectionError as error:
+            raise self._gone(error.errno) from error
+        if len(data) != size:
+            raise self._gone(errno.ECONNRESET)
+        return data
+
+    def _gone(self, number: int | None) -> PagerGone:
+        return PagerGone(self._name, "connection", "the pager is gone", "its log says why", errno=number)
+
+
+def _request(kind: int, flags: int = 0, n_ranges: int = 0, shared: list[int] | None = None) -> bytes:
+    numbers = shared or []
+    padding = [0] * (wire.MAX_SHARED - len(numbers))
+    return wire.REQUEST.pack(kind, wire.VERSION, flags, n_ranges, len(numbers), *numbers, *padding)
+
+
+def _space(data: bytes) -> SpaceStats:
+    pid, generation, number, intervals, registered, p50, p99, longest, *counters = wire.SPACE.unpack(data)
+    return SpaceStats(
+        pid, generation, number, intervals, registered, ServiceTimes(p50, p99, longest), Counters(*counters)
+    )

@@ -1,0 +1,221 @@
+"""Finding a snapshot's pager on this host, or starting one.
+
+Facts: two restorers may start at the same moment, and a pager may be about to exit for want of work. Choice: whoever
+connects, starts, or exits does so under flock(2) of one lock file per snapshot; so a pager that was reached cannot have
+decided to leave. flock belongs to the open file description: the pager gets one of its own, never the restorer's. The pager
+is spawned as vfork does (os.posix_spawn), so its start costs the same from any caller and is safe with threads, and it
+inherits just the descriptors named on its command line. Cost: restores of one snapshot queue up for the 1 or 2 ms that
+the first one needs to start its pager.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import PagerError
+from . import wire
+from .client import PagerClient, PagerGone
+
+PAGERD = Path(__file__).resolve().parent.parent / "_native" / "pagerd"
+_LONGEST_PATH = 107  # sockaddr_un.sun_path without its zero byte
+
+
+class StoredImage(Protocol):
+    """What the pager must know of a stored snapshot; the descriptors stay the owner's."""
+
+    @property
+    def key(self) -> str:
+        """Names the snapshot on this host: the store's path and the snapshot's id."""
+
+    @property
+    def name(self) -> str:
+        """For log lines and errors."""
+
+    @property
+    def data_fd(self) -> int:
+        """LMDB's data file, open for reading."""
+
+    @property
+    def pin_fd(self) -> int:
+        """Held open by the pager as long as it may need the packs."""
+
+    @property
+    def index_offset(self) -> int:
+        """Bytes into the data file."""
+
+    @property
+    def n_chunks(self) -> int: ...
+
+    @property
+    def packs(self) -> Sequence[tuple[int, int]]:
+        """(offset into the data file, length), bytes."""
+
+    @property
+    def hugetlb(self) -> bool:
+        """Whether the snapshot has hugetlb memory."""
+
+
+def runtime_directory() -> Path:
+    """The private directory for sockets, locks and the pagers' log; made if it is missing.
+
+    $XDG_RUNTIME_DIR/lazyrestore, else /run/lazyrestore (root), /run/user/UID/lazyrestore, or one in the temporary
+    directory. Raises PagerError if it belongs to somebody else or others may enter it.
+    """
+    uid = os.geteuid()
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
+        path = Path(base) / "lazyrestore"
+    elif uid == 0:
+        path = Path("/run/lazyrestore")
+    elif os.access(f"/run/user/{uid}", os.W_OK):
+        path = Path(f"/run/user/{uid}/lazyrestore")
+    else:
+        path = Path(tempfile.gettempdir()) / f"lazyrestore-{uid}"
+    _make_private(path)
+    return path
+
+
+def _make_private(path: Path) -> None:
+    try:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+        about = path.lstat()
+    except OSError as error:
+        raise PagerError(f"run-time directory {path}", "mkdir", errno=error.errno) from error
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
+        raise PagerError(
+            f"run-time directory {path}", "check", "not a private directory of ours", "remove it or set XDG_RUNTIME_DIR"
+        )
+
+
+def connect_or_start(image: StoredImage, *, runtime_dir: Path | None = None, linger_ms: int = 2000) -> PagerClient:
+    """The pager of `image`, started if there is none; it outlives the caller.
+
+    linger_ms: how long a pager started here stays without address spaces and connections. Raises PagerError.
+    """
+    directory = _directory(runtime_dir)
+    path, name = _socket_path(directory, image.key), f"pager of {image.name}"
+    with _locked(path):
+        try:
+            return _connect(path, name)
+        except (FileNotFoundError, ConnectionRefusedError, PagerGone):
+            pass
+        _start(image, directory, path, linger_ms)
+        try:
+            return _connect(path, name)
+        except PagerGone as error:
+            raise PagerError(name, "start", "it ended at once", f"see {_log(directory)}", errno=error.errno) from error
+        except OSError as error:
+            raise PagerError(name, "connect", errno=error.errno) from error
+
+
+def connect_existing(key: str, name: str, *, runtime_dir: Path | None = None) -> PagerClient | None:
+    """The running pager of the snapshot `key`; None if there is none."""
+    path = _socket_path(_directory(runtime_dir), key)
+    with _locked(path):
+        try:
+            return _connect(path, f"pager of {name}")
+        except (FileNotFoundError, ConnectionRefusedError, PagerGone):
+            return None
+
+
+def _directory(given: Path | None) -> Path:
+    if given is None:
+        return runtime_directory()
+    _make_private(given)
+    return given.resolve()
+
+
+def _socket_path(directory: Path, key: str) -> Path:
+    path = directory / (hashlib.blake2b(key.encode(), digest_size=8).hexdigest() + ".sock")
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        raise PagerError(f"run-time directory {directory}", "socket", "path too long", errno=errno.ENAMETOOLONG)
+    return path
+
+
+def _log(directory: Path) -> Path:
+    return directory / "pager.log"
+
+
+def _open_lock(path: Path) -> int:
+    return os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = _open_lock(path)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _connect(path: Path, name: str) -> PagerClient:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        connection.connect(os.fspath(path))
+    except BaseException:
+        connection.close()
+        raise
+    return PagerClient(connection, name)
+
+
+def _image_memfd(image: StoredImage) -> int:
+    flags = wire.IMAGE_HUGETLB if image.hugetlb else 0
+    name = image.name.encode()[:95]
+    header = wire.IMAGE.pack(
+        wire.IMAGE_MAGIC, wire.VERSION, flags, len(image.packs), image.index_offset, image.n_chunks, name
+    )
+    memfd = os.memfd_create("lazyrestore-image", os.MFD_CLOEXEC)
+    with os.fdopen(memfd, "wb", closefd=False) as file:
+        file.write(header)
+        file.writelines(wire.PACK.pack(offset, length) for offset, length in image.packs)
+    return memfd
+
+
+def _start(image: StoredImage, directory: Path, path: Path, linger_ms: int) -> None:
+    with contextlib.ExitStack() as stack:
+
+        def owned(fd: int) -> int:
+            stack.callback(os.close, fd)
+            return fd
+
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+        path.unlink(missing_ok=True)
+        listener.bind(os.fspath(path))
+        listener.listen(128)
+        log_flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        fds = {
+            "--listen": listener.fileno(),
+            "--data": image.data_fd,
+            "--pin": image.pin_fd,
+            "--lock": owned(_open_lock(path)),
+            "--log": owned(os.open(_log(directory), log_flags, 0o600)),
+            "--image": owned(_image_memfd(image)),
+        }
+        # posix_spawn's dup2 onto itself makes a descriptor inheritable in the child only; standard streams are not used.
+        duplicates = {k: owned(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)) for k, fd in fds.items() if fd < 3}
+        fds |= duplicates
+        arguments = [word for key, fd in fds.items() for word in (key, str(fd))]
+        try:
+            pid = os.posix_spawn(
+                os.fspath(PAGERD),
+                ["pagerd", *arguments, "--linger", str(linger_ms)],
+                {},
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in fds.values()],
+            )
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise PagerError(f"pager of {image.name}", f"posix_spawn {PAGERD}", errno=error.errno) from error
+        with contextlib.suppress(ChildProcessError):  # somebody else's waitpid(-1) was faster
+            os.waitpid(pid, 0)

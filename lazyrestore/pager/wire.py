@@ -1,0 +1,40 @@
+"""The layouts of `_native/pager/protocol.h`, for `struct`. tests/pager/test_wire.py compares them with the compiler's."""
+
+from __future__ import annotations
+
+from struct import Struct
+
+VERSION = 1
+IMAGE_MAGIC = 0x474D494C
+IMAGE_HUGETLB = 1
+MAX_SHARED = 248
+MAX_CHUNK = 2 << 20
+
+HELLO, ATTACH, STATS, STOP = 1, 2, 3, 4
+ATTACH_EAGER = 1
+
+IMAGE = Struct("<IIIIQQ96s")  # magic, version, flags, packs, index offset, chunks, name
+PACK = Struct("<QQ")  # offset into the data file, length
+CHUNK = Struct("<QIIII")  # image address, raw length, pack, offset into the pack, stored length
+RANGE = Struct("<QQQII")  # start, end, image address, backing, flags
+REQUEST = Struct("<5I248I")  # kind, version, flags, ranges, shared, shared object numbers
+REPLY = Struct("<IiQ64siiII")  # kind, errno, address, step, pager, keeper, descriptors, spaces
+TOTALS = Struct("<IiII10Q14Q")
+SPACE = Struct("<iI6Q14Q")
+
+COUNTERS = (
+    "missing",
+    "minor",
+    "write",
+    "zero_faults",
+    "zero_pages",
+    "pages",
+    "forks",
+    "remaps",
+    "removes",
+    "unmaps",
+    "retries",
+    "exists",
+    "gone",
+    "poisoned",
+)
