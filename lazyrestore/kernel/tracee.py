@@ -1,0 +1,356 @@
+"""A frozen process: all of its threads held by ptrace, and single system calls made by them on our behalf.
+
+Facts. PTRACE_SEIZE does not disturb; PTRACE_INTERRUPT stops a thread (PTRACE_EVENT_STOP) and makes an interruptible system call return
+-ERESTART… or -EINTR inside the kernel. When the tracer detaches or dies, the kernel marks a signal as pending for every
+stopped thread, so it passes through the signal code on its way out and there restarts the call, if orig_rax is still the call's number.
+A few calls return -EINTR instead of a restart code (epoll_wait, rt_sigtimedwait, …; signal(7), "stop signals"); a process that was merely looked at would see that.
+
+Consequence. A thread's registers are put back exactly as they were, and the kernel restarts what it would have restarted; for
+the calls that do not restart, rip is moved back over the syscall instruction, unless a signal is really pending.
+
+The stub. Calls that only the process itself can make (rt_sigaction, sigaltstack, PR_GET_TID_ADDRESS, getitimer) run from about 200 bytes in the zero
+padding behind the vdso's code. If the tracer is killed while a thread is in there, the thread finishes by itself: it unmaps the scratch page,
+puts back its signal mask and its registers and jumps to where it was. Nothing is written to the target's stack. At most one thread is diverted at a time.
+The cost: a private copy of one vdso page remains in the target, its bytes as before.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from lazyrestore._native import _core
+from lazyrestore.errors import AlreadyTraced, NoSuchProcess, NotPermitted, SnapshotFailed
+from lazyrestore.kernel import procfs
+
+lib = _core.lib
+ffi = _core.ffi
+
+REGISTERS = (
+    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base ds es fs gs"
+).split()
+_REGISTERS = struct.Struct(f"<{len(REGISTERS)}Q")
+ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK, EINTR = 512, 513, 514, 516, 4
+SYSCALL_LENGTH = 2  # bytes of the syscall instruction
+STUB_LENGTH = 256
+FREEZE_SECONDS = 10.0
+
+# Calls that return -EINTR to a thread that was only stopped and continued; each may be made again.
+NOT_RESTARTED = frozenset(
+    (
+        lib.SYS_epoll_wait, lib.SYS_epoll_pwait, lib.SYS_epoll_pwait2, lib.SYS_rt_sigtimedwait, lib.SYS_semop, lib.SYS_semtimedop,
+        lib.SYS_io_getevents, lib.SYS_accept, lib.SYS_accept4, lib.SYS_recvfrom, lib.SYS_recvmsg, lib.SYS_recvmmsg,
+        lib.SYS_sendto, lib.SYS_sendmsg, lib.SYS_sendmmsg, lib.SYS_read,
+    )
+)  # fmt: skip
+
+
+HOLE_START = 0x10_0000_0000  # 64 GiB: above what is linked at fixed addresses, below where the kernel places mappings
+HOLE_GAP = 1 << 20
+
+
+def find_hole(mappings: list[procfs.Mapping], length: int) -> int:
+    """The lowest address from HOLE_START on with `length` free bytes and a gap of HOLE_GAP on both sides."""
+    at = HOLE_START
+    for mapping in sorted(mappings, key=lambda mapping: mapping.start):
+        if mapping.start >= at + length + HOLE_GAP:
+            break
+        if mapping.end + HOLE_GAP > at:
+            at = mapping.end + HOLE_GAP
+    return at
+
+
+class Registers(dict[str, int]):
+    """The general registers by name; `pack()` gives the kernel's layout."""
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Registers:
+        return cls(zip(REGISTERS, _REGISTERS.unpack(data), strict=True))
+
+    def pack(self) -> bytes:
+        return _REGISTERS.pack(*(self[name] for name in REGISTERS))
+
+    @property
+    def in_syscall(self) -> bool:
+        return self["orig_rax"] < 1 << 63
+
+    @property
+    def result(self) -> int:
+        rax = self["rax"]
+        return rax - (1 << 64) if rax >= 1 << 63 else rax
+
+
+def call_again(registers: Registers, number: int | None = None) -> Registers:
+    """The registers that make the interrupted call once more (or `number` with the same arguments)."""
+    again = Registers(registers)
+    again["rax"] = registers["orig_rax"] if number is None else number
+    again["rip"] = registers["rip"] - SYSCALL_LENGTH
+    again["orig_rax"] = (1 << 64) - 1
+    return again
+
+
+def check(result: int, process: int, step: str) -> int:
+    """A native function's result; negative ones become the exception that fits."""
+    if result >= 0:
+        return int(result)
+    import errno
+
+    if -result == errno.ESRCH:
+        raise NoSuchProcess(f"process {process}", step, "the process or thread is gone")
+    if -result in (errno.EPERM, errno.EACCES):
+        raise NotPermitted(f"process {process}", step, "", "run as root or as the owner with CAP_SYS_PTRACE", errno=-result)
+    raise SnapshotFailed(f"process {process}", step, errno=-result)
+
+
+class Frozen:
+    """Context manager: every thread of `pid` stopped; on leaving, every thread goes on as it was.
+
+    `tids` are ascending with the leader (== pid) first. The thread that enters must be the one that leaves (ptrace).
+    """
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.tids: list[int] = []
+        self.registers: dict[int, Registers] = {}
+        self.masks: dict[int, int] = {}
+        self.memory = -1
+        self._stub: int | None = None
+        self._stub_original = b""
+        self._scratch = 0
+        self._seized: set[int] = set()
+
+    def __enter__(self) -> Frozen:
+        try:
+            self._freeze()
+            self.memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+            registers, mask = ffi.new("struct lr_registers *"), ffi.new("uint64_t *")
+            for tid in self.tids:
+                check(lib.lr_get_registers(tid, registers), self.pid, "read registers")
+                self.registers[tid] = Registers.unpack(bytes(ffi.buffer(registers)))
+                check(lib.lr_get_signal_mask(tid, mask), self.pid, "read signal mask")
+                self.masks[tid] = mask[0]
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.end_calls()
+            for tid in self.tids:
+                self._mend_interrupted(tid)
+        except NoSuchProcess:
+            pass  # it was killed meanwhile: nothing to put back
+        finally:
+            for tid in self._seized:
+                lib.lr_detach(tid, 0)
+            self._seized.clear()
+            if self.memory >= 0:
+                os.close(self.memory)
+                self.memory = -1
+
+    # -- stopping ------------------------------------------------------------------------------------------------------
+
+    def _freeze(self) -> None:
+        deadline = time.monotonic() + FREEZE_SECONDS
+        while True:
+            new = [tid for tid in procfs.threads(self.pid) if tid not in self._seized]
+            if not new:
+                break
+            stopping = []
+            for tid in new:
+                result = lib.lr_seize(tid, lib.PTRACE_O_TRACESYSGOOD)
+                if result == -3:  # ESRCH: the thread ended between the listing and now
+                    continue
+                if result < 0 and self._tracer():
+                    raise AlreadyTraced(
+                        f"process {self.pid}", "attach", f"already traced by process {self._tracer()}", "detach that tracer first"
+                    )
+                check(result, self.pid, "attach")
+                self._seized.add(tid)
+                lib.lr_interrupt(tid)
+                stopping.append(tid)
+            for tid in stopping:
+                self._await_stop(tid, deadline)
+            if not stopping and not self._seized:
+                raise NoSuchProcess(f"process {self.pid}", "attach", "it ended")
+        self.tids = [self.pid, *sorted(self._seized - {self.pid})]
+        if self.pid not in self._seized:
+            raise SnapshotFailed(f"process {self.pid}", "freeze", "its main thread has exited, which is not supported")
+
+    def _await_stop(self, tid: int, deadline: float) -> None:
+        spins = 0
+        while True:
+            try:
+                got, status = os.waitpid(tid, os.WNOHANG | 0x40000000)  # __WALL
+            except ChildProcessError:
+                self._seized.discard(tid)
+                return
+            if not got:
+                spins += 1
+                if spins > 2000:
+                    if time.monotonic() > deadline:
+                        raise SnapshotFailed(
+                            f"thread {tid}", "freeze", f"did not stop within {FREEZE_SECONDS:.0f} s", "it may be in an uninterruptible wait"
+                        )
+                    time.sleep(0.0005)
+                continue
+            if not os.WIFSTOPPED(status):
+                self._seized.discard(tid)  # it ended
+                return
+            if status >> 16 == lib.PTRACE_EVENT_STOP:
+                return
+            # A signal was on its way before the interrupt: let it be delivered as it would have been.
+            lib.lr_continue(tid, os.WSTOPSIG(status))
+
+    def _tracer(self) -> int:
+        return int(procfs.parse_status(procfs.read(self.pid, "status")).get("TracerPid", "0"))
+
+    def _mend_interrupted(self, tid: int) -> None:
+        """A call that a mere stop turned into -EINTR is made again; everything else the kernel restarts by itself."""
+        registers = self.registers[tid]
+        if registers.in_syscall and registers.result == -EINTR and registers["orig_rax"] in NOT_RESTARTED:
+            if not self._signal_pending(tid):
+                self._set(tid, call_again(registers))
+
+    def _signal_pending(self, tid: int) -> bool:
+        status = procfs.parse_status(procfs.read(self.pid, f"task/{tid}/status"))
+        pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
+        return bool(pending & ~self.masks[tid])
+
+    def _set(self, tid: int, registers: Registers) -> None:
+        packed = ffi.from_buffer("struct lr_registers *", registers.pack())
+        check(lib.lr_set_registers(tid, packed), self.pid, "set registers")
+
+    # -- calls made by the process itself --------------------------------------------------------------------------------
+
+    def begin_calls(self) -> None:
+        """Find a place for the stub, and let the process map the scratch page."""
+        self._stub = self._find_stub()
+        address = find_hole(procfs.parse_maps(procfs.read(self.pid, "maps")), 4096)
+        self._scratch = address
+        protection = lib.PROT_READ | lib.PROT_WRITE
+        flags = lib.MAP_PRIVATE | lib.MAP_ANONYMOUS | lib.MAP_FIXED_NOREPLACE
+        with _Diverted(self, self.pid) as call:
+            result = call(lib.SYS_mmap, address, 4096, protection, flags, -1, 0)
+        if result != address:
+            self._scratch = 0
+            raise SnapshotFailed(f"process {self.pid}", "map a scratch page", errno=-result)
+
+    def end_calls(self) -> None:
+        """Unmap the scratch page and put back the padding."""
+        if self._stub is None:
+            return
+        if self._scratch:
+            with _Diverted(self, self.pid) as call:
+                call(lib.SYS_munmap, self._scratch, 4096)
+            self._scratch = 0
+        os.pwrite(self.memory, self._stub_original, self._stub)
+        self._stub = None
+
+    def calls(self, tid: int) -> _Diverted:
+        """`with frozen.calls(tid) as call: call(number, …)`: system calls by that thread."""
+        return _Diverted(self, tid)
+
+    @property
+    def scratch(self) -> int:
+        """A page of the target for results and arguments, between begin_calls and end_calls."""
+        return self._scratch
+
+    @property
+    def own_range(self) -> tuple[int, int]:
+        """What of the target's memory is ours: (start, end) of the scratch page."""
+        return self._scratch, self._scratch + 4096
+
+    def read(self, address: int, length: int) -> bytes:
+        return os.pread(self.memory, length, address)
+
+    def _find_stub(self) -> int:
+        """The last STUB_LENGTH bytes of an executable private mapping, if nothing but zeros is there: padding behind code."""
+        mappings = procfs.parse_maps(procfs.read(self.pid, "maps"))
+        mappings.sort(key=lambda mapping: mapping.path != "[vdso]")
+        for mapping in mappings:
+            if mapping.execute and not mapping.shared and not mapping.write and (mapping.path == "[vdso]" or mapping.path.startswith("/")):
+                start = mapping.end - STUB_LENGTH
+                content = os.pread(self.memory, 2 * STUB_LENGTH, mapping.end - 2 * STUB_LENGTH)
+                if content == bytes(2 * STUB_LENGTH):
+                    self._stub_original = content[STUB_LENGTH:]
+                    return start
+        raise SnapshotFailed(f"process {self.pid}", "prepare", "no executable mapping has room behind its code", "see lazyrestore doctor")
+
+
+class _Diverted:
+    """One thread, diverted to the stub."""
+
+    def __init__(self, frozen: Frozen, tid: int) -> None:
+        self.frozen = frozen
+        self.tid = tid
+
+    def __enter__(self) -> Callable[..., int]:
+        frozen, tid = self.frozen, self.tid
+        assert frozen._stub is not None
+        registers = frozen.registers[tid]
+        os.pwrite(frozen.memory, _stub_code(registers, frozen.masks[tid], frozen._scratch), frozen._stub)
+        base = ffi.from_buffer("struct lr_registers *", registers.pack())
+        arguments, result = ffi.new("uint64_t[6]"), ffi.new("int64_t *")
+        masked = False
+
+        def call(number: int, *values: int) -> int:
+            nonlocal masked
+            for index in range(6):
+                arguments[index] = values[index] & (1 << 64) - 1 if index < len(values) else 0
+            if not masked:
+                # From here on the stub is what runs if we die; it puts this mask back.
+                diverted = Registers(registers)
+                diverted.update(rip=frozen._stub, orig_rax=(1 << 64) - 1, rax=lib.SYS_getpid)
+                frozen._set(tid, diverted)
+                check(lib.lr_set_signal_mask(tid, (1 << 64) - 1), frozen.pid, "block signals")
+                masked = True
+            error = lib.lr_remote_syscall(tid, base, frozen._stub, number, arguments, result)
+            check(error, frozen.pid, "make a system call in the process")
+            return int(result[0])
+
+        return call
+
+    def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
+        frozen, tid = self.frozen, self.tid
+        frozen._set(tid, frozen.registers[tid])
+        lib.lr_set_signal_mask(tid, frozen.masks[tid])
+
+
+def _stub_code(registers: Registers, mask: int, scratch: int) -> bytes:
+    """The stub for one thread. All but the first instruction is the way home of a thread whose tracer died."""
+    home = registers
+    if registers.in_syscall:
+        if registers.result in (-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND):
+            home = call_again(registers)
+        elif registers.result == -ERESTART_RESTARTBLOCK:
+            home = call_again(registers, lib.SYS_restart_syscall)
+        elif registers.result == -EINTR and registers["orig_rax"] in NOT_RESTARTED:
+            home = call_again(registers)
+    quad = struct.Struct("<Q").pack
+    word = struct.Struct("<I").pack
+    syscall = b"\x0f\x05"
+    code = bytearray(syscall)
+    # munmap(scratch, 4096)
+    code += b"\x48\xbf" + quad(scratch) + b"\xbe" + word(4096 if scratch else 0) + b"\xb8" + word(lib.SYS_munmap) + syscall
+    # rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8); mov leaves the flags alone
+    code += b"\xbf" + word(lib.SIG_SETMASK) + b"\x48\x8d\x35"
+    mask_reference = len(code)
+    code += word(0) + b"\xba" + word(0) + b"\x41\xba" + word(8) + b"\xb8" + word(lib.SYS_rt_sigprocmask) + syscall
+    for opcode, name in (
+        (b"\x48\xb8", "rax"), (b"\x48\xb9", "rcx"), (b"\x48\xba", "rdx"), (b"\x48\xbe", "rsi"), (b"\x48\xbf", "rdi"),
+        (b"\x49\xb8", "r8"), (b"\x49\xb9", "r9"), (b"\x49\xba", "r10"), (b"\x49\xbb", "r11"),
+    ):  # fmt: skip
+        code += opcode + quad(home[name])
+    code += b"\xff\x25" + word(0) + quad(home["rip"])  # jmp *0(%rip)
+    struct.pack_into("<i", code, mask_reference, len(code) - mask_reference - 4)
+    code += quad(mask)
+    assert len(code) <= STUB_LENGTH
+    return bytes(code)

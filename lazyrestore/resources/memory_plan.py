@@ -1,0 +1,228 @@
+"""Which bytes of a frozen process are content, and where they are to be read: VMAs become `Vma`s plus a list of runs.
+
+Facts. PAGEMAP_SCAN (Linux 6.7) tells present, swapped, file and zero pages of a range in one call; before it, /proc/PID/pagemap has eight bytes a
+page: bit 63 present, 62 swapped, 61 a page of a file or shared. process_vm_readv reads what the process may read;
+/proc/PID/mem reads regardless of protection. A restored process's own lazy mappings have content that is not present: they are read whole (which faults
+it in). Reading a memory file by descriptor never faults, so anonymous shared memory, which may be lazy, is read through its mapping.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from dataclasses import dataclass, field
+
+from lazyrestore._native import _core
+from lazyrestore.errors import SnapshotFailed
+from lazyrestore.kernel.procfs import Mapping
+from lazyrestore.resources.vma import (
+    LARGE_FILE_MAPPING, PAGE, FileIdentity, Kind, SharedObject, Vma, identify, is_template, protection_of,
+)  # fmt: skip
+
+lib, ffi = _core.lib, _core.ffi
+
+Ranges = list[tuple[int, int]]  # (start, end) addresses, end exclusive
+
+OBJECT_SPAN = 1 << 47  # image addresses per shared object
+KERNEL_MAPPINGS = ("[vdso]", "[vvar]", "[vvar_vclock]")
+HUGE = 2 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """`length` bytes at image address `image`, to be read at `address` of the process, or of `descriptor` if that is not -1."""
+
+    image: int
+    address: int
+    length: int
+    descriptor: int = -1
+    forced: bool = False  # not readable by the process itself: through /proc/PID/mem
+
+
+@dataclass(slots=True)
+class Plan:
+    vmas: list[Vma] = field(default_factory=list)
+    files: list[FileIdentity] = field(default_factory=list)
+    shared: list[SharedObject] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        return sum(run.length for run in self.runs)
+
+
+class Planner:
+    """Builds a Plan for one frozen process; owns descriptors until close()."""
+
+    def __init__(self, pid: int, identities: dict[str, FileIdentity]) -> None:
+        self.pid = pid
+        self.plan = Plan()
+        self._identities = identities  # found before the freeze
+        self._files: dict[str, int] = {}
+        self._objects: dict[tuple[str, int], int] = {}
+        self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptors: list[int] = []
+
+    def close(self) -> None:
+        for descriptor in [self._pagemap, *self._descriptors]:
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def build(self, mappings: list[Mapping]) -> Plan:
+        for mapping in mappings:
+            self.plan.vmas.append(self._vma(mapping))
+        return self.plan
+
+    def _vma(self, m: Mapping) -> Vma:
+        if m.path in KERNEL_MAPPINGS:
+            return self._make(m, "kernel")
+        if "ht" in m.flags:
+            return self._hugetlb(m)
+        if m.anonymous:
+            ranges = self._populated(m.start, m.end, anonymous=False)
+            eager = bool({"gd", "wf", "lo"} & set(m.flags))
+            if not ranges and not eager:
+                return self._make(m, "anonymous")
+            return self._make(m, "eager" if eager else "lazy", self._add(m, ranges), written=ranges if eager else None)
+        if is_template(m):
+            return self._make(m, "lazy", self._add(m, [(m.start, m.end)]))
+        memory_file = m.path.startswith("/memfd:") or (m.path == "/dev/zero" and m.shared)
+        if memory_file or (m.shared and not self._is_file(m)):
+            return self._shared(m)
+        if not self._is_file(m):
+            return self._make(m, "lazy", self._add(m, [(m.start, self._end_of_file(m))]))
+        return self._file(m)
+
+    def _make(
+        self, m: Mapping, kind: Kind, stored: int = 0, *, file: int = -1, shared_object: int = -1, written: Ranges | None = None
+    ) -> Vma:
+        return Vma(
+            m.start, m.end, protection_of(m), kind, m.path, m.offset, m.flags, file, shared_object, m.shared, stored,
+            "gd" in m.flags, written or [],
+        )  # fmt: skip
+
+    def _add(self, m: Mapping, ranges: Ranges, image: int | None = None) -> int:
+        """Store these address ranges of the process; returns the bytes."""
+        shift = 0 if image is None else image - m.start
+        for start, end in ranges:
+            self.plan.runs.append(Run(start + shift, start, end - start, forced=not m.read))
+        return sum(end - start for start, end in ranges)
+
+    def _hugetlb(self, m: Mapping) -> Vma:
+        if m.shared:
+            raise SnapshotFailed(f"mapping {m.start:x}-{m.end:x}", "plan", "shared hugetlb memory cannot be stored yet")
+        ranges = self._populated(m.start, m.end, anonymous=False)
+        return self._make(m, "hugetlb", self._add(m, ranges))
+
+    def _file(self, m: Mapping) -> Vma:
+        index = self._file_index(m.path)
+        if m.shared:
+            return self._make(m, "file", file=index)
+        written = self._populated(m.start, m.end, anonymous=True)
+        if not written:
+            return self._make(m, "file", file=index)
+        size = sum(end - start for start, end in written)
+        end = self._end_of_file(m)
+        if end < m.end or (m.size > LARGE_FILE_MAPPING and size * 8 < m.size):
+            return self._make(m, "file", self._add(m, written), file=index, written=written)
+        return self._make(m, "lazy", self._add(m, [(m.start, end)]))
+
+    def _shared(self, m: Mapping) -> Vma:
+        key = (m.device, m.inode)
+        anonymous = m.path == "/dev/zero"
+        if key not in self._objects:
+            self._objects[key] = len(self.plan.shared)
+            descriptor = os.open(f"/proc/{self.pid}/map_files/{m.start:x}-{m.end:x}", os.O_RDONLY | os.O_CLOEXEC)
+            self._descriptors.append(descriptor)
+            size = os.fstat(descriptor).st_size
+            image = (len(self.plan.shared) + 1) * OBJECT_SPAN
+            self.plan.shared.append(SharedObject(m.path, size, image, key, anonymous))
+            if not anonymous:
+                for start, end in _data_ranges(descriptor, size):
+                    self.plan.runs.append(Run(image + start, start, end - start, descriptor))
+        number = self._objects[key]
+        shared = self.plan.shared[number]
+        stored, written = 0, []
+        if anonymous:
+            end = min(m.end, m.start + max(0, _round_up(shared.size) - m.offset))
+            covered = [(m.start, end)] if end > m.start else []
+            stored = self._add(m, covered, shared.image + m.offset)
+        elif not m.shared:
+            written = self._populated(m.start, m.end, anonymous=True)
+            stored = self._add(m, written)
+        return self._make(m, "shared", stored, shared_object=number, written=written)
+
+    # -- looking ----------------------------------------------------------------------------------------------------------
+
+    def _file_index(self, path: str) -> int:
+        if path not in self._files:
+            identity = self._identities.get(path) or identify(path, "")
+            if identity is None:
+                raise SnapshotFailed(f"file {path}", "identify", "it is mapped and cannot be read")
+            self._files[path] = len(self.plan.files)
+            self.plan.files.append(identity)
+        return self._files[path]
+
+    def _is_file(self, m: Mapping) -> bool:
+        """Whether the mapping's path still names the file that is mapped."""
+        if m.deleted:
+            return False
+        try:
+            return os.stat(m.path).st_ino == m.inode
+        except OSError:
+            return False
+
+    def _end_of_file(self, m: Mapping) -> int:
+        """Where reading the mapping ends: its end, or the page after the file's last byte."""
+        try:
+            size = os.stat(f"/proc/{self.pid}/map_files/{m.start:x}-{m.end:x}").st_size
+        except OSError:
+            return m.end
+        return max(m.start, min(m.end, m.start + _round_up(size) - m.offset))
+
+    def _populated(self, start: int, end: int, *, anonymous: bool) -> Ranges:
+        """The address ranges of [start, end) whose pages have content (with `anonymous`: that are no page of a file)."""
+        room = 4096
+        ranges, following = ffi.new(f"uint64_t[{2 * room}]"), ffi.new("uint64_t *", start)
+        found: list[tuple[int, int]] = []
+        while following[0] < end:
+            count = lib.lr_scan_populated(self._pagemap, following[0], end, anonymous, ranges, room, following)
+            if count == -errno.ENOTTY:
+                return self._populated_before_6_7(start, end, anonymous=anonymous)
+            if count < 0:
+                raise SnapshotFailed(f"mapping {start:x}-{end:x}", "PAGEMAP_SCAN", errno=-count)
+            found += [(ranges[2 * index], ranges[2 * index + 1]) for index in range(count)]
+        return found
+
+    def _populated_before_6_7(self, start: int, end: int, *, anonymous: bool) -> Ranges:
+        found: list[tuple[int, int]] = []
+        for base in range(start, end, PAGE << 16):
+            entries = memoryview(os.pread(self._pagemap, min(end - base, PAGE << 16) // PAGE * 8, base // PAGE * 8)).cast("Q")
+            for index, entry in enumerate(entries):
+                if not entry >> 62 or (anonymous and entry >> 61 & 1):
+                    continue
+                page = base + index * PAGE
+                if found and found[-1][1] == page:
+                    found[-1] = (found[-1][0], page + PAGE)
+                else:
+                    found.append((page, page + PAGE))
+        return found
+
+
+def _data_ranges(descriptor: int, size: int) -> Ranges:
+    """The parts of a memory file that are no holes, in whole pages."""
+    ranges, at = [], 0
+    while at < size:
+        try:
+            start = os.lseek(descriptor, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            break
+        at = os.lseek(descriptor, start, os.SEEK_HOLE)
+        ranges.append((start & -PAGE, _round_up(at)))
+    return ranges
+
+
+def _round_up(value: int) -> int:
+    return -(-value // PAGE) * PAGE

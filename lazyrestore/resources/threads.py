@@ -1,0 +1,179 @@
+"""Threads: registers, extended state, masks, TLS, stacks for signals, robust list, rseq, name, scheduling.
+
+Facts. clone3() with set_tid gives a chosen thread id (CAP_CHECKPOINT_RESTORE), CLONE_CHILD_CLEARTID sets the tid address, CLONE_SETTLS the
+fs base. The rest only the thread itself can set. A thread inside an interruptible system call shows orig_rax = its
+number and rax = a restart code; the copy has no restart block, so a call that the kernel would resume from one is made anew:
+nanosleep and clock_nanosleep with the remaining time (which the kernel has just written, if the caller gave it a place),
+the others (poll, a futex wait with a relative time, a sleep without a place) with their full time, so they are never cut short.
+A thread inside an rseq critical section goes to its abort handler, as after any preemption. Source: signal(7), kernel/rseq.c.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import msgspec
+
+from lazyrestore._native import _core
+from lazyrestore.kernel import procfs
+from lazyrestore.kernel.tracee import (
+    EINTR, ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, NOT_RESTARTED, Frozen, Registers, call_again, check,
+)  # fmt: skip
+from lazyrestore.program import OpList, Pointer, Program, lib
+
+ffi = _core.ffi
+
+SIGINFO = 128  # bytes of a siginfo_t
+XSTATE_ROOM = 16384  # AMX tiles take 8 KiB
+THREAD_FLAGS = (
+    lib.CLONE_VM | lib.CLONE_FS | lib.CLONE_FILES | lib.CLONE_SIGHAND | lib.CLONE_THREAD | lib.CLONE_SYSVSEM | lib.CLONE_SETTLS
+    | lib.CLONE_CHILD_CLEARTID | lib.CLONE_PTRACE
+)  # fmt: skip
+_CLONE_ARGS = struct.Struct("<11Q")
+
+
+class SignalStack(msgspec.Struct, frozen=True):
+    address: int
+    flags: int
+    size: int
+
+
+class Thread(msgspec.Struct, frozen=True):
+    """One thread. registers and xstate are the kernel's layouts (user_regs_struct, XSAVE area), ready for ptrace."""
+
+    tid: int
+    name: bytes
+    registers: bytes
+    xstate: bytes
+    signal_mask: int
+    tid_address: int
+    robust_list: int
+    robust_length: int
+    rseq: tuple[int, int, int]  # address, length, signature; address 0: none
+    signal_stack: SignalStack
+    pending: list[bytes]  # siginfo_t
+    nice: int
+    policy: int
+    rt_priority: int
+    affinity: list[int] | None  # None: all CPUs of the machine
+    timer_slack: int
+
+
+def capture(frozen: Frozen, tid: int) -> Thread:
+    """The state of one stopped thread; begin_calls() must have been called."""
+    pid = frozen.pid
+    with frozen.calls(tid) as call:
+        check(call(lib.SYS_prctl, lib.PR_GET_TID_ADDRESS, frozen.scratch), pid, "PR_GET_TID_ADDRESS")
+        check(call(lib.SYS_sigaltstack, 0, frozen.scratch + 8), pid, "sigaltstack")
+        slack = call(lib.SYS_prctl, lib.PR_GET_TIMERSLACK)
+        tid_address, address, flags, size = struct.unpack("<QQixxxxQ", frozen.read(frozen.scratch, 32))
+    head, length = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    check(lib.lr_get_robust_list(tid, head, length), pid, "get_robust_list")
+    rseq = ffi.new("struct lr_rseq *")
+    if lib.lr_get_rseq(tid, rseq) < 0:
+        rseq.pointer = 0
+    room, used = ffi.new("char[]", XSTATE_ROOM), ffi.new("size_t *", XSTATE_ROOM)
+    check(lib.lr_get_xstate(tid, room, used), pid, "read extended state")
+    stat = procfs.parse_stat(procfs.read(pid, f"task/{tid}/stat"))
+    cpus = os.sched_getaffinity(tid)
+    return Thread(
+        tid=tid,
+        name=procfs.read(pid, f"task/{tid}/comm").rstrip(b"\n"),
+        registers=_resumable(frozen, tid, rseq.pointer).pack(),
+        xstate=bytes(ffi.buffer(room, used[0])),
+        signal_mask=frozen.masks[tid],
+        tid_address=tid_address,
+        robust_list=head[0],
+        robust_length=length[0],
+        rseq=(rseq.pointer, rseq.size, rseq.signature),
+        signal_stack=SignalStack(address, flags & ~1, size),  # SS_ONSTACK tells where it is, it is not a setting
+        pending=pending_signals(tid, shared=False),
+        nice=stat.nice,
+        policy=stat.policy,
+        rt_priority=stat.rt_priority,
+        affinity=None if len(cpus) == os.cpu_count() else sorted(cpus),
+        timer_slack=slack,
+    )
+
+
+def pending_signals(tid: int, *, shared: bool) -> list[bytes]:
+    room = ffi.new(f"char[{64 * SIGINFO}]")
+    count = lib.lr_peek_signals(tid, shared, room, 64)
+    return [bytes(ffi.buffer(room + index * SIGINFO, SIGINFO)) for index in range(max(count, 0))]
+
+
+def _resumable(frozen: Frozen, tid: int, rseq: int) -> Registers:
+    """The registers with which the copy goes on."""
+    registers = Registers(frozen.registers[tid])
+    if registers.in_syscall:
+        result, number = registers.result, registers["orig_rax"]
+        if result in (-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND) or (result == -EINTR and number in NOT_RESTARTED):
+            registers = call_again(registers)
+        elif result == -ERESTART_RESTARTBLOCK:
+            registers = call_again(registers)
+            if number == lib.SYS_nanosleep and registers["rsi"]:
+                registers["rdi"] = registers["rsi"]
+            elif number == lib.SYS_clock_nanosleep and registers["r10"]:
+                registers["rdx"] = registers["r10"]
+        registers["orig_rax"] = (1 << 64) - 1
+    if rseq:
+        section = struct.unpack("<Q", frozen.read(rseq + 8, 8))[0]
+        if section:
+            _, _, start, length, abort = struct.unpack("<IIQQQ", frozen.read(section, 32))
+            if start <= registers["rip"] < start + length:
+                registers["rip"] = abort
+    return registers
+
+
+# -- restore -----------------------------------------------------------------------------------------------------------
+
+
+def restore_own(thread: Thread, program: Program, ops: OpList, *, leader: bool) -> None:
+    """Append what the thread sets for itself. userfaultfd must be served: the kernel writes the rseq area."""
+    with ops.serving(f"thread {thread.tid}"):
+        if leader:
+            ops.call(lib.SYS_set_tid_address, thread.tid_address)
+        if thread.robust_list:
+            ops.call(lib.SYS_set_robust_list, thread.robust_list, thread.robust_length)
+        stack = thread.signal_stack
+        if stack.address and not stack.flags & 2:  # SS_DISABLE
+            ops.call(lib.SYS_sigaltstack, program.place(struct.pack("<QixxxxQ", stack.address, stack.flags, stack.size)), 0)
+        address, length, signature = thread.rseq
+        if address:
+            ops.call(lib.SYS_rseq, address, length, 0, signature)
+        ops.call(lib.SYS_prctl, lib.PR_SET_NAME, program.string(thread.name))
+        if thread.timer_slack > 0 and thread.timer_slack != 50000:
+            ops.call(lib.SYS_prctl, lib.PR_SET_TIMERSLACK, thread.timer_slack)
+        if thread.affinity is not None:
+            mask = bytearray(128)
+            for cpu in thread.affinity:
+                mask[cpu // 8] |= 1 << cpu % 8
+            ops.try_call(lib.SYS_sched_setaffinity, 0, 128, program.place(bytes(mask)))
+        if thread.policy:
+            attributes = struct.pack("<IIQiIQQQ", 48, thread.policy, 0, thread.nice, thread.rt_priority, 0, 0, 0)
+            ops.call(lib.SYS_sched_setattr, 0, program.place(attributes), 0)
+        elif thread.nice:
+            ops.call(lib.SYS_setpriority, lib.PRIO_PROCESS, 0, thread.nice)
+
+
+def restore_pending(thread: Thread, pid: int, program: Program, ops: OpList) -> None:
+    with ops.serving(f"thread {thread.tid} (pending signal)"):
+        for info in thread.pending:
+            signal = struct.unpack_from("<i", info)[0]
+            ops.call(lib.SYS_rt_tgsigqueueinfo, pid, thread.tid, signal, program.place(info))
+
+
+def restore_start(thread: Thread, program: Program, ops: OpList, own: OpList) -> None:
+    """Append the creation of a thread that then runs its own list."""
+    tid = program.place(struct.pack("<i", thread.tid))
+    registers = Registers.unpack(thread.registers)
+    stack_size = 1024
+    # flags, pidfd, child_tid, parent_tid, exit_signal, stack, stack_size, tls, set_tid, set_tid_size, cgroup
+    flags = THREAD_FLAGS
+    arguments = _CLONE_ARGS.pack(flags, 0, thread.tid_address, 0, 0, 0, stack_size, registers["fs_base"], 0, 1, 0)
+    place = program.place(arguments)
+    program.stack_of(Pointer(place.offset + 5 * 8), own)
+    program.pointer_at(Pointer(place.offset + 8 * 8), tid)
+    with ops.serving(f"thread {thread.tid}"):
+        ops.start_thread(place, _CLONE_ARGS.size, own, thread.tid)

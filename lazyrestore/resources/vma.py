@@ -1,0 +1,204 @@
+"""Virtual memory areas: what a process has mapped, and how each piece comes back.
+
+Facts. A restored VMA must have the address, size, protection and sharing it had; a VMA that was one must stay one (mremap
+refuses to cross a border). MAP_GROWSDOWN, MADV_WIPEONFORK and MADV_FREE are refused on file mappings, and the
+template is a file, so those VMAs come back anonymous and are written before the process runs. The kernel's zero page and absent pages
+hold no content. A page of a private file mapping that was written is anonymous memory: the mapping then no longer equals its file.
+
+Choice. `kind` says how a VMA is restored; see `Kind`. A private file mapping with written pages goes to the template as a whole, so that it stays
+one lazy VMA, unless it is large and little of it was written: then the file is mapped and the written pages are put in at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Literal
+
+import msgspec
+
+from lazyrestore.errors import FileChanged
+from lazyrestore.kernel.procfs import Mapping
+from lazyrestore.program import Descriptors, OpList, Program, lib
+
+PAGE = 4096
+LARGE_FILE_MAPPING = 64 << 20  # bytes; a larger file mapping of which less than 1/8 was written stays a file mapping
+TEMPLATE_NAME = "/memfd:lazyrestore"
+
+Kind = Literal["lazy", "anonymous", "eager", "file", "shared", "hugetlb", "kernel"]
+"""lazy: template, MAP_PRIVATE. anonymous: no content. eager: anonymous, contents written before the process runs. file: the file itself, contents
+(if any) written over it. shared: a memory file of the tree. hugetlb: hugetlb template. kernel: vdso and vvar."""
+
+
+class FileIdentity(msgspec.Struct, frozen=True):
+    """What a mapped file must still be when it is mapped again; mtime in ns; build_id of an ELF file, hexadecimal."""
+
+    path: str
+    size: int
+    mtime: int
+    build_id: str = ""
+
+
+class Vma(msgspec.Struct, frozen=True):
+    """One VMA. `file` and `shared_object` index the manifest's lists; `stored` counts the bytes of content; `written` are the
+    (start, end) ranges whose content is put in before the process runs (kinds eager, file, and private mappings of shared objects)."""
+
+    start: int
+    end: int
+    protection: int
+    kind: Kind
+    path: str = ""
+    offset: int = 0
+    flags: tuple[str, ...] = ()
+    file: int = -1
+    shared_object: int = -1
+    shared: bool = False
+    stored: int = 0
+    grows_down: bool = False
+    written: list[tuple[int, int]] = []
+
+    @property
+    def size(self) -> int:
+        return self.end - self.start
+
+    @property
+    def label(self) -> str:
+        return f"vma {self.start:x}-{self.end:x}" + (f" ({self.path})" if self.path else "")
+
+
+class SharedObject(msgspec.Struct, frozen=True):
+    """Memory behind a MAP_SHARED mapping that is no named file: image addresses start at `image`. `key` is (device, inode)."""
+
+    name: str
+    size: int
+    image: int
+    key: tuple[str, int]
+    anonymous: bool
+
+
+def protection_of(mapping: Mapping) -> int:
+    return (lib.PROT_READ if mapping.read else 0) | (lib.PROT_WRITE if mapping.write else 0) | (lib.PROT_EXEC if mapping.execute else 0)
+
+
+def is_template(mapping: Mapping) -> bool:
+    """A lazily restored mapping: its content is what it reads as, whatever is present."""
+    return mapping.path == TEMPLATE_NAME and not mapping.shared
+
+
+def unsupported(mappings: Iterable[Mapping]) -> list[str]:
+    """The mappings that cannot be restored, one line each."""
+    lines = []
+    for mapping in mappings:
+        where = f"mapping {mapping.start:x}-{mapping.end:x}"
+        path = mapping.path
+        if path.startswith("/SYSV"):
+            lines.append(f"{where}: System V shared memory {path}")
+        elif path == "[aio]" or path.startswith("/[aio]"):
+            lines.append(f"{where}: asynchronous I/O ring")
+        elif path.startswith("anon_inode:"):
+            lines.append(f"{where}: {path} (io_uring, perf or the like)")
+        elif path.startswith("/dev/") and not path.startswith(("/dev/shm/", "/dev/zero", "/dev/hugepages/")):
+            lines.append(f"{where}: device {path}")
+        elif {"io", "pf", "mm"} & set(mapping.flags) and path not in ("[vvar]", "[vvar_vclock]", "[vdso]", "[timens]"):
+            lines.append(f"{where}: device memory {path}")
+        elif {"um", "ui", "uw"} & set(mapping.flags) and not is_template(mapping) and not path.startswith(TEMPLATE_NAME):
+            lines.append(f"{where}: registered with a userfaultfd of the process")
+        elif "ss" in mapping.flags:
+            lines.append(f"{where}: a shadow stack")
+        elif "dp" in mapping.flags:
+            lines.append(f"{where}: droppable memory (MAP_DROPPABLE)")
+    return lines
+
+
+def identify(path: str, root: str) -> FileIdentity | None:
+    """What the file at `path` is now, None if it cannot be read."""
+    try:
+        status = os.stat(root + path)
+    except OSError:
+        return None
+    return FileIdentity(path, status.st_size, status.st_mtime_ns, _build_id(root + path))
+
+
+def check_file(identity: FileIdentity) -> None:
+    """FileChanged unless the file is still what it was: same size, and same mtime or same build-id."""
+    try:
+        status = os.stat(identity.path)
+    except OSError as error:
+        raise FileChanged(
+            f"file {identity.path}", "map", "it was mapped at the snapshot and is gone", "put it back or snapshot again", errno=error.errno
+        ) from error
+    if status.st_size != identity.size:
+        raise FileChanged(
+            f"file {identity.path}", "map", f"its size was {identity.size} bytes and is {status.st_size}", "put the old file back or snapshot again"
+        )
+    if status.st_mtime_ns != identity.mtime and (not identity.build_id or _build_id(identity.path) != identity.build_id):
+        raise FileChanged(
+            f"file {identity.path}", "map", "it was modified since the snapshot (mtime differs)", "put the old file back or snapshot again"
+        )
+
+
+def _build_id(path: str) -> str:
+    """The GNU build-id in the notes near the start of an ELF file, "" if there is none."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            head = file.read(4096)
+    except OSError:
+        return ""
+    if not head.startswith(b"\x7fELF"):
+        return ""
+    note = head.find(b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0")
+    return head[note + 16 : note + 36].hex() if note >= 0 else ""
+
+
+# -- restore -----------------------------------------------------------------------------------------------------------
+
+ADVICE = {  # VmFlags of smaps (Documentation/filesystems/proc.rst) → madvise
+    "dc": lib.MADV_DONTFORK, "dd": lib.MADV_DONTDUMP, "hg": lib.MADV_HUGEPAGE, "nh": lib.MADV_NOHUGEPAGE, "wf": lib.MADV_WIPEONFORK,
+    "mg": lib.MADV_MERGEABLE, "sr": lib.MADV_SEQUENTIAL, "rr": lib.MADV_RANDOM,
+}  # fmt: skip
+
+
+def restore(
+    vmas: list[Vma], files: list[FileIdentity], writable: set[int], program: Program, ops: OpList, fds: Descriptors, template: int,
+    hugetlb: int, shared: dict[int, int],
+) -> None:
+    """Append the mapping of all VMAs but the kernel's. `template`, `hugetlb` and `shared[object]` are descriptor numbers in the
+    new process; `writable` the files that must be opened for writing."""
+    opened: dict[int, int] = {}
+    uses = {index: max(n for n, vma in enumerate(vmas) if vma.file == index) for index in {vma.file for vma in vmas} - {-1}}
+    for number, vma in enumerate(vmas):
+        if vma.kind == "kernel":
+            continue
+        with ops.serving(vma.label):
+            flags = lib.MAP_FIXED_NOREPLACE
+            fd, offset = -1, 0
+            match vma.kind:
+                case "lazy":
+                    fd, offset = template, vma.start
+                    flags |= lib.MAP_PRIVATE | lib.MAP_NORESERVE
+                case "hugetlb":
+                    fd, offset = hugetlb, vma.start
+                    flags |= lib.MAP_PRIVATE | lib.MAP_NORESERVE
+                case "shared":
+                    fd, offset = shared[vma.shared_object], vma.offset
+                    flags |= lib.MAP_SHARED if vma.shared else lib.MAP_PRIVATE
+                case "file":
+                    if vma.file not in opened:
+                        mode = os.O_RDWR if vma.file in writable else os.O_RDONLY
+                        opened[vma.file] = fds.create(lib.SYS_openat, lib.AT_FDCWD, program.string(files[vma.file].path), mode | os.O_CLOEXEC)
+                    fd, offset = opened[vma.file], vma.offset
+                    flags |= lib.MAP_SHARED if vma.shared else lib.MAP_PRIVATE
+                case _:
+                    flags |= lib.MAP_PRIVATE | lib.MAP_ANONYMOUS
+                    if vma.grows_down:
+                        flags |= lib.MAP_GROWSDOWN
+                    if "nr" in vma.flags or not vma.protection:
+                        flags |= lib.MAP_NORESERVE
+            ops.call_expecting(vma.start, lib.SYS_mmap, vma.start, vma.size, vma.protection, flags, fd, offset, note=vma.kind)
+            for name, advice in ADVICE.items():
+                if name in vma.flags and not (name == "wf" and vma.kind != "eager" and vma.kind != "anonymous"):
+                    ops.try_call(lib.SYS_madvise, vma.start, vma.size, advice, note=f"VmFlags {name}")
+            if "lo" in vma.flags:
+                ops.call(lib.SYS_mlock2, vma.start, vma.size, lib.MLOCK_ONFAULT)
+            if vma.file in opened and uses[vma.file] == number:
+                fds.close(opened.pop(vma.file))

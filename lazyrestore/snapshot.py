@@ -1,0 +1,362 @@
+"""Taking a snapshot: look, refuse what cannot be restored, freeze, capture, copy the memory, thaw, compress and store.
+
+The process is frozen while its state is read and its populated pages are copied to a buffer; hashing, compressing and writing come after it runs
+again (with kill=True it stays frozen until the snapshot is safely stored, so nothing it does afterwards is lost). When the copy would take more than half of the
+available memory, the memory is copied, compressed and stored piece by piece while it is frozen.
+Whatever fails, leaving the `Frozen` block lets the process go on, and the store's writer leaves nothing visible.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import platform
+import struct
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from lazyrestore import manifest as manifests
+from lazyrestore._native import _core
+from lazyrestore.errors import (
+    AlreadyTraced, KernelThread, NoSuchProcess, NotPermitted, OutOfMemory, OwnProcess, SnapshotFailed, UnsupportedResources,
+    WrongArchitecture, ZombieProcess,
+)  # fmt: skip
+from lazyrestore.kernel import procfs
+from lazyrestore.kernel.tracee import Frozen, check
+from lazyrestore.manifest import Host, Manifest
+from lazyrestore.resources import attributes, descriptors, signals, threads, vma
+from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS, Plan, Planner, Run
+from lazyrestore.store import ImageStore
+
+lib, ffi = _core.lib, _core.ffi
+
+PIECE = 256 << 10  # bytes copied by one call: small enough that all cores get their share
+STREAM = 256 << 20  # bytes copied at a time when the whole does not fit
+XFEATURES_AT = 464  # offset of XCR0 in the software part of the XSAVE area that ptrace gives
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What a snapshot cost: bytes of content, pages of 4096 bytes, the pause and the whole in ms and seconds."""
+
+    pages: int
+    raw_bytes: int
+    pause_ms: float
+    seconds: float
+
+
+def take(
+    store: ImageStore, pid: int, name: str, *, kill: bool = False, replace: bool = False, level: int = 1, progress: Progress | None = None
+) -> Taken:
+    """Snapshot process `pid` into `store` under `name`. Raises what `errors` lists for processes and stores."""
+    began = time.monotonic()
+    _check_target(pid)
+    pidfd = check(lib.lr_pidfd_open(pid), pid, "pidfd_open")
+    try:
+        _refuse_unsupported(pid, pidfd)
+        with store.writer(name, replace=replace, level=level, progress=progress) as writer:
+            identities = _identify_files(pid)
+            buffer = _Buffer(_resident(pid))
+            frozen = Frozen(pid)
+            paused = time.monotonic()
+            with frozen:
+                capture = _capture(frozen, pidfd, identities)
+                try:
+                    fits = buffer.make_room(capture.plan.bytes)
+                    for batch in [capture.plan.runs] if fits else _batches(capture.plan.runs):
+                        runs = buffer.fill(pid, frozen.memory, batch)
+                        if not fits:
+                            writer.add(buffer.memory, runs)
+                finally:
+                    capture.planner.close()
+                if kill:
+                    if fits:
+                        writer.add(buffer.memory, runs)
+                    manifest = _finish(capture, (time.monotonic() - paused) * 1e3)
+                    writer.commit(manifests.encode(manifest))
+                    lib.lr_pidfd_send_signal(pidfd, lib.SIGKILL)
+            pause = (time.monotonic() - paused) * 1e3
+            if not kill:
+                if fits:
+                    writer.add(buffer.memory, runs)
+                manifest = _finish(capture, pause)
+                writer.commit(manifests.encode(manifest))
+        return Taken(manifest.pages, manifest.raw_bytes, pause, time.monotonic() - began)
+    finally:
+        os.close(pidfd)
+
+
+# -- before the freeze -------------------------------------------------------------------------------------------------
+
+
+def _check_target(pid: int) -> None:
+    what = f"process {pid}"
+    if pid <= 0:
+        raise NoSuchProcess(what, "snapshot", "not a process id")
+    stat = procfs.parse_stat(procfs.read(pid, "stat"))
+    status = procfs.parse_status(procfs.read(pid, "status"))
+    if int(status["Tgid"]) != pid:
+        raise NoSuchProcess(what, "snapshot", f"it is a thread of process {status['Tgid']}", f"snapshot {status['Tgid']}")
+    if pid == os.getpid():
+        raise OwnProcess(what, "snapshot", "a process cannot snapshot itself", "run lazyrestore from another process")
+    if stat.kernel_thread:
+        raise KernelThread(what, "snapshot", f"{stat.comm} is a kernel thread")
+    if stat.state in "ZX":
+        raise ZombieProcess(what, "snapshot", "it has exited and waits for its parent to collect it")
+    tracer = int(status.get("TracerPid", "0"))
+    if tracer:
+        raise AlreadyTraced(what, "snapshot", f"already traced by process {tracer}", "detach that tracer first")
+    try:
+        with open(f"/proc/{pid}/exe", "rb") as file:
+            head = file.read(20)
+    except PermissionError as error:
+        raise NotPermitted(
+            what, "snapshot", f"it belongs to user {status['Uid'].split()[0]}", "run as root or as that user with CAP_SYS_PTRACE"
+        ) from error
+    except FileNotFoundError as error:
+        raise NoSuchProcess(what, "snapshot", "it is ending") from error
+    if head[:4] == b"\x7fELF" and (head[4] != 2 or struct.unpack_from("<H", head, 18)[0] != 62):
+        raise WrongArchitecture(what, "snapshot", "it is not an x86-64 program")
+    try:
+        os.close(os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError as error:
+        raise NotPermitted(what, "snapshot", "its memory may not be read", "run as root or as its owner with CAP_SYS_PTRACE") from error
+
+
+def _refuse_unsupported(pid: int, pidfd: int) -> None:
+    """UnsupportedResources with everything that cannot be restored."""
+    items = _unsupported_attributes(pid)
+    items += vma.unsupported(procfs.parse_maps(procfs.read(pid, "smaps")))
+    items += descriptors.survey(pid, pidfd).unsupported
+    if items:
+        raise UnsupportedResources(f"process {pid}", items)
+
+
+def _unsupported_attributes(pid: int) -> list[str]:
+    items = []
+    status = procfs.parse_status(procfs.read(pid, "status"))
+    for child in procfs.children(pid):
+        try:
+            comm = procfs.read(child, "comm").decode(errors="replace").strip()
+        except NoSuchProcess:
+            continue
+        items.append(f"child process {child} ({comm})")
+    if status.get("Seccomp", "0") != "0":
+        items.append("seccomp filters")
+    for kind in ("mnt", "net", "ipc", "uts", "user", "cgroup", "time", "pid"):
+        try:
+            if os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"):
+                items.append(f"{kind} namespace of its own")
+        except FileNotFoundError:
+            continue
+    if procfs.read(pid, "timers").strip():
+        items.append("POSIX timers (timer_create)")
+    leader = attributes.credentials_of(pid, pid)
+    for tid in procfs.threads(pid):
+        try:
+            if attributes.credentials_of(pid, tid) != leader:
+                items.append(f"thread {tid} has credentials of its own")
+        except NoSuchProcess:
+            continue
+    return items
+
+
+def _identify_files(pid: int) -> dict[str, vma.FileIdentity]:
+    paths = {mapping.path for mapping in procfs.parse_maps(procfs.read(pid, "maps")) if mapping.path.startswith("/") and not mapping.deleted}
+    found = {path: vma.identify(path, "") for path in paths if not path.startswith("/memfd:")}
+    return {path: identity for path, identity in found.items() if identity is not None}
+
+
+def _resident(pid: int) -> int:
+    return int(procfs.read(pid, "statm").split()[1]) * mmap.PAGESIZE
+
+
+# -- while it is frozen ------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Capture:
+    planner: Planner
+    plan: Plan
+    manifest: Manifest
+
+
+def _capture(frozen: Frozen, pidfd: int, identities: dict[str, vma.FileIdentity]) -> _Capture:
+    pid = frozen.pid
+    mappings = procfs.parse_maps(procfs.read(pid, "smaps"))
+    items = vma.unsupported(mappings)
+    table = descriptors.survey(pid, pidfd)
+    if items or table.unsupported:
+        raise UnsupportedResources(f"process {pid}", items + table.unsupported)
+    host = _host(frozen, mappings)
+    planner = Planner(pid, identities)
+    try:
+        plan = planner.build(mappings)
+        frozen.begin_calls()
+        captured = [threads.capture(frozen, tid) for tid in frozen.tids]
+        handlers = signals.capture(frozen)
+        whole = attributes.capture(frozen)
+        frozen.end_calls()
+    except BaseException:
+        planner.close()
+        raise
+    plan.runs = _without_overlap(plan.runs)
+    xfeatures = struct.unpack_from("<Q", captured[0].xstate, XFEATURES_AT)[0]
+    manifest = Manifest(
+        version=manifests.VERSION,
+        pid=pid,
+        comm=os.fsdecode(captured[0].name),
+        created=time.time(),
+        host=msgspec.structs.replace(host, xfeatures=xfeatures),
+        attributes=whole,
+        signals=handlers,
+        threads=captured,
+        vmas=plan.vmas,
+        files=plan.files,
+        shared=plan.shared,
+        descriptors=table,
+        pages=plan.bytes // mmap.PAGESIZE,
+        raw_bytes=plan.bytes,
+        pause_ms=0.0,
+    )
+    return _Capture(planner, plan, manifest)
+
+
+def _finish(capture: _Capture, pause: float) -> Manifest:
+    return msgspec.structs.replace(capture.manifest, pause_ms=pause)
+
+
+def _host(frozen: Frozen, mappings: list[procfs.Mapping]) -> Host:
+    kernel = [mapping for mapping in mappings if mapping.path in KERNEL_MAPPINGS]
+    vdso = next((mapping for mapping in kernel if mapping.path == "[vdso]"), None)
+    if vdso is None:
+        raise SnapshotFailed(f"process {frozen.pid}", "capture", "it has no vdso")
+    return Host(
+        kernel=platform.release(),
+        machine=platform.machine(),
+        vdso=[(mapping.path, mapping.start, mapping.size) for mapping in kernel],
+        vdso_hash=hashlib.blake2b(frozen.read(vdso.start, vdso.size), digest_size=16).hexdigest(),
+        cpu_model="",
+        cpu_flags=sorted(procfs.cpu_flags()),
+        xfeatures=0,
+    )
+
+
+def _without_overlap(runs: list[Run]) -> list[Run]:
+    """Runs by image address; what two mappings of one shared object both cover is kept once."""
+    result: list[Run] = []
+    end = 0
+    for run in sorted(runs, key=lambda run: run.image):
+        skip = max(0, end - run.image)
+        if skip >= run.length:
+            continue
+        result.append(Run(run.image + skip, run.address + skip, run.length - skip, run.descriptor, run.forced))
+        end = run.image + run.length
+    return result
+
+
+def _batches(runs: list[Run]) -> Iterator[list[Run]]:
+    """Runs in groups of about STREAM bytes, cut at chunk-friendly borders (2 MiB)."""
+    border = 2 << 20
+    batch: list[Run] = []
+    size = 0
+    for run in runs:
+        at, end = run.image, run.image + run.length
+        while at < end:
+            stop = min(end, (at + STREAM) & -border)
+            piece = Run(at, run.address + at - run.image, stop - at, run.descriptor, run.forced)
+            if size + piece.length > STREAM and batch and at // border != (batch[-1].image + batch[-1].length - 1) // border:
+                yield batch
+                batch, size = [], 0
+            batch.append(piece)
+            size += piece.length
+            at = stop
+    if batch:
+        yield batch
+
+
+class _Buffer:
+    """Memory for copies, populated before the freeze so that the freeze does not pay for its page faults."""
+
+    def __init__(self, expected: int) -> None:
+        self._map: mmap.mmap | None = None
+        self.limit = _available_memory() // 2
+        if expected <= self.limit:
+            self._allocate(expected + (4 << 20))
+
+    def _allocate(self, size: int) -> None:
+        size = -(-size // (2 << 20)) * (2 << 20)
+        try:
+            self._map = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        except OSError as error:
+            raise OutOfMemory("copy buffer", "mmap", errno=error.errno) from error
+        self._map.madvise(mmap.MADV_HUGEPAGE)
+        try:
+            self._map.madvise(lib.MADV_POPULATE_WRITE)
+        except OSError:
+            pass  # before Linux 5.14, or too little memory: it is populated on use
+
+    @property
+    def memory(self) -> memoryview:
+        assert self._map is not None
+        return memoryview(self._map)
+
+    def make_room(self, needed: int) -> bool:
+        """Whether `needed` bytes fit at once; if not, there is room for STREAM bytes and a little more."""
+        if self._map is not None and len(self._map) >= needed:
+            return True
+        self._map = None
+        fits = needed <= self.limit
+        self._allocate(max(needed, 1) if fits else STREAM + (4 << 20))
+        return fits
+
+    def fill(self, pid: int, memory: int, runs: list[Run]) -> list[tuple[int, int, int]]:
+        """Copy the runs; returns (image address, offset in the buffer, length) of each."""
+        placed = []
+        pieces = array("Q")
+        offset = 0
+        assert self._map is not None
+        view = memoryview(self._map)
+        for run in runs:
+            placed.append((run.image, offset, run.length))
+            if run.descriptor >= 0 or run.forced:
+                _read_fully(run.descriptor if run.descriptor >= 0 else memory, view[offset : offset + run.length], run.address)
+            else:
+                for at in range(0, run.length, PIECE):
+                    pieces.extend((run.address + at, offset + at, min(PIECE, run.length - at)))
+            offset += run.length
+        failed = ffi.new("uint64_t *")
+        count = len(pieces) // 3
+        error = lib.lr_copy_runs(
+            pid, ffi.from_buffer("struct lr_run[]", pieces) if count else ffi.NULL, count, ffi.from_buffer(view), os.cpu_count() or 1, failed
+        )
+        if error:
+            raise SnapshotFailed(f"process {pid}", f"read memory at {failed[0]:#x}", errno=-error)
+        return placed
+
+
+def _read_fully(descriptor: int, target: memoryview, address: int) -> None:
+    done = 0
+    while done < len(target):
+        got = os.preadv(descriptor, [target[done:]], address + done)
+        if got <= 0:
+            target[done:] = bytes(len(target) - done)  # behind the end of a memory file
+            return
+        done += got
+
+
+def _available_memory() -> int:
+    with open("/proc/meminfo", "rb") as file:
+        for line in file:
+            if line.startswith(b"MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 1 << 30
+
+
