@@ -117,7 +117,18 @@ def alive(pid: int) -> bool:
     return stat.rpartition(")")[2].split()[0] not in ("Z", "X")
 
 
-def connections_of(pid: int) -> list[int]:
+def sockets_of(pid: int) -> set[int]:
+    """Inodes of the process's sockets."""
+    found = set()
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with suppress(FileNotFoundError):
+            target = os.readlink(entry.path)
+            if target.startswith("socket:"):
+                found.add(int(target[8:-1]))
+    return found
+
+
+def connections_of(pid: int) -> set[int]:
     """Inodes of the process's TCP sockets that do not listen: connections, and what is left of them.
 
     A socket that is closed but still held stands in no table of the kernel, so whatever is in none counts too.
@@ -130,13 +141,7 @@ def connections_of(pid: int) -> list[int]:
     for table, column in (("udp", 9), ("udp6", 9), ("unix", 6), ("netlink", 9)):
         rows = [line.split() for line in (base / "net" / table).read_text().splitlines()[1:]]
         harmless |= {int(row[column]) for row in rows}
-    found = []
-    for entry in os.scandir(base / "fd"):
-        with suppress(FileNotFoundError):
-            target = os.readlink(entry.path)
-            if target.startswith("socket:") and int(target[8:-1]) not in harmless:
-                found.append(int(target[8:-1]))
-    return found
+    return sockets_of(pid) - harmless
 
 
 class Victim:
@@ -155,9 +160,15 @@ class Victim:
     def until(self, condition: Callable[[], T | None], what: str) -> T:
         return until(condition, what, self.check)
 
-    def quiet(self) -> None:
-        """Wait until the process holds no connection: what a client closed it closes too, but later."""
+    def quiet(self, sockets: int | None = None) -> None:
+        """Wait until the process holds no connection: what a client closed it closes too, but later.
+
+        sockets: wait also until it holds no more than so many sockets; for servers of Unix sockets, where the kernel
+        does not tell a connection whose peer is gone from others.
+        """
         self.until(lambda: not connections_of(self.pid), f"{self.pid} without connections")
+        if sockets is not None:
+            self.until(lambda: len(sockets_of(self.pid)) <= sockets, f"{self.pid} with {sockets} sockets")
 
     def gone(self) -> None:
         """Wait for the end after a snapshot with kill=True, and reap it, so that the PID is free."""
@@ -200,7 +211,7 @@ class Victims:
                 env=env,
                 cwd=cwd,
                 start_new_session=True,
-                preexec_fn=prepare,
+                preexec_fn=prepare,  # noqa: PLW1509 (given only where the test has no other thread)
             )
         victim = Victim(process, log)
         self._started.append(victim)
@@ -225,7 +236,7 @@ class Victims:
             for pid in found:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            until(lambda: not any(alive(pid) for pid in found), f"the end of {found}")  # noqa: B023
+            until(lambda: not any(alive(pid) for pid in found), f"the end of {found}")
         for victim in self._started:
             victim.kill()
 

@@ -1,7 +1,8 @@
 """What the kernel says of a process, in a form in which an original and its restored copy must be equal.
 
-The oracle is /proc, read from outside. What may differ is left out, each with its reason: times, inode numbers of pipes and
-sockets, how many mappings the kernel made of one range, and the 32 bytes of each thread's rseq area, which the kernel writes.
+The oracle is /proc, read from outside. What may differ is left out, each with its reason: times, inode numbers of pipes
+and sockets, how many mappings the kernel made of one range, and the 32 bytes of each thread's rseq area, which the
+kernel writes.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import re
 import resource
 from pathlib import Path
 
-STATUS_FIELDS = (
-    "Name Umask Tgid Pid Uid Gid Groups Threads SigPnd ShdPnd SigBlk SigIgn SigCgt CapInh CapPrm CapEff CapBnd CapAmb "
-    "NoNewPrivs Seccomp Cpus_allowed THP_enabled VmLck"
-).split()
-TASK_FIELDS = "Name Pid SigPnd SigBlk CapEff CapPrm Uid Gid Groups Cpus_allowed".split()
+SHARED_FIELDS = ["Name", "Pid", "Uid", "Gid", "Groups", "SigPnd", "SigBlk", "CapPrm", "CapEff", "Cpus_allowed"]
+STATUS_FIELDS = [
+    *SHARED_FIELDS,
+    *("Umask", "Tgid", "Threads", "ShdPnd", "SigIgn", "SigCgt", "CapInh", "CapBnd", "CapAmb"),
+    *("NoNewPrivs", "Seccomp", "THP_enabled", "VmLck"),
+]
 FLAGS_KEPT = {"rd", "wr", "ex", "sh", "gd", "lo", "dc", "dd", "wf"}  # of VmFlags; the rest depends on the backing
 PAGE = resource.getpagesize()
 BLOCK = 32  # an rseq area's size and alignment
@@ -35,7 +37,7 @@ def tasks(pid: int) -> dict[int, dict[str, str]]:
     for task in sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda path: int(path.name)):
         stat = (task / "stat").read_text().rpartition(")")[2].split()
         found[int(task.name)] = {
-            **_status(task / "status", TASK_FIELDS),
+            **_status(task / "status", SHARED_FIELDS),
             "comm": (task / "comm").read_text(),
             "nice": stat[16],
             "policy": stat[38],
@@ -141,7 +143,7 @@ def differences(before: Facts, after: Facts) -> dict[str, object]:
 def memory_blocks(pid: int) -> dict[int, bytes]:
     """The digest of every page of every readable mapping, by address; zero pages and holes left out.
 
-    Only for processes that are blocked: nothing may write meanwhile. Huge mappings are read where pages are present only.
+    Only for processes that are blocked: nothing may write meanwhile. Read whole: not for reservations of GiBs.
     """
     pages: dict[int, bytes] = {}
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:

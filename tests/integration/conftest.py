@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
 from helpers import Builder, Victims
 from helpers_copies import Copies
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from helpers import Victim, Victims, http_get, in_threads
 from helpers_copies import Copies
 

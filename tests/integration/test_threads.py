@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-
 from helpers import Builder, Victims, until
 from helpers_copies import Copies
 from helpers_threads import Threads64
 
-# The threads run on while /proc is read: their pending signals and masks inside ppoll are not still. Everything else is.
+# The threads run on while /proc is read: their pending signals and masks inside ppoll are not still.
 MOVING = ("tasks", "status")
 
 

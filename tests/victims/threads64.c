@@ -28,6 +28,7 @@ static char errors[ERRORS][256];
 static _Atomic unsigned error_count;
 static pthread_mutex_t robust;
 static pthread_barrier_t started;
+static uint32_t cpus;
 static struct { uint64_t count, padding[7]; } per_cpu[CPUS];
 
 void fail(const struct worker *w, const char *format, ...)
@@ -341,7 +342,7 @@ static void check_self(struct worker *w)
 		fail(w, "nice %d", getpriority(PRIO_PROCESS, 0));
 	if (rseq_again() != -1 || errno != EBUSY)
 		fail(w, "rseq is not registered: %s", strerror(errno));
-	if (rseq_area()->cpu_id >= (uint32_t)sysconf(_SC_NPROCESSORS_CONF))
+	if (rseq_area()->cpu_id >= cpus)
 		fail(w, "rseq: CPU %u", rseq_area()->cpu_id);
 }
 
@@ -404,6 +405,7 @@ static void start(void)
 	pthread_t thread;
 	int index = 0;
 
+	cpus = (uint32_t)sysconf(_SC_NPROCESSORS_CONF);
 	sigaction(SIGUSR2, &action, NULL);
 	sigaction(SIGURG, &action, NULL);
 	sigemptyset(&blocked);
