@@ -1,4 +1,4 @@
-"""redis-server with a data set: DEBUG DIGEST is the oracle, and BGSAVE forks a process whose memory is not there yet."""
+"""redis-server with a data set: DEBUG DIGEST is the oracle; BGSAVE forks a process whose memory is not there yet."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
 """usage: reader.py REQUESTS ANSWERS TEXT: for each line through the FIFO one line of the text, read with a buffer."""
 
+# ruff: noqa: SIM115 (open for as long as the process lives)
+
 import os
 import sys
 
