@@ -1,8 +1,8 @@
 """One connection to a pager.
 
-Facts: a SOCK_SEQPACKET packet arrives whole or not at all, with its descriptors; the pager's end closes only when pager and
-keeper are both dead, so a read never waits for a dead pager. Consequence: requests block without a time limit, and an
-end of file means that the pager is gone (its processes then are killed by the keeper, never left on zeros).
+Facts: a SOCK_SEQPACKET packet arrives whole or not at all, with its descriptors; the pager's end closes when the pager
+closes it, or when pager and keeper are both dead. Consequence: requests block without a time limit, and an end of file
+means that the pager is gone (its processes were killed by the keeper by then, not left on zeros).
 """
 
 from __future__ import annotations

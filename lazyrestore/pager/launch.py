@@ -2,10 +2,10 @@
 
 Facts: two restorers may start at the same moment, and a pager may be about to exit for want of work. Choice: whoever
 connects, starts, or exits does so under flock(2) of one lock file per snapshot; so a pager that was reached cannot have
-decided to leave. flock belongs to the open file description: the pager gets one of its own, never the restorer's. The pager
-is spawned as vfork does (os.posix_spawn), so its start costs the same from any caller and is safe with threads, and it
-inherits just the descriptors named on its command line. Cost: restores of one snapshot queue up for the 1 or 2 ms that
-the first one needs to start its pager.
+decided to leave. flock belongs to the open file description: the pager gets one of its own, never the restorer's. The
+pager is spawned as vfork does (os.posix_spawn), so its start costs the same from any caller and is safe with threads,
+and it inherits just the descriptors named on its command line. Cost: restores of one snapshot queue up for the 1 or
+2 ms that the first one needs to start its pager.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _start(image: StoredImage, directory: Path, path: Path, linger_ms: int) -> N
             "--log": owned(os.open(_log(directory), log_flags, 0o600)),
             "--image": owned(_image_memfd(image)),
         }
-        # posix_spawn's dup2 onto itself makes a descriptor inheritable in the child only; standard streams are not used.
+        # posix_spawn's dup2 onto itself makes a descriptor inheritable in the child only. The pager refuses 0 to 2.
         duplicates = {k: owned(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)) for k, fd in fds.items() if fd < 3}
         fds |= duplicates
         arguments = [word for key, fd in fds.items() for word in (key, str(fd))]

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from helpers_pager import CHUNK, Image, Victim, await_end, pages
+
+from lazyrestore.pager import PagerClient, connect_or_start
+
+BASE = 0x10_0000_0000
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def runtime(tmp_path: Path) -> Path:
+    """A run-time directory of this test's own: its pagers are nobody else's."""
+    path = tmp_path / "run"
+    path.mkdir(mode=0o700)
+    return path
+
+
+@pytest.fixture
+def make_image(tmp_path: Path, stack: ExitStack) -> Callable[..., Image]:
+    def make(chunks: dict[int, bytes] | None = None, **more: object) -> Image:
+        if chunks is None:  # 2 MiB from BASE on, with holes
+            chunks = {BASE + i * CHUNK: pages(i) for i in range(32) if i % 8 not in (2, 5)}
+        image = Image(tmp_path / "data", chunks, **more)  # type: ignore[arg-type]
+        stack.callback(image.close)
+        return image
+
+    return make
+
+
+@pytest.fixture
+def start(runtime: Path, stack: ExitStack) -> Callable[..., PagerClient]:
+    """Connects to an image's pager, starting it; at the end of the test, waits for it to exit."""
+
+    def start(image: Image, linger_ms: int = 0) -> PagerClient:
+        client = connect_or_start(image, runtime_dir=runtime, linger_ms=linger_ms)
+        pager, _ = client.pids()
+        stack.callback(await_end, pager)
+        stack.callback(client.close)
+        return client
+
+    return start
+
+
+@pytest.fixture
+def make_victim(stack: ExitStack) -> Callable[[], Victim]:
+    def make() -> Victim:
+        victim = Victim()
+        stack.callback(victim.close)
+        return victim
+
+    return make
