@@ -186,6 +186,7 @@ class Victims:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.token = uuid.uuid4().hex
+        self.leftovers: list[str] = []  # files that victims leave outside their directory, with {pid} in the name
         self._count = 0
         self._started: list[Victim] = []
 
@@ -239,6 +240,8 @@ class Victims:
             until(lambda: not any(alive(pid) for pid in found), f"the end of {found}")
         for victim in self._started:
             victim.kill()
+            for name in self.leftovers:
+                Path(name.format(pid=victim.pid)).unlink(missing_ok=True)
 
 
 class Builder:

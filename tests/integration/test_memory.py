@@ -1,0 +1,65 @@
+"""One of every kind of memory, against a twin; and what a program may do to memory that has not arrived yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers import Builder, Victim, Victims, ask
+from helpers_copies import Copies
+
+# Each from a fresh copy, so that each comes first once: on memory of which nothing was touched.
+REQUESTS = ["digest", "fork", "dontneed", "remap", "stack", "brk", "protect", "code", "unmap", "write", "share"]
+
+
+def start(victims: Victims, build: Builder, directory: Path) -> Victim:
+    directory.mkdir()
+    victim = victims.start([build.c("memzoo"), directory / "control"], cwd=directory)
+    victim.until((directory / "control").exists, "the control socket")
+    return victim
+
+
+@pytest.fixture(autouse=True)
+def no_shm_files(victims: Victims) -> None:
+    """Victims leave a file in /dev/shm: removed with them."""
+    victims.leftovers.append("/dev/shm/lazyrestore-zoo-{pid}")
+
+
+def test_memory(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
+    start(victims, build, run / "twin")
+    victim = start(victims, build, run / "zoo")
+    control, expected = run / "zoo" / "control", ask(run / "twin" / "control", "digest")
+    copies.replace(victim)
+    assert ask(control, "digest") == expected
+    for request in REQUESTS[1:]:
+        assert ask(control, request) == "ok", request
+        assert ask(run / "twin" / "control", request) == "ok", request
+    assert ask(control, "digest") == ask(run / "twin" / "control", "digest")
+
+
+def test_each_request_first(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
+    victim = start(victims, build, run / "zoo")
+    control = run / "zoo" / "control"
+    snapshot = copies.store.snapshot(victim.pid, name="x", kill=True)
+    victim.gone()
+    for request in REQUESTS[1:]:
+        copy = copies.restore(snapshot)
+        assert ask(control, request) == "ok", request
+        assert ask(control, "fork") == "ok", request
+        copy.kill()
+
+
+def test_generations(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
+    """Snapshots of the running original change nothing in it, and a copy of a copy has everything."""
+    start(victims, build, run / "twin")
+    victim = start(victims, build, run / "zoo")
+    control, expected = run / "zoo" / "control", ask(run / "twin" / "control", "digest")
+    for number in range(3):
+        copies.store.snapshot(victim.pid, name=f"x{number}")
+    assert ask(control, "digest") == expected
+    first = copies.replace(victim, "first")
+    snapshot = copies.store.snapshot(first.pid, name="second", kill=True)
+    first.process.wait(60)
+    copies.restore(snapshot)
+    assert ask(control, "fork") == "ok"
+    assert ask(control, "digest") == expected
