@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import lazyrestore
+import lazyrestore.restore
+import lazyrestore.snapshot
 from benchlib import rawcopy
 from benchlib.measure import Report, clock
 from benchlib.victims import Unresponsive, Victim, end, running
+from lazyrestore.pager.launch import connect_existing
 
 COMMAND = Path(sys.executable).parent / "lazyrestore"
 CLI_ROUNDS = 10
 SMALL, BIG = 128, 4096  # MiB
+SIZE_ROUNDS = 7
 ZEROS = 2048  # MiB
 
 
@@ -35,41 +43,60 @@ def worker(report: Report, victim: Victim, folder: Path, tmpfs: Path, answer: st
     rss = _resident(victim.pid)
     report.add("worker: VMAs", len(Path(f"/proc/{victim.pid}/maps").read_text().splitlines()), "")
     report.add("worker: resident", rss / 1e6, "MB")
-    store = lazyrestore.Store.open(folder / "store")
-    snapshot, wall = clock(lambda: store.snapshot(victim.pid, name="worker", kill=True))
-    end(victim.pid)
-    report.add("snapshot: call", wall, "ms")
-    report.add("snapshot: paused", snapshot.pause_ms, "ms")
-    report.add("snapshot: raw", snapshot.raw_bytes / 1e6, "MB")
-    report.add("snapshot: stored", snapshot.stored_bytes / 1e6, "MB")
-    report.add("snapshot: throughput", snapshot.raw_bytes / snapshot.seconds / 1e6, "MB/s")
-    report.add("snapshot: throughput / zstd's", (snapshot.raw_bytes / snapshot.seconds) / (copied / zstd_s), "")
+    with lazyrestore.Store.open(folder / "live") as store:
+        live = store.snapshot(victim.pid, name="worker")
+        if victim.ask() != answer:
+            raise Unresponsive("the original answers wrongly after its snapshot")
+        report.add("snapshot, worker goes on: paused", live.pause_ms, "ms")
+        report.add("snapshot, worker goes on: all", live.seconds * 1000, "ms")
 
-    for name in ("1st restore", "2nd restore"):
-        _restore(report, name, store, victim, answer, whole, rss)
+    with lazyrestore.Store.open(folder / "store") as store:
+        taken, wall = clock(lambda: store.snapshot(victim.pid, name="worker", kill=True))
+        end(victim.pid)
+        report.add("snapshot: call", wall, "ms")
+        report.add("snapshot: raw", taken.raw_bytes / 1e6, "MB")
+        report.add("snapshot: stored", taken.stored_bytes / 1e6, "MB")
+        report.add("snapshot: throughput", taken.raw_bytes / taken.seconds / 1e6, "MB/s")
+        report.add("snapshot: throughput / zstd's", (taken.raw_bytes / taken.seconds) / (copied / zstd_s), "")
+        taken.close()
+
+        first, opened = clock(lambda: store.get("worker"))
+        report.add("store.get()", opened, "ms")
+        with first:
+            _restore(report, "1st restore", first, victim, answer, whole, rss)
+            _restore(report, "2nd restore", first, victim, answer, whole, rss)
+            with store.get("worker") as other:
+                _restore(report, "restore by another caller", other, victim, answer, whole, rss)
 
 
 def size(report: Report, folder: Path) -> None:
-    """Restore the same process with little and with much memory, one after the other, once each. Raises as `worker`."""
-    for megabytes in (SMALL, BIG):
-        path = folder / "hoard.sock"
-        with running("hoard.py", path, str(megabytes), "filled") as victim:
-            answer = victim.ask()
-            store = lazyrestore.Store.open(folder / f"store-{megabytes}")
-            snapshot = store.snapshot(victim.pid, name="hoard", kill=True)
-            end(victim.pid)
-            report.add(f"{megabytes} MiB: snapshot", snapshot.seconds, "s")
-            report.add(f"{megabytes} MiB: paused", snapshot.pause_ms, "ms")
-            report.add(f"{megabytes} MiB: snapshot throughput", snapshot.raw_bytes / snapshot.seconds / 1e6, "MB/s")
-            for name in ("1st", "2nd", "3rd"):
-                process, wall = clock(snapshot.restore)
-                first, response = clock(victim.ask)
-                _finish(process)
-                if first != answer:
-                    raise Unresponsive(f"{megabytes} MiB, {name} restore: the copy answers wrongly")
-                kind = "1st restore" if name == "1st" else "further restores"
-                report.add(f"{megabytes} MiB, {kind}: resumed", wall, "ms")
-                report.add(f"{megabytes} MiB, {kind}: first response", wall + response, "ms")
+    """Restore the same process with little and with much memory, in turn. Raises as `worker`."""
+    answers: dict[int, tuple[Victim, str]] = {}
+    with ExitStack() as stack:
+        for megabytes in (SMALL, BIG):
+            path = folder / f"hoard-{megabytes}.sock"
+            victim = stack.enter_context(running("hoard.py", path, str(megabytes), "filled"))
+            answers[megabytes] = victim, victim.ask()
+            with (
+                lazyrestore.Store.open(folder / f"store-{megabytes}") as store,
+                store.snapshot(victim.pid, name="hoard", kill=True) as taken,
+            ):
+                end(victim.pid)
+                report.add(f"{megabytes} MiB: VMAs", len(taken.manifest.vmas), "")
+                report.add(f"{megabytes} MiB: raw", taken.raw_bytes / 1e6, "MB")
+                report.add(f"{megabytes} MiB: stored", taken.stored_bytes / 1e6, "MB")
+                report.add(f"{megabytes} MiB: snapshot", taken.seconds, "s")
+                report.add(f"{megabytes} MiB: snapshot throughput", taken.raw_bytes / taken.seconds / 1e6, "MB/s")
+        for _ in range(SIZE_ROUNDS):
+            for megabytes, (victim, answer) in answers.items():
+                with (
+                    lazyrestore.Store.open(folder / f"store-{megabytes}") as store,
+                    store.get("hoard") as snapshot,
+                ):
+                    for kind in ("1st restore", "2nd restore"):
+                        _resume(report, f"{megabytes} MiB, {kind}", snapshot, victim, answer)
+                    gone = _stop_pager(snapshot)
+                gone()
 
 
 def zeros(report: Report, folder: Path) -> None:
@@ -89,6 +116,8 @@ def zeros(report: Report, folder: Path) -> None:
                     raise Unresponsive("zeros: the copy answers wrongly")
             finally:
                 _finish(process)
+            snapshot.close()
+            store.close()
 
 
 def command_line(report: Report, folder: Path) -> None:
@@ -113,10 +142,10 @@ def command_line(report: Report, folder: Path) -> None:
 
 
 def _restore(
-    report: Report, name: str, store: lazyrestore.Store, victim: Victim, answer: str, whole: str, rss: int
+    report: Report, name: str, snapshot: lazyrestore.Snapshot, victim: Victim, answer: str, whole: str, rss: int
 ) -> None:
-    """One restore of the snapshot `worker`, with its first response, and the whole data set compared afterwards."""
-    snapshot = store.get("worker")
+    """One restore with its first response; the whole data set is compared afterwards."""
+    before = snapshot.stats()
     started = time.perf_counter()
     process = snapshot.restore()
     resumed = time.perf_counter()
@@ -124,23 +153,52 @@ def _restore(
         first = victim.ask()
         responded = time.perf_counter()
         resident = _resident(process.pid)
-        stats = process.stats()
+        after = process.stats()
         if first != answer or victim.ask("/all") != whole:
             raise Unresponsive(f"{name}: the copy answers wrongly")
     finally:
         _finish(process)
     report.add(f"{name}: resumed", (resumed - started) * 1000, "ms")
     report.add(f"{name}: resumed, by its own account", process.restore_ms, "ms")
-    for phase, ms in getattr(process, "phases", {}).items():
+    for phase, ms in process.phases.items():
         report.add(f"{name}: phase {phase}", ms, "ms")
     report.add(f"{name}: first response", (responded - started) * 1000, "ms")
-    report.add(f"{name}: resident after it / before the snapshot", resident / rss, "")
-    _lazy(report, name, stats)
+    report.add(f"{name}: resident at first response / before", resident / rss, "")
+    report.add(f"{name}: faults until first response", after.faults - (before.faults if before else 0), "")
+    if before is None:
+        report.add(f"{name}: decompressed until first response", after.bytes_filled / snapshot.raw_bytes, "of raw")
+        report.add(f"{name}: fault service, median", after.service.p50_ns / 1000, "us")
+        report.add(f"{name}: fault service, p99", after.service.p99_ns / 1000, "us")
+        report.add(f"{name}: fault service, longest", after.service.max_ns / 1000, "us")
 
 
-def _lazy(report: Report, name: str, stats: object) -> None:
-    """What the pager did until the first response."""
-    report.add(f"{name}: stats", len(str(stats)), "characters")
+def _resume(report: Report, name: str, snapshot: lazyrestore.Snapshot, victim: Victim, answer: str) -> None:
+    """One restore with its first response."""
+    process, wall = clock(snapshot.restore)
+    try:
+        first, response = clock(victim.ask)
+    finally:
+        _finish(process)
+    if first != answer:
+        raise Unresponsive(f"{name}: the copy answers wrongly")
+    report.add(f"{name}: resumed", wall, "ms")
+    report.add(f"{name}: first response", wall + response, "ms")
+
+
+def _stop_pager(snapshot: lazyrestore.Snapshot) -> Callable[[], None]:
+    """Ask the snapshot's pager to exit; the result waits for that and is called when the snapshot is closed."""
+    client = connect_existing(snapshot._image.key, snapshot.name)
+    if client is None:
+        return lambda: None
+    with client:
+        pidfd = os.pidfd_open(client.pids()[0])
+        client.stop()
+
+    def wait() -> None:
+        select.select([pidfd], [], [])
+        os.close(pidfd)
+
+    return wait
 
 
 def _finish(process: lazyrestore.RestoredProcess) -> None:
