@@ -137,8 +137,9 @@ class Linked:
     image: bytearray
     entry: int
     lists: list[int]
-    stacks: list[int]
+    stacks: list[int]  # the top of each list's stack
     op_addresses: list[int]
+    data: int
 
 
 @dataclass(slots=True)
@@ -222,7 +223,7 @@ class Program:
         tops = [
             low + (THREAD_STACK if number else LEADER_STACK) for number, low in enumerate(stacks)
         ]
-        return Linked(base, image, base + entry, lists, tops, op_addresses)
+        return Linked(base, image, base + entry, lists, tops, op_addresses, data_at)
 
     @staticmethod
     def _pack(image: bytearray, offset: int, op: Op, data_at: int, lists: list[int]) -> None:

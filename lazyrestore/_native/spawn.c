@@ -12,6 +12,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/close_range.h>
 #include <linux/sched.h>
 #include <sched.h>
 #include <signal.h>
@@ -71,6 +72,8 @@ child_main(struct child *child)
 			STEP(LR_SPAWN_LIMIT, raw(SYS_prlimit64, 0, RLIMIT_NOFILE, (long)&limit, 0, 0));
 		}
 	}
+	/* What the caller left inheritable must not get in: the program counts on an empty table. */
+	STEP(LR_SPAWN_DUP, raw(SYS_close_range, 0, ~0u, CLOSE_RANGE_CLOEXEC, 0, 0));
 	/* Targets lie above every source that is still needed (the caller sees to it), so no dup3 overwrites one. */
 	for (int i = 0; i < spawn->count; i++)
 		STEP(LR_SPAWN_DUP, raw(SYS_dup3, spawn->source[i], spawn->target[i], 0, 0, 0));

@@ -16,7 +16,7 @@ from lazyrestore._native import _core
 from lazyrestore.errors import SnapshotFailed
 from lazyrestore.kernel.procfs import Mapping
 from lazyrestore.resources.vma import (
-    LARGE_FILE_MAPPING, PAGE, FileIdentity, Kind, SharedObject, Vma, identify, is_template, protection_of,
+    ANONYMOUS_SHARED_NAME, LARGE_FILE_MAPPING, PAGE, FileIdentity, Kind, SharedObject, Vma, identify, is_template, protection_of,
 )  # fmt: skip
 
 lib, ffi = _core.lib, _core.ffi
@@ -59,7 +59,7 @@ class Planner:
         self.plan = Plan()
         self._identities = identities  # found before the freeze
         self._files: dict[str, int] = {}
-        self._objects: dict[tuple[str, int], int] = {}
+        self._objects: dict[tuple[int, int], int] = {}
         self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self._descriptors: list[int] = []
 
@@ -128,8 +128,9 @@ class Planner:
         return self._make(m, "lazy", self._add(m, [(m.start, end)]))
 
     def _shared(self, m: Mapping) -> Vma:
-        key = (m.device, m.inode)
-        anonymous = m.path == "/dev/zero"
+        major, minor = (int(part, 16) for part in m.device.split(":"))
+        key = (os.makedev(major, minor), m.inode)
+        anonymous = m.path in ("/dev/zero", ANONYMOUS_SHARED_NAME)
         if key not in self._objects:
             self._objects[key] = len(self.plan.shared)
             descriptor = os.open(f"/proc/{self.pid}/map_files/{m.start:x}-{m.end:x}", os.O_RDONLY | os.O_CLOEXEC)

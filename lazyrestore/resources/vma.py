@@ -24,6 +24,7 @@ from lazyrestore.program import Descriptors, OpList, Program, lib
 PAGE = 4096
 LARGE_FILE_MAPPING = 64 << 20  # bytes; a larger file mapping of which less than 1/8 was written stays a file mapping
 TEMPLATE_NAME = "/memfd:lazyrestore"
+ANONYMOUS_SHARED_NAME = "/memfd:lazyrestore-shared"  # what a restored anonymous MAP_SHARED mapping is called
 
 Kind = Literal["lazy", "anonymous", "eager", "file", "shared", "hugetlb", "kernel"]
 """lazy: template, MAP_PRIVATE. anonymous: no content. eager: anonymous, contents written before the process runs. file: the file itself, contents
@@ -72,7 +73,7 @@ class SharedObject(msgspec.Struct, frozen=True):
     name: str
     size: int
     image: int
-    key: tuple[str, int]
+    key: tuple[int, int]
     anonymous: bool
 
 

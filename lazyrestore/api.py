@@ -1,0 +1,285 @@
+"""The library's public classes. Everything here may be called from any thread of a multi-threaded program.
+
+A restored process is a child of the calling process. ptrace is used only inside a call, by the calling thread.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from lazyrestore.errors import LazyrestoreError
+
+if TYPE_CHECKING:
+    from lazyrestore.manifest import Manifest
+    from lazyrestore.pager.client import PagerClient, PagerStats
+    from lazyrestore.restore import Prepared
+    from lazyrestore.store import ImageStore, Report, StoredImage, Summary
+
+Progress = Callable[[int, int], None]
+LINGER_MS = 2000  # how long a pager stays when its last process and connection are gone
+
+
+class Store:
+    """A directory of snapshots. Open it with `Store.open`; use it as a context manager or call `close`."""
+
+    def __init__(self, images: ImageStore) -> None:
+        self._images = images
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, create: bool = True) -> Self:
+        """The store at `path`, made private (0700) if it does not exist. Raises StoreError's subclasses."""
+        from lazyrestore.store import ImageStore
+
+        return cls(ImageStore.open(Path(path), create=create))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the store; snapshots that are still used keep what they need."""
+        self._images.close()
+
+    def snapshot(
+        self, pid: int, *, name: str, kill: bool = False, replace: bool = False, level: int = 1, progress: Progress | None = None
+    ) -> Snapshot:
+        """Snapshot a running process.
+
+        The process runs on, unless `kill`: then it is ended once the snapshot is safely stored. `replace` allows a name that
+        exists. `level` is zstd's (1 to 19). `progress(done, total)` is called with bytes. Returns the snapshot, with
+        pages, raw_bytes, stored_bytes, pause_ms and seconds set. Raises the exceptions of lazyrestore.errors; the process then runs
+        on and the store is unchanged.
+        """
+        from lazyrestore import snapshot
+
+        taken = snapshot.take(self._images, pid, name, kill=kill, replace=replace, level=level, progress=progress)
+        result = self.get(name)
+        result.seconds = taken.seconds
+        result.pause_ms = taken.pause_ms
+        return result
+
+    def get(self, name: str) -> Snapshot:
+        """The snapshot of that name. Raises SnapshotNotFound, ChunkInvalid, StoreVersionError."""
+        return Snapshot(self._images.open_image(name))
+
+    def names(self) -> list[str]:
+        """The names of all snapshots, sorted."""
+        return [summary.name for summary in self._images.ls()]
+
+    def ls(self) -> list[Summary]:
+        """What there is: one record per snapshot."""
+        return self._images.ls()
+
+    def remove(self, name: str) -> None:
+        """Remove a snapshot. Its memory is freed once no restored process needs it. Raises SnapshotNotFound."""
+        self._images.rm(name)
+
+    def verify(self, name: str | None = None) -> Report:
+        """Check every chunk of one snapshot or of all: bounds, checksums, hashes."""
+        return self._images.verify(name)
+
+
+class Snapshot:
+    """A stored process. Restoring it the first time compiles its program and starts or finds its pager; both are kept."""
+
+    def __init__(self, image: StoredImage) -> None:
+        from lazyrestore import manifest
+
+        self._image = image
+        self.name: str = image.name
+        self.manifest: Manifest = manifest.decode(image.manifest, image.name)
+        self.pause_ms: float = self.manifest.pause_ms
+        self.seconds: float = 0.0
+        self._prepared: Prepared | None = None
+        self._pager: PagerClient | None = None
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Snapshot {self.name!r} of process {self.pid} ({self.manifest.comm})>"
+
+    @property
+    def pid(self) -> int:
+        """The process id that it had, and will have."""
+        return self.manifest.pid
+
+    @property
+    def pages(self) -> int:
+        """Pages of 4096 bytes with content."""
+        return self.manifest.pages
+
+    @property
+    def raw_bytes(self) -> int:
+        return self.manifest.raw_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """Compressed bytes that this snapshot refers to, shared ones included."""
+        return self._image.stored_bytes
+
+    @property
+    def chunks(self) -> int:
+        return self._image.n_chunks
+
+    def close(self) -> None:
+        """Let go of the image and of the connection to the pager; restored processes are not affected."""
+        with self._lock:
+            if self._pager is not None:
+                self._pager.close()
+                self._pager = None
+            self._image.close()
+
+    def explain(self) -> list[str]:
+        """The restore program, one line per system call; nothing is run."""
+        from lazyrestore import restore
+
+        return restore.explain(self._prepare())
+
+    def restore(self, *, streams: Sequence[int] = (0, 1, 2)) -> RestoredProcess:
+        """Start a copy of the process under its old process id, as a child of this process.
+
+        `streams` are descriptors for its standard streams, used where these were terminals or pipes to other processes. Raises
+        RestoreError's subclasses; nothing is left of the new process then.
+        """
+        began = time.perf_counter()
+        from lazyrestore import restore
+        from lazyrestore.pager.client import PagerGone
+
+        prepared = self._prepare()
+        pager = self._connect()
+        connected = time.perf_counter()
+        try:
+            started = restore.run(prepared, pager, streams)
+        except PagerGone:
+            # It exited for want of work just as we came; a connected one stays.
+            with self._lock:
+                if self._pager is pager:
+                    self._pager = None
+            pager = self._connect()
+            started = restore.run(prepared, pager, streams)
+        started.phases = {"prepare": (connected - began) * 1e3, **started.phases}
+        started.restore_ms = (time.perf_counter() - began) * 1e3
+        return RestoredProcess(self.name, started.pid, started.pidfd, started.restore_ms, started.phases, pager)
+
+    def stats(self) -> PagerStats | None:
+        """What the pager of this snapshot counted, None if there is none."""
+        from lazyrestore.pager.launch import connect_existing
+
+        client = connect_existing(self._image.key, self.name)
+        if client is None:
+            return None
+        with client:
+            return client.stats()
+
+    def _prepare(self) -> Prepared:
+        from lazyrestore import restore
+
+        with self._lock:
+            if self._prepared is None:
+                self._prepared = restore.prepare(self.name, self.manifest, self._image)
+            return self._prepared
+
+    def _connect(self) -> PagerClient:
+        from lazyrestore.pager.launch import connect_or_start
+
+        with self._lock:
+            if self._pager is None:
+                self._pager = connect_or_start(self._image, linger_ms=LINGER_MS)
+            return self._pager
+
+
+class RestoredProcess:
+    """A restored process, with the interface of subprocess.Popen.
+
+    restore_ms is the time from the call to the running process; phases tells where it went, in ms.
+    """
+
+    def __init__(self, name: str, pid: int, pidfd: int, restore_ms: float, phases: dict[str, float], pager: PagerClient) -> None:
+        self.name = name
+        self.pid = pid
+        self.restore_ms = restore_ms
+        self.phases = phases
+        self.returncode: int | None = None
+        self._pidfd = pidfd
+        self._pager = pager
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Wait for the process to end, as Popen does."""
+        self.wait()
+
+    def __del__(self) -> None:
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+    def __repr__(self) -> str:
+        return f"<RestoredProcess {self.name!r} pid={self.pid} returncode={self.returncode}>"
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs; -N if signal N ended it."""
+        with self._lock:
+            if self.returncode is None:
+                self._collect(os.WNOHANG)
+            return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end; returns the exit status. Raises subprocess.TimeoutExpired after `timeout` seconds."""
+        if self.poll() is None:
+            poller = select.poll()
+            poller.register(self._pidfd, select.POLLIN)
+            if not poller.poll(None if timeout is None else max(0, int(timeout * 1000))):
+                raise subprocess.TimeoutExpired(["lazyrestore", self.name], timeout or 0.0)
+            with self._lock:
+                if self.returncode is None:
+                    self._collect(0)
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal; does nothing if the process has ended."""
+        if self.poll() is None:
+            try:
+                signal.pidfd_send_signal(self._pidfd, number)
+            except ProcessLookupError:
+                pass
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def stats(self) -> PagerStats:
+        """The counts of this snapshot's pager: chunks filled, faults by kind, service times, per address space."""
+        return self._pager.stats()
+
+    def _collect(self, flags: int) -> None:
+        try:
+            result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | flags)
+        except ChildProcessError:
+            self.returncode = 0  # somebody else collected it, as with Popen
+            return
+        if result is not None:
+            self.returncode = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+
+
+__all__ = ["LazyrestoreError", "RestoredProcess", "Snapshot", "Store"]

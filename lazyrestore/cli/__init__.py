@@ -1,0 +1,95 @@
+"""The command line: `lazyrestore`. Each command lives in a module of its own that is imported when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import click
+
+COMMANDS = {
+    "snapshot": "lazyrestore.cli.snapshot:snapshot_command",
+    "restore": "lazyrestore.cli.restore:restore_command",
+    "ls": "lazyrestore.cli.listing:ls_command",
+    "show": "lazyrestore.cli.listing:show_command",
+    "rm": "lazyrestore.cli.listing:rm_command",
+    "verify": "lazyrestore.cli.listing:verify_command",
+    "stats": "lazyrestore.cli.stats:stats_command",
+    "doctor": "lazyrestore.cli.doctor:doctor_command",
+    "completion": "lazyrestore.cli.completion:completion_command",
+}
+HELP = {  # so that --help imports no command
+    "snapshot": "Snapshot a running process.",
+    "restore": "Restore a process; its memory arrives on touch.",
+    "ls": "List the snapshots.",
+    "show": "Show what a snapshot holds.",
+    "rm": "Remove snapshots.",
+    "verify": "Check every stored byte of one snapshot or all.",
+    "stats": "Show what the pagers count, per restored process.",
+    "doctor": "Try every kernel feature and privilege that matters.",
+    "completion": "Print the completion script for a shell.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are needed, and whose errors end in one line and an exit status."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name].partition(":")
+        command: click.Command = getattr(import_module(module), name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(HELP.items()))
+
+    def invoke(self, ctx: click.Context) -> object:
+        from lazyrestore.errors import LazyrestoreError
+
+        try:
+            return super().invoke(ctx)
+        except LazyrestoreError as error:
+            if ctx.params.get("debug"):
+                raise
+            click.echo(f"lazyrestore: {error}", err=True)
+            ctx.exit(error.exit_status)
+        except KeyboardInterrupt:
+            if ctx.params.get("debug"):
+                raise
+            click.echo("lazyrestore: interrupted", err=True)
+            ctx.exit(130)
+
+
+def default_store() -> str:
+    """The store that is used when none is named: per user, root's in /var/lib."""
+    if os.geteuid() == 0:
+        return "/var/lib/lazyrestore"
+    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return os.path.join(base, "lazyrestore")
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--store", metavar="DIR", envvar="LAZYRESTORE_STORE", help="The store; default $LAZYRESTORE_STORE, else one per user.")
+@click.option("--debug", is_flag=True, help="On errors, print the traceback.")
+@click.version_option(package_name="lazyrestore", prog_name="lazyrestore")
+@click.pass_context
+def main(ctx: click.Context, store: str | None, debug: bool) -> None:
+    """Snapshot running processes, and restore them lazily, in milliseconds.
+
+    \b
+    lazyrestore snapshot 4242 --name worker --kill
+    lazyrestore restore worker
+    lazyrestore restore worker --detach --json
+    """
+    ctx.obj = store or default_store()
+
+
+def entry() -> None:
+    """The console script; --debug shows tracebacks, everything else is one line."""
+    sys.exit(main())

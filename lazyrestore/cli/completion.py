@@ -1,0 +1,23 @@
+"""`lazyrestore completion`."""
+
+from __future__ import annotations
+
+import click
+
+
+@click.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_command(shell: str) -> None:
+    """Print the completion script for SHELL.
+
+    \b
+    eval "$(lazyrestore completion bash)"
+    lazyrestore completion fish > ~/.config/fish/completions/lazyrestore.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    from lazyrestore.cli import main
+
+    completion = get_completion_class(shell)
+    assert completion is not None
+    click.echo(completion(main, {}, "lazyrestore", "_LAZYRESTORE_COMPLETE").source())

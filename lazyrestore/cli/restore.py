@@ -1,0 +1,96 @@
+"""`lazyrestore restore`: in the foreground a parent that passes signals and the terminal on, or detached."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from lazyrestore.api import RestoredProcess, Snapshot
+
+FORWARDED = (
+    signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT, signal.SIGWINCH,
+    signal.SIGALRM,
+)  # fmt: skip
+SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the whole foreground group got it
+
+
+@click.command("restore")
+@click.argument("name")
+@click.option("--detach", is_flag=True, help="Print the process id and return; the process runs on by itself.")
+@click.option("--explain", is_flag=True, help="Print the restore program without running it.")
+@click.option("--json", "json_output", is_flag=True, help="Print JSON (to standard error in the foreground).")
+@click.pass_obj
+def restore_command(store: str, name: str, detach: bool, explain: bool, json_output: bool) -> None:
+    """Restore the snapshot NAME.
+
+    In the foreground, lazyrestore is the parent of the process: it passes signals and the terminal on, and exits with the
+    process's exit status (128 + N if signal N ended it).
+
+    \b
+    lazyrestore restore worker
+    lazyrestore restore worker --detach --json
+    lazyrestore restore worker --explain | less
+    """
+    from lazyrestore.api import Store
+
+    with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
+        if explain:
+            lines = snapshot.explain()
+            click.echo(json.dumps(lines) if json_output else "\n".join(lines))
+        elif detach:
+            process = snapshot.restore()
+            click.echo(_as_json(process) if json_output else f"{name}: process {process.pid}, restored in {process.restore_ms:.1f} ms")
+        else:
+            sys.exit(_foreground(snapshot, json_output))
+
+
+def _as_json(process: RestoredProcess) -> str:
+    phases = {phase: round(ms, 3) for phase, ms in process.phases.items()}
+    return json.dumps({"name": process.name, "pid": process.pid, "restore_ms": round(process.restore_ms, 3), "phases": phases})
+
+
+def _foreground(snapshot: Snapshot, json_output: bool) -> int:
+    """Restore, be a good parent, return the exit status."""
+    awaited = {*FORWARDED, signal.SIGCHLD}
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
+    try:
+        process = snapshot.restore()
+        if json_output:
+            click.echo(_as_json(process), err=True)
+        with _terminal_given_to(process.pid):
+            same_group = os.getpgid(process.pid) == os.getpgid(0)
+            while (status := process.poll()) is None:
+                caught = signal.sigwaitinfo(awaited)
+                from_terminal = caught.si_code == SI_KERNEL
+                if caught.si_signo != signal.SIGCHLD and not (from_terminal and same_group):
+                    process.send_signal(caught.si_signo)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+    return status if status >= 0 else 128 - status
+
+
+@contextmanager
+def _terminal_given_to(pid: int) -> Iterator[None]:
+    """If the process leads a group of its own in our session, it becomes the terminal's foreground group meanwhile."""
+    try:
+        terminal = os.isatty(0) and os.getsid(pid) == os.getsid(0) and os.getpgid(pid) == pid and os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        terminal = False
+    if not terminal:
+        yield
+        return
+    handler = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    try:
+        os.tcsetpgrp(0, pid)
+        yield
+        os.tcsetpgrp(0, os.getpgrp())
+    finally:
+        signal.signal(signal.SIGTTOU, handler)

@@ -1,0 +1,392 @@
+"""Restoring: a new process runs the compiled program, the pager takes its lazy memory, and it is let go.
+
+The steps, each timed as a phase: check (this host, the mapped files), compile, pager (found or started), spawn, map (the program up to the
+userfaultfd), attach (the pager registers the ranges), write (what cannot be lazy), finish (threads, credentials, registers, detach).
+Whatever fails, the new process is killed and reaped before the exception leaves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from lazyrestore._native import _core
+from lazyrestore.errors import CpuMismatch, KernelMismatch, MissingFeature, PidTaken, RestoreError
+from lazyrestore.kernel import procfs
+from lazyrestore.kernel.tracee import Registers
+from lazyrestore.manifest import Manifest
+from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, PagerClient, Range
+from lazyrestore.program import Op, lib
+from lazyrestore.resources import attributes, descriptors, vma
+from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
+from lazyrestore.restore_program import Compiled, Layout, compile_program, layout_for
+from lazyrestore.store import StoredImage
+
+ffi = _core.ffi
+
+STUB_ADDRESS = 0x0F_F000_0000  # where the first executable is linked: 64 GiB less 256 MiB, below every hole we choose
+STUB_CODE = b"\x0f\x05\xff\xe3"  # syscall; jmp *%rbx
+
+
+@dataclass(slots=True)
+class Started:
+    """A restored process that runs: pid, a pidfd that the caller owns, and what it took, in ms."""
+
+    pid: int
+    pidfd: int
+    restore_ms: float
+    phases: dict[str, float]
+
+
+@dataclass(slots=True)
+class Prepared:
+    """A snapshot on this host, ready to be restored many times: checked, compiled."""
+
+    name: str
+    manifest: Manifest
+    image: StoredImage
+    own: attributes.Credentials
+    compiled: Compiled | None = None
+    ranges: list[Range] = field(default_factory=list)
+
+
+class _Phases:
+    def __init__(self) -> None:
+        self.began = self._last = time.perf_counter()
+        self.ms: dict[str, float] = {}
+
+    def done(self, name: str) -> None:
+        now = time.perf_counter()
+        self.ms[name] = self.ms.get(name, 0.0) + (now - self._last) * 1e3
+        self._last = now
+
+
+def prepare(name: str, manifest: Manifest, image: StoredImage) -> Prepared:
+    """Check what does not change while this host runs: CPU, kernel. Raises CpuMismatch, KernelMismatch."""
+    check_host(name, manifest)
+    prepared = Prepared(name, manifest, image, attributes.credentials_of(os.getpid(), os.getpid()))
+    prepared.ranges = _ranges(manifest)
+    return prepared
+
+
+def explain(prepared: Prepared) -> list[str]:
+    """The restore program, a line per operation; nothing is run."""
+    compiled = compile_program(prepared.manifest, layout_for(prepared.manifest), prepared.own)
+    return list(compiled.program.explain())
+
+
+def run(prepared: Prepared, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)) -> Started:
+    """Restore once. `streams` are the caller's descriptors for the new process's standard streams, where it needs them."""
+    manifest, phases = prepared.manifest, _Phases()
+    for identity in manifest.files:
+        vma.check_file(identity)
+    descriptors.check_files(manifest.descriptors)
+    descriptors.prepare(manifest.descriptors)
+    phases.done("check")
+    with ExitStack() as owned:
+        shared = {index: _shared_file(prepared, index, owned) for index in range(len(manifest.shared))}
+        hugetlb = pager.hugetlb_fd
+        template = pager.template_fd
+        if prepared.compiled is None or not _fits(prepared.compiled.layout, [template, *shared.values(), *streams]):
+            layout = layout_for(manifest, 1 + max([template, *shared.values(), *streams, 64]))
+            prepared.compiled = compile_program(manifest, layout, prepared.own)
+        compiled = prepared.compiled
+        phases.done("compile")
+        program = _memory_file("lazyrestore-program", owned)
+        os.pwrite(program, compiled.linked.image, 0)
+        handed = {program: compiled.layout.program, template: compiled.layout.template}
+        pairs = [*handed.items(), *((shared[k], compiled.layout.shared[k]) for k in shared)]
+        pairs += [(streams[k], compiled.layout.streams[k]) for k in range(3) if streams[k] >= 0]
+        if hugetlb is not None:
+            pairs.append((hugetlb, compiled.layout.hugetlb))
+        pid, pidfd = _spawn(prepared, pairs)
+        phases.done("spawn")
+        try:
+            child = _Child(prepared, compiled, pid)
+            child.start(program)
+            child.run_to_stop()
+            phases.done("map")
+            userfaultfd = child.take(pidfd, compiled.userfaultfd)
+            try:
+                lazy_shared = {k: fd for k, fd in shared.items() if manifest.shared[k].anonymous}
+                pager.attach(userfaultfd, pidfd, prepared.ranges, lazy_shared)
+            finally:
+                os.close(userfaultfd)
+            phases.done("attach")
+            child.write_contents()
+            phases.done("write")
+            child.run_to_end()
+            child.let_go()
+        except BaseException:
+            _kill(pid, pidfd)
+            raise
+    phases.done("finish")
+    return Started(pid, pidfd, (time.perf_counter() - phases.began) * 1e3, phases.ms)
+
+
+# -- checks ------------------------------------------------------------------------------------------------------------
+
+_own_host: tuple[str, list[tuple[str, int]], frozenset[str]] | None = None
+
+
+def _this_host() -> tuple[str, list[tuple[str, int]], frozenset[str]]:
+    """The vdso's hash, the kernel's mappings (name, length), the CPU's features: read once per process."""
+    global _own_host
+    if _own_host is None:
+        kernel = [m for m in procfs.parse_maps(procfs.read(os.getpid(), "maps")) if m.path in KERNEL_MAPPINGS]
+        vdso = next((m for m in kernel if m.path == "[vdso]"), None)
+        if vdso is None:
+            raise KernelMismatch("kernel", "check", "it gives processes no vdso", "boot without vdso=0")
+        content = bytes(ffi.buffer(ffi.cast("char *", vdso.start), vdso.size))
+        _own_host = (
+            hashlib.blake2b(content, digest_size=16).hexdigest(), [(m.path, m.size) for m in kernel], procfs.cpu_flags()
+        )  # fmt: skip
+    return _own_host
+
+
+def check_host(name: str, manifest: Manifest) -> None:
+    """Raises CpuMismatch or KernelMismatch unless a process of this snapshot can run here."""
+    vdso_hash, layout, flags = _this_host()
+    host = manifest.host
+    if host.vdso_hash != vdso_hash or [(entry[0], entry[2]) for entry in host.vdso] != layout:
+        raise KernelMismatch(
+            f"snapshot {name}", "check kernel", f"it was taken on kernel {host.kernel}, whose vdso differs from this kernel's ({os.uname().release})",
+            "restore on the same kernel build",
+        )  # fmt: skip
+    missing = sorted(set(host.cpu_flags) - flags)
+    if missing:
+        raise CpuMismatch(
+            f"snapshot {name}", "check CPU", f"this CPU lacks {', '.join(missing)}", "restore on a CPU with these features"
+        )
+
+
+def _fits(layout: Layout, sources: list[int]) -> bool:
+    return max(sources) < layout.program
+
+
+# -- pieces of one restore ---------------------------------------------------------------------------------------------
+
+
+def _ranges(manifest: Manifest) -> list[Range]:
+    """What the pager serves of the address space."""
+    ranges = []
+    for v in manifest.vmas:
+        if v.kind == "lazy":
+            ranges.append(Range(v.start, v.end, v.start, BACKING_TEMPLATE))
+        elif v.kind == "hugetlb":
+            ranges.append(Range(v.start, v.end, v.start, BACKING_HUGETLB))
+        elif v.kind == "shared" and manifest.shared[v.shared_object].anonymous:
+            image = manifest.shared[v.shared_object].image + v.offset
+            ranges.append(Range(v.start, v.end, image, BACKING_SHARED + v.shared_object))
+    return ranges
+
+
+def _memory_file(name: str, owned: ExitStack, flags: int = 0) -> int:
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | flags)
+    owned.callback(os.close, descriptor)
+    return descriptor
+
+
+def _shared_file(prepared: Prepared, index: int, owned: ExitStack) -> int:
+    """The memory file of one shared object. A memfd can be read by descriptor, which never faults, so it is filled here."""
+    shared = prepared.manifest.shared[index]
+    if shared.anonymous:
+        descriptor = _memory_file(vma.ANONYMOUS_SHARED_NAME.removeprefix("/memfd:"), owned)
+    else:
+        descriptor = _memory_file(shared.name.removeprefix("/memfd:"), owned, os.MFD_ALLOW_SEALING)
+    os.ftruncate(descriptor, shared.size)
+    if not shared.anonymous:
+        for start, data in prepared.image.contents(shared.image, shared.image + -(-shared.size // 4096) * 4096):
+            at = start - shared.image
+            os.pwrite(descriptor, data[: shared.size - at], at)
+    return descriptor
+
+
+_executable: int | None = None
+
+
+def _stub_executable() -> int:
+    """A memory file with the smallest ELF executable: one page whose code makes one system call and jumps to rbx."""
+    global _executable
+    if _executable is None:
+        header = struct.pack(
+            "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, STUB_ADDRESS + 176, 64, 0, 0, 64, 56, 2, 0, 0, 0
+        )  # ET_EXEC, EM_X86_64
+        load = struct.pack("<IIQQQQQQ", 1, 5, 0, STUB_ADDRESS, STUB_ADDRESS, 180, 180, 4096)
+        stack = struct.pack("<IIQQQQQQ", 0x6474E551, 6, 0, 0, 0, 0, 0, 16)  # PT_GNU_STACK, not executable
+        descriptor = os.memfd_create("lazyrestore-start", os.MFD_CLOEXEC)
+        os.write(descriptor, header + load + stack + STUB_CODE)
+        _executable = descriptor
+    return _executable
+
+
+def _spawn(prepared: Prepared, pairs: list[tuple[int, int]]) -> tuple[int, int]:
+    """The new process, stopped at its first instruction; returns (pid, pidfd)."""
+    manifest = prepared.manifest
+    sources = ffi.new("int32_t[]", [source for source, _ in pairs])
+    targets = ffi.new("int32_t[]", [target for _, target in pairs])
+    spawn = ffi.new("struct lr_spawn *")
+    spawn.executable = _stub_executable()
+    spawn.count = len(pairs)
+    spawn.source, spawn.target = sources, targets
+    spawn.wanted_pid = manifest.pid
+    spawn.pid_namespace = -1
+    spawn.new_session = 1 if manifest.attributes.session_leader else 2 if manifest.attributes.group_leader else 0
+    spawn.descriptor_limit = max(target for _, target in pairs) + 64
+    spawn.trace = 1
+    error = lib.lr_spawn(spawn)
+    if error:
+        _explain_spawn_failure(prepared, -error, spawn.step)
+    return spawn.pid, spawn.pidfd
+
+
+def _explain_spawn_failure(prepared: Prepared, error: int, step: int) -> None:
+    import errno
+
+    pid = prepared.manifest.pid
+    if step == lib.LR_SPAWN_CLONE and error == errno.EEXIST:
+        raise PidTaken(
+            f"process id {pid}", "start process", "it is in use by another process or group", "end that one, or restore with --pid new", errno=error
+        )
+    if step == lib.LR_SPAWN_CLONE and error == errno.EPERM:
+        raise MissingFeature(
+            f"process id {pid}", "start process", "choosing a process id takes CAP_CHECKPOINT_RESTORE", "run as root", errno=error
+        )
+    names = {
+        lib.LR_SPAWN_CLONE: "clone3", lib.LR_SPAWN_DUP: "dup3", lib.LR_SPAWN_TRACEME: "ptrace", lib.LR_SPAWN_EXEC: "execveat",
+        lib.LR_SPAWN_SETNS: "setns", lib.LR_SPAWN_WAIT: "wait", lib.LR_SPAWN_SESSION: "setsid", lib.LR_SPAWN_LIMIT: "prlimit",
+    }  # fmt: skip
+    raise RestoreError(f"process {pid}", f"start: {names.get(step, 'clone3')}", errno=error)
+
+
+class _Child:
+    """The new process under its program; the calling thread is its tracer."""
+
+    def __init__(self, prepared: Prepared, compiled: Compiled, pid: int) -> None:
+        self.prepared = prepared
+        self.compiled = compiled
+        self.pid = pid
+        self.others = [thread.tid for thread in prepared.manifest.threads[1:]]
+        self._status, self._index = ffi.new("int32_t *"), ffi.new("uint64_t *")
+        self._why, self._result = ffi.new("uint64_t *"), ffi.new("int64_t *")
+
+    def start(self, program: int) -> None:
+        """Tell the program where the vdso is, and let the first instruction map it and jump to the executor."""
+        kernel = {m.path: m.start for m in procfs.parse_maps(procfs.read(self.pid, "maps")) if m.path in KERNEL_MAPPINGS}
+        linked = self.compiled.linked
+        for index, (name, _, _) in zip(self.compiled.kernel_moves, self.prepared.manifest.host.vdso, strict=True):
+            os.pwrite(program, struct.pack("<Q", kernel[name]), linked.op_addresses[0] - linked.base + index * 80 + 16)
+        self._must(lib.lr_set_options(self.pid, lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD), "PTRACE_SETOPTIONS")
+        registers = self._registers(self.pid)
+        registers.update(
+            rax=lib.SYS_mmap, rdi=linked.base, rsi=len(linked.image), rdx=lib.PROT_READ | lib.PROT_WRITE | lib.PROT_EXEC,
+            r10=lib.MAP_SHARED | lib.MAP_FIXED_NOREPLACE, r8=self.compiled.layout.program, r9=0, rbx=linked.entry,
+            r12=linked.lists[0], rsp=linked.stacks[0], orig_rax=(1 << 64) - 1,
+        )  # fmt: skip
+        self._set(self.pid, registers)
+
+    def run_to_stop(self) -> None:
+        self._next(self.pid, 0, lib.LR_STOP_ASKED)
+
+    def run_to_end(self) -> None:
+        """The rest of the leader's list, then each thread's list."""
+        self._next(self.pid, 0, lib.LR_STOP_END)
+        for tid in self.others:
+            self._must(lib.lr_wait(tid, self._status), f"wait for thread {tid}")
+            self._must(lib.lr_continue(tid, 0), f"start thread {tid}")
+        for number, tid in enumerate(self.others, 1):
+            self._next(tid, number, lib.LR_STOP_END, resume=False)
+
+    def take(self, pidfd: int, number: int) -> int:
+        return self._must(lib.lr_pidfd_getfd(pidfd, number), "pidfd_getfd")
+
+    def write_contents(self) -> None:
+        """What cannot be lazy: the main stack and its like."""
+        manifest = self.prepared.manifest
+        memory = os.open(f"/proc/{self.pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            for v in manifest.vmas:
+                for start, end in v.written:
+                    for at, data in self.prepared.image.contents(start, end):
+                        if os.pwrite(memory, data, at) != len(data):
+                            raise RestoreError(v.label, "write contents", "short write")
+        except OSError as error:
+            raise RestoreError(f"process {self.pid}", "write contents", errno=error.errno) from error
+        finally:
+            os.close(memory)
+        adjust = manifest.attributes.oom_score_adjust
+        if adjust:
+            with open(f"/proc/{self.pid}/oom_score_adj", "w") as file:
+                file.write(str(adjust))
+
+    def let_go(self) -> None:
+        """Remove what is ours from the address space, set every thread's state, detach."""
+        linked = self.compiled.linked
+        here = self._registers(self.pid)
+        syscall = linked.base + linked.image.index(STUB_CODE[:2])
+        if self.compiled.trap_action:
+            self._remote(here, syscall, lib.SYS_rt_sigaction, lib.SIGTRAP, self.compiled.trap_action, 0, 8)
+        self._remote(here, syscall, lib.SYS_munmap, linked.base, self.compiled.end - linked.base)
+        threads = self.prepared.manifest.threads
+        for thread in [*threads[1:], threads[0]]:
+            tid = thread.tid
+            registers = ffi.from_buffer("struct lr_registers *", thread.registers)
+            self._must(lib.lr_set_registers(tid, registers), f"set registers of thread {tid}")
+            error = lib.lr_set_xstate(tid, ffi.from_buffer(thread.xstate), len(thread.xstate))
+            self._must(error, f"set extended state of thread {tid}")
+            self._must(lib.lr_set_signal_mask(tid, thread.signal_mask), f"set signal mask of thread {tid}")
+        for thread in [*threads[1:], threads[0]]:
+            self._must(lib.lr_detach(thread.tid, 0), f"detach thread {thread.tid}")
+
+    # -- underneath ----------------------------------------------------------------------------------------------------
+
+    def _next(self, tid: int, number: int, want: int, *, resume: bool = True) -> None:
+        error = lib.lr_next_stop(tid, resume, self._status, self._index, self._why, self._result)
+        if error:
+            raise RestoreError(f"thread {tid}", "run program", f"unexpected stop (status {self._status[0]:#x})", errno=-error)
+        if self._why[0] != want:
+            self._surprise(number, self._index[0], self._result[0])
+
+    def _surprise(self, number: int, index: int, result: int) -> None:
+        ops = self.compiled.program.lists[number].ops
+        op: Op = ops[index] if index < len(ops) else Op(0, (), 0, 0, "program", "")
+        step = op.name + (f" ({op.note})" if op.note else "")
+        if -4096 < result < 0:
+            raise RestoreError(op.resource, step, errno=-result)
+        raise RestoreError(op.resource, step, f"returned {result:#x} and not {op.want:#x}")
+
+    def _remote(self, base: Registers, syscall: int, number: int, *values: int) -> None:
+        arguments = ffi.new("uint64_t[6]", [*values, *[0] * (6 - len(values))])
+        packed = ffi.from_buffer("struct lr_registers *", base.pack())
+        self._must(lib.lr_remote_syscall(self.pid, packed, syscall, number, arguments, self._result), "finish")
+        if self._result[0] < 0:
+            raise RestoreError(f"process {self.pid}", "finish", errno=-self._result[0])
+
+    def _registers(self, tid: int) -> Registers:
+        registers = ffi.new("struct lr_registers *")
+        self._must(lib.lr_get_registers(tid, registers), "read registers")
+        return Registers.unpack(bytes(ffi.buffer(registers)))
+
+    def _set(self, tid: int, registers: Registers) -> None:
+        self._must(lib.lr_set_registers(tid, ffi.from_buffer("struct lr_registers *", registers.pack())), "set registers")
+
+    def _must(self, result: int, step: str) -> int:
+        if result < 0:
+            raise RestoreError(f"process {self.pid}", step, errno=-result)
+        return int(result)
+
+
+def _kill(pid: int, pidfd: int) -> None:
+    """End a process that did not come up, and collect it."""
+    lib.lr_pidfd_send_signal(pidfd, lib.SIGKILL)
+    status = ffi.new("int32_t *")
+    while lib.lr_wait(pid, status) >= 0 and os.WIFSTOPPED(status[0]):
+        continue
+    os.close(pidfd)
+
+

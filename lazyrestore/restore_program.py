@@ -1,0 +1,139 @@
+"""Compiling a manifest to a restore program: the order in which a new process becomes the old one.
+
+The order, and why. The new process's own vdso goes aside and everything else is unmapped, so that every address is free. All VMAs are mapped
+before the exe link is set (the old executable must be unmapped by then). Descriptors and paths come before the root and working directory change.
+userfaultfd comes next, then a stop: the tracer hands it to the pager and writes what must be there at once. Only
+then may anything touch lazy memory, so threads, robust lists and rseq (which the kernel writes to) come after. Limits and credentials are
+last: before, we need the privileges.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lazyrestore.kernel import procfs
+from lazyrestore.kernel.tracee import HOLE_GAP, find_hole
+from lazyrestore.manifest import Manifest
+from lazyrestore.program import Descriptors, Linked, Program, lib
+from lazyrestore.resources import attributes, descriptors, signals, threads, vma
+from lazyrestore.resources.attributes import Credentials
+from lazyrestore.resources.descriptor import RestoreContext
+
+TASK_END = 0x7FFF_FFFF_F000  # the end of user space with four-level page tables
+FIRST_HIGH = 1000  # handed-over descriptors start here, or above the snapshot's highest
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Numbers of the handed-over descriptors in the new process."""
+
+    program: int
+    template: int
+    hugetlb: int
+    shared: dict[int, int]
+    streams: dict[int, int]
+
+    @property
+    def end(self) -> int:
+        return max(self.program, self.hugetlb, *self.shared.values(), *self.streams.values()) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A program ready to run: `kernel_moves` are the operations whose first argument is where the new process's vdso parts lie."""
+
+    program: Program
+    linked: Linked
+    layout: Layout
+    kernel_moves: list[int]
+    userfaultfd: int
+    end: int  # of the address range that is ours in the new process, from linked.base
+    trap_action: int  # address of SIGTRAP's struct sigaction in the linked program, 0: the default
+
+
+def layout_for(manifest: Manifest, minimum: int = 0) -> Layout:
+    """Where handed-over descriptors go: above the snapshot's own numbers and not below `minimum`."""
+    highest = max((descriptor.number for descriptor in manifest.descriptors.descriptors), default=0)
+    base = max(FIRST_HIGH, highest + 1, minimum)
+    shared = {number: base + 6 + number for number in range(len(manifest.shared))}
+    return Layout(base, base + 1, base + 2, shared, {stream: base + 3 + stream for stream in range(3)})
+
+
+def compile_program(manifest: Manifest, layout: Layout, own: Credentials) -> Compiled:
+    """The program that turns a fresh process into the snapshot's. Raises RestoreError if a kind refuses."""
+    program = Program()
+    ops = program.add_list()
+    fds = Descriptors(ops, range(layout.program, layout.end), layout.end)
+    mappings = _as_mappings(manifest)
+    # The layout of addresses must be known before the size is: leave room generously, and check below.
+    kernel_length = sum(length for _, _, length in manifest.host.vdso)
+    room = (4 << 20) + 4096 * (len(manifest.threads) + len(manifest.vmas)) + kernel_length
+    base = find_hole(mappings, room)
+    aside = base + room - kernel_length
+
+    with ops.serving("vdso"):
+        kernel_moves, at = [], aside
+        for name, _, length in manifest.host.vdso:
+            kernel_moves.append(
+                ops.call_expecting(at, lib.SYS_mremap, 0, length, length, lib.MREMAP_MAYMOVE | lib.MREMAP_FIXED, at, note=name).index
+            )
+            at += length
+    with ops.serving("old address space"):
+        ops.call(lib.SYS_munmap, 0, base)
+        ops.call(lib.SYS_munmap, base + room, TASK_END - base - room)
+    writable = {v.file for v in manifest.vmas if v.kind == "file" and v.shared and v.protection & lib.PROT_WRITE}
+    vma.restore(manifest.vmas, manifest.files, writable, program, ops, fds, layout.template, layout.hugetlb, layout.shared)
+    with ops.serving("vdso"):
+        at = aside
+        for name, start, length in manifest.host.vdso:
+            ops.call_expecting(start, lib.SYS_mremap, at, length, length, lib.MREMAP_MAYMOVE | lib.MREMAP_FIXED, start, note=name)
+            at += length
+    attributes.restore_memory(manifest.attributes, program, ops, fds)
+    context = RestoreContext(layout.streams, _shared_lookup(manifest, layout), manifest.attributes.cwd)
+    descriptors.compile(manifest.descriptors, ops, fds, context)
+    attributes.restore_place(manifest.attributes, program, ops)
+    signals.restore(manifest.signals, program, ops)
+
+    with ops.serving("lazy memory"):
+        # It gets a number that is free now and is closed before the process runs.
+        userfaultfd = fds.create(lib.SYS_userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK)
+        ops.stop("the tracer hands the userfaultfd to the pager")
+        fds.close(userfaultfd)
+    with ops.serving("handed-over descriptors"):
+        ops.call(lib.SYS_close_range, layout.program, (1 << 32) - 1, 0)
+
+    leader, *others = manifest.threads
+    lists = [program.add_list() for _ in others]
+    for thread, own_ops in zip(others, lists, strict=True):
+        threads.restore_start(thread, program, ops, own_ops)
+    for thread, own_ops in [*zip(others, lists, strict=True), (leader, ops)]:
+        threads.restore_own(thread, program, own_ops, leader=thread is leader)
+    signals.restore_queue_and_timers(manifest.signals, manifest.pid, program, ops)
+    attributes.restore_flags(manifest.attributes, program, ops)
+    for thread, own_ops in [*zip(others, lists, strict=True), (leader, ops)]:
+        attributes.restore_credentials(manifest.attributes, own, program, own_ops)
+        threads.restore_pending(thread, manifest.pid, program, own_ops)
+    attributes.restore_after_credentials(manifest.attributes, ops)
+
+    trap = manifest.signals.actions.get(lib.SIGTRAP)
+    trap_pointer = program.place(trap) if trap else None
+    linked = program.link(base)
+    if len(linked.image) > room - kernel_length:
+        raise AssertionError("the program outgrew its room")
+    return Compiled(program, linked, layout, kernel_moves, userfaultfd, base + room, linked.data + trap_pointer.offset if trap_pointer else 0)
+
+
+def _shared_lookup(manifest: Manifest, layout: Layout) -> Callable[[int, int], int | None]:
+    numbers = {shared.key: layout.shared[index] for index, shared in enumerate(manifest.shared)}
+    return lambda device, inode: numbers.get((device, inode))
+
+
+def _as_mappings(manifest: Manifest) -> list[procfs.Mapping]:
+    """The manifest's VMAs in the form that find_hole() takes; the space around the stack is kept free for it to grow."""
+    limit = min(1 << 30, 256 * HOLE_GAP)
+    return [
+        procfs.Mapping(v.start - (limit if v.grows_down else 0), v.end, False, False, False, False, 0, "", 0, "", False)
+        for v in manifest.vmas
+    ]
