@@ -108,6 +108,12 @@ def test_dontneed_reads_zero(image: Image, clone: Victim, touched: bool) -> None
     assert clone.ask("crc", BASE, LENGTH) == crc(expected)
 
 
+def test_dontneed_inside_of_dontneed(image: Image, clone: Victim) -> None:
+    for start, length in ((CHUNK, 4 * CHUNK), (2 * CHUNK, CHUNK), (0, 6 * CHUNK), (0, PAGE)):
+        assert clone.ask("dontneed", BASE + start, length) == "ok"
+    assert clone.ask("crc", BASE, LENGTH) == crc(bytes(6 * CHUNK) + image.raw(BASE, LENGTH)[6 * CHUNK :])
+
+
 def test_written_then_dropped_is_zero_and_writable(clone: Victim) -> None:
     assert clone.ask("poke", BASE, 9) == "ok"
     assert clone.ask("dontneed", BASE, PAGE) == "ok"

@@ -149,7 +149,9 @@ static void execute(const char *name, const word *a) {
 		ssize_t n = pread((int)a[0], buffer, a[2], (off_t)a[1]);
 		printf("%u\n", n == (ssize_t)a[2] ? crc32_of((word)(uintptr_t)buffer, a[2]) : 0);
 		free(buffer);
-	} else
+	} else if (!strcmp(name, "exec"))
+		execlp("cat", "cat", NULL);
+	else
 		printf("unknown\n");
 }
 

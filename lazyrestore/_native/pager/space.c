@@ -64,7 +64,7 @@ void space_kill(struct space *space, const char *why) {
 /* Private memory in [start, end) reads zero from now on. Shared memory keeps what its file holds. */
 static int on_remove(struct space *space, uint64_t start, uint64_t end) {
 	struct interval found;
-	for (uint64_t at = start; interval_map_next(&space->map, at, &found) && found.start < end; at = found.end) {
+	for (uint64_t at = start; at < end && interval_map_next(&space->map, at, &found) && found.start < end; at = found.end) {
 		if (found.start < start)
 			found.start = start;
 		if (found.end > end)

@@ -1,0 +1,247 @@
+"""How a pager starts and ends, and what becomes of its processes when it is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import zlib
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+from helpers_pager import CHUNK, Image, Victim, await_end
+
+from lazyrestore.errors import PagerError
+from lazyrestore.pager import PagerClient, Range, connect_existing, connect_or_start, launch, wire
+
+pytestmark = pytest.mark.requires("root")
+
+BASE = 0x10_0000_0000
+LENGTH = 2 << 20
+
+Start = Callable[..., PagerClient]
+MakeVictim = Callable[[], Victim]
+
+
+@pytest.fixture
+def image(make_image: Callable[..., Image]) -> Image:
+    return make_image()
+
+
+def sockets(runtime: Path) -> list[Path]:
+    return list(runtime.glob("*.sock"))
+
+
+def open_fds(pid: int) -> list[str]:
+    return sorted(os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir())
+
+
+def test_killed_pager_takes_its_processes_along(
+    image: Image, start: Start, runtime: Path, make_victim: MakeVictim
+) -> None:
+    client = start(image)
+    clones = [make_victim(), make_victim()]
+    for clone in clones:
+        clone.clone(client, BASE, LENGTH)
+    child = clones[0].fork()
+    bystander = make_victim()
+    pager, keeper = client.pids()
+    os.kill(pager, signal.SIGKILL)
+    # Each either dies first, or waits for its memory until it dies. None reads a zero.
+    for clone in clones:
+        assert clone.ask("crc", BASE, LENGTH) == ""
+        assert clone.process.wait() == -signal.SIGKILL
+    await_end(child)
+    await_end(keeper)
+    assert bystander.ask("uffd")
+    assert not sockets(runtime)
+
+
+def test_waiting_thread_dies_with_the_pager(image: Image, start: Start, make_victim: MakeVictim) -> None:
+    """A fault that the pager never sees (it is stopped) waits; kill -9 then ends the process, not the wait."""
+    client = start(image)
+    clone = make_victim()
+    clone.clone(client, BASE, LENGTH)
+    pager, _ = client.pids()
+    os.kill(pager, signal.SIGSTOP)
+    clone.send("crc", BASE, LENGTH)
+    os.kill(pager, signal.SIGKILL)
+    assert clone.process.stdout
+    assert clone.process.stdout.readline() == ""
+    assert clone.process.wait() == -signal.SIGKILL
+
+
+def test_killed_keeper_is_replaced(image: Image, start: Start, make_victim: MakeVictim) -> None:
+    client = start(image)
+    clone = make_victim()
+    clone.clone(client, BASE, LENGTH)
+    for _ in range(2):
+        pager, keeper = client.pids()
+        os.kill(keeper, signal.SIGKILL)
+        await_end(keeper)
+        while client.pids() == (pager, keeper):
+            os.sched_yield()
+    assert clone.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
+    pager, keeper = client.pids()
+    os.kill(pager, signal.SIGKILL)
+    assert clone.process.wait() == -signal.SIGKILL
+    await_end(keeper)
+
+
+def test_exits_after_the_last_space_and_removes_the_socket(
+    image: Image, start: Start, runtime: Path, make_victim: MakeVictim
+) -> None:
+    client = start(image, linger_ms=1)
+    clone = make_victim()
+    clone.clone(client, BASE, LENGTH)
+    child = clone.fork()
+    pager, keeper = client.pids()
+    client.close()
+    assert sockets(runtime)
+    clone.process.kill()
+    clone.process.wait()
+    with connect_existing(image.key, image.name, runtime_dir=runtime) or pytest.fail("left too early"):
+        pass
+    os.kill(child, signal.SIGKILL)
+    await_end(pager)
+    await_end(keeper)
+    assert not sockets(runtime)
+    assert connect_existing(image.key, image.name, runtime_dir=runtime) is None
+
+
+def test_exec_ends_an_address_space(image: Image, start: Start, make_victim: MakeVictim) -> None:
+    client = start(image, linger_ms=1)
+    clone = make_victim()
+    clone.clone(client, BASE, LENGTH)
+    assert len(client.stats().spaces) == 1
+    clone.send("exec")
+    while client.stats().spaces:
+        os.sched_yield()
+    assert clone.process.poll() is None
+
+
+def test_lingers_and_serves_the_next(image: Image, start: Start, runtime: Path) -> None:
+    first = start(image, linger_ms=3_600_000)
+    pids = first.pids()
+    first.close()
+    with connect_or_start(image, runtime_dir=runtime) as second:
+        assert second.pids() == pids
+        second.stop()
+
+
+def test_many_start_at_once_and_find_one_pager(image: Image, start: Start, runtime: Path) -> None:
+    start(image)
+    found: list[tuple[int, int]] = []
+    clients: list[PagerClient] = []
+
+    def connect() -> None:
+        client = connect_or_start(image, runtime_dir=runtime)
+        clients.append(client)
+        found.append(client.pids())
+
+    threads = [threading.Thread(target=connect) for _ in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for client in clients:
+        client.close()
+    assert len(found) == 16
+    assert len(set(found)) == 1
+
+
+def test_connect_races_with_exit(image: Image, runtime: Path, stack: ExitStack) -> None:
+    """A pager that leaves at once is met while it leaves: every connection still reaches one that answers."""
+    pagers = set()
+    for _ in range(60):
+        with connect_or_start(image, runtime_dir=runtime, linger_ms=0) as client:
+            assert client.stats().chunks_total == image.n_chunks
+            pagers.add(client.pids()[0])
+    for pager in pagers:
+        await_end(pager)
+    assert not sockets(runtime)
+
+
+def test_stale_socket_is_replaced(image: Image, start: Start, runtime: Path) -> None:
+    path = launch._socket_path(runtime, image.key)
+    stale = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    stale.bind(os.fspath(path))
+    stale.close()
+    assert start(image).stats().chunks_total == image.n_chunks
+
+
+def test_pager_holds_only_what_it_needs(image: Image, start: Start, make_victim: MakeVictim) -> None:
+    read_end, write_end = os.pipe()
+    os.set_inheritable(write_end, True)
+    client = start(image)
+    pager, keeper = client.pids()
+    os.close(write_end)
+    assert os.read(read_end, 1) == b""  # nobody else has the other end
+    os.close(read_end)
+    before = open_fds(pager)
+    assert open_fds(keeper) == before
+    assert not any("lazyrestore-image" in link for link in before)
+    clone = make_victim()
+    clone.clone(client, BASE, LENGTH)
+    clone.fork()
+    assert open_fds(pager).count("anon_inode:[userfaultfd]") == 2
+    clone.process.kill()
+    clone.process.wait()
+    clone._child_reader.read()  # the child ends when its command line does
+    os.close(clone._child_in)
+    clone._child_in = os.open("/dev/null", os.O_RDONLY)
+    while client.stats().spaces:
+        os.sched_yield()
+    assert open_fds(pager) == before
+
+
+def test_bad_image(image: Image, runtime: Path) -> None:
+    image.index_offset = 1 << 40
+    with pytest.raises(PagerError, match="ended at once"):
+        connect_or_start(image, runtime_dir=runtime)
+    assert "index beyond the data file" in (runtime / "pager.log").read_text()
+    assert not sockets(runtime)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "complaint"),
+    [
+        ([Range(BASE + 1, BASE + CHUNK, BASE)], "not aligned"),
+        ([Range(BASE + CHUNK, BASE, BASE)], "not sorted"),
+        ([Range(BASE, BASE + CHUNK, BASE), Range(BASE, BASE + CHUNK, BASE)], "not sorted"),
+        ([Range(BASE, BASE + CHUNK, (1 << 47) - 4096)], "beyond its backing"),
+        ([Range(BASE, BASE + CHUNK, BASE, 1)], "unknown backing"),
+        ([Range(BASE + (1 << 30), BASE + (1 << 30) + CHUNK, BASE)], "UFFDIO_REGISTER"),
+        ([], "number of ranges"),
+    ],
+)
+def test_bad_ranges(image: Image, start: Start, make_victim: MakeVictim, ranges: list[Range], complaint: str) -> None:
+    client = start(image)
+    victim = make_victim()
+    victim.map(BASE, LENGTH, victim.open(f"/proc/{os.getpid()}/fd/{client.template_fd}"), BASE)
+    with pytest.raises(PagerError, match=complaint) as caught:
+        victim.attach(client, ranges)
+    assert caught.value.errno
+    assert not client.stats().spaces
+    victim.attach(client, [Range(BASE, BASE + LENGTH, BASE)])
+    assert victim.ask("crc", BASE, CHUNK) == str(zlib.crc32(image.raw(BASE, CHUNK)))
+
+
+def test_other_protocol_version_is_refused(image: Image, start: Start) -> None:
+    client = start(image)
+    request = wire.REQUEST.pack(wire.STATS, wire.VERSION + 1, 0, 0, 0, *[0] * wire.MAX_SHARED)
+    with pytest.raises(PagerError, match="protocol version"):
+        client._ask(request)
+
+
+def test_runtime_directory_must_be_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    path = launch.runtime_directory()
+    assert path == tmp_path / "lazyrestore"
+    assert path.stat().st_mode & 0o777 == 0o700
+    path.chmod(0o755)
+    with pytest.raises(PagerError, match="not a private directory"):
+        launch.runtime_directory()
