@@ -148,6 +148,12 @@ class Victim:
         os.write(self._child_in, (" ".join(map(str, words)) + "\n").encode())
         return self._child_reader.readline().strip()
 
+    def end_child(self) -> None:
+        """The child exits for want of commands."""
+        if self._child_in >= 0:
+            os.close(self._child_in)
+        self._child_in = -1
+
     def map(self, address: int, length: int, fd: int, offset: int, *, shared: bool = False) -> None:
         assert self.ask("map", address, length, fd, offset, int(shared)) == "ok"
 
@@ -183,7 +189,7 @@ class Victim:
         for stream in (self.process.stdin, self.process.stdout):
             assert stream
             stream.close()
-        os.close(self._child_in)
+        self.end_child()
         self._child_reader.close()
         os.close(self.pidfd)
 

@@ -190,9 +190,7 @@ def test_pager_holds_only_what_it_needs(image: Image, start: Start, make_victim:
     assert open_fds(pager).count("anon_inode:[userfaultfd]") == 2
     clone.process.kill()
     clone.process.wait()
-    clone._child_reader.read()  # the child ends when its command line does
-    os.close(clone._child_in)
-    clone._child_in = os.open("/dev/null", os.O_RDONLY)
+    clone.end_child()
     while client.stats().spaces:
         os.sched_yield()
     assert open_fds(pager) == before
