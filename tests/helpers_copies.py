@@ -43,6 +43,7 @@ class Copies:
     def __init__(self, store: lazyrestore.Store) -> None:
         self.store = store
         self._made: list[Copy] = []
+        self._snapshots: list[lazyrestore.Snapshot] = []
 
     def restore(self, snapshot: lazyrestore.Snapshot) -> Copy:
         """Restore one more time; the PID must be free."""
@@ -50,10 +51,16 @@ class Copies:
         self._made.append(copy)
         return copy
 
+    def snapshot(self, pid: int, name: str, *, kill: bool = False) -> lazyrestore.Snapshot:
+        """A snapshot that is closed at the end of the test."""
+        snapshot = self.store.snapshot(pid, name=name, kill=kill)
+        self._snapshots.append(snapshot)
+        return snapshot
+
     def replace(self, victim: Victim, name: str = "x", *, ignore: tuple[str, ...] = ()) -> Copy:
         """Snapshot with kill=True, reap the original, restore, and compare all facts but those in `ignore`."""
         before = process_facts(victim.pid)
-        snapshot = self.store.snapshot(victim.pid, name=name, kill=True)
+        snapshot = self.snapshot(victim.pid, name, kill=True)
         victim.gone()
         copy = self.restore(snapshot)
         after = process_facts(copy.pid)
@@ -66,3 +73,5 @@ class Copies:
         for copy in self._made:
             with suppress(ProcessLookupError):
                 copy.kill()
+        for snapshot in self._snapshots:
+            snapshot.close()

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     import lazyrestore
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Snapshots and restores need root, all of them."""
+    item.add_marker(pytest.mark.requires("root"))
+
+
 @pytest.fixture
 def run(request: pytest.FixtureRequest) -> Iterator[Path]:
     """A directory with a short path (Unix sockets allow 107 bytes) that every user may enter."""

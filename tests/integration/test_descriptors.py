@@ -43,7 +43,7 @@ def test_the_original_keeps_its_descriptors(run: Path, victims: Victims, copies:
     victim = start(victims, run / "zoo")
     before = ask(run / "zoo" / "control", "observe")
     for number in range(3):
-        copies.store.snapshot(victim.pid, name=f"x{number}")
+        copies.snapshot(victim.pid, f"x{number}")
     compare(before, ask(run / "zoo" / "control", "observe"))
     compare(ask(run / "twin" / "control", "drain"), ask(run / "zoo" / "control", "drain"))
     assert ask(run / "zoo" / "control", "timers") == "expired"
@@ -52,7 +52,7 @@ def test_the_original_keeps_its_descriptors(run: Path, victims: Victims, copies:
 def test_no_descriptor_is_left(victims: Victims, copies: Copies) -> None:
     """The library's own descriptors, before and after fifty restores."""
     victim = victims.start(["sleep", "1000000"])
-    snapshot = copies.store.snapshot(victim.pid, name="x", kill=True)
+    snapshot = copies.snapshot(victim.pid, "x", kill=True)
     victim.gone()
     copies.restore(snapshot).kill()
     before = sorted(os.listdir("/proc/self/fd"))

@@ -40,7 +40,7 @@ def test_memory(run: Path, victims: Victims, copies: Copies, build: Builder) -> 
 def test_each_request_first(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
     victim = start(victims, build, run / "zoo")
     control = run / "zoo" / "control"
-    snapshot = copies.store.snapshot(victim.pid, name="x", kill=True)
+    snapshot = copies.snapshot(victim.pid, "x", kill=True)
     victim.gone()
     for request in REQUESTS[1:]:
         copy = copies.restore(snapshot)
@@ -55,10 +55,10 @@ def test_generations(run: Path, victims: Victims, copies: Copies, build: Builder
     victim = start(victims, build, run / "zoo")
     control, expected = run / "zoo" / "control", ask(run / "twin" / "control", "digest")
     for number in range(3):
-        copies.store.snapshot(victim.pid, name=f"x{number}")
+        copies.snapshot(victim.pid, f"x{number}")
     assert ask(control, "digest") == expected
     first = copies.replace(victim, "first")
-    snapshot = copies.store.snapshot(first.pid, name="second", kill=True)
+    snapshot = copies.snapshot(first.pid, "second", kill=True)
     first.process.wait(60)
     copies.restore(snapshot)
     assert ask(control, "fork") == "ok"

@@ -12,7 +12,7 @@ from helpers import Victim, Victims, in_threads
 from helpers_copies import Copies
 from helpers_redis import Redis, RedisError
 
-pytestmark = pytest.mark.skipif(not shutil.which("redis-server"), reason="no redis-server on this machine")
+pytestmark = pytest.mark.requires("program:redis-server")
 KEYS = 200_000
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from helpers_copies import Copies
 RUNNING = ("mappings", "flags", "tasks", "status")  # their threads allocate, come and go while /proc is read
 
 
-@pytest.mark.skipif(not shutil.which("node"), reason="no Node.js on this machine")
+@pytest.mark.requires("program:node")
 def test_node(run: Path, victims: Victims, copies: Copies) -> None:
     victim = victims.start(["node", VICTIMS / "node_server.js", run / "port"])
     port = victim.until(lambda: int((run / "port").read_text()), "the port")
@@ -43,7 +42,7 @@ def test_node(run: Path, victims: Victims, copies: Copies) -> None:
     assert copy.process.wait(60) == -15
 
 
-@pytest.mark.skipif(not shutil.which("javac"), reason="no JDK on this machine")
+@pytest.mark.requires("program:javac")
 @pytest.mark.parametrize("collector", ["-XX:+UseSerialGC", "-XX:+UseG1GC", "-XX:+UseParallelGC"])
 def test_jvm(run: Path, victims: Victims, copies: Copies, build: Builder, collector: str) -> None:
     command = ["java", collector, "-Xmx256m", "-cp", build.java("Server"), "Server", run / "port"]

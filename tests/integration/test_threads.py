@@ -20,7 +20,7 @@ def threads(victims: Victims, build: Builder, run: Path) -> Threads64:
 
 def test_the_original_left_running(threads: Threads64, copies: Copies) -> None:
     for number in range(8):
-        copies.store.snapshot(threads.victim.pid, name=f"x{number}")
+        copies.snapshot(threads.victim.pid, f"x{number}")
         threads.moved_on(1)
     report = threads.finish()
     assert report.errors == 0, report.messages
@@ -38,13 +38,13 @@ def test_the_copy(threads: Threads64, copies: Copies) -> None:
 
 def test_copies_of_copies(threads: Threads64, copies: Copies) -> None:
     """Three generations, and then the first snapshot once more."""
-    first = copies.store.snapshot(threads.victim.pid, name="g0", kill=True)
+    first = copies.snapshot(threads.victim.pid, "g0", kill=True)
     threads.victim.gone()
     copy = copies.restore(first)
     for number in range(1, 3):
         threads.process = copy
         threads.moved_on(1)
-        snapshot = copies.store.snapshot(copy.pid, name=f"g{number}", kill=True)
+        snapshot = copies.snapshot(copy.pid, f"g{number}", kill=True)
         until(lambda: copy.process.poll() is not None, "the end of the copy")  # noqa: B023
         copy = copies.restore(snapshot)
     threads.process = copy

@@ -1,0 +1,170 @@
+"""Restores that cannot be: a clear error with its own exit status, no process left, nothing lost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from helpers import Builder, Victim, Victims, alive, ask
+from helpers_cli import run_cli
+from helpers_copies import Copies
+
+import lazyrestore
+from lazyrestore import errors
+
+Start = Callable[..., Victim]
+
+
+@pytest.fixture
+def start(run: Path, victims: Victims, build: Builder) -> Start:
+    """Start a program that the test may change: a copy in the test's own directory."""
+
+    def start() -> Victim:
+        program = run / "small"
+        shutil.copy2(build.c("small", "-lm"), program)
+        victim = victims.start([program, run / "control"], cwd=run)
+        victim.until((run / "control").exists, "the control socket")
+        return victim
+
+    return start
+
+
+def refused(run: Path, victims: Victims, snapshot: lazyrestore.Snapshot, kind: type[errors.LazyrestoreError]) -> str:
+    """The library raises `kind`; no process is left, not even one to be collected."""
+    before = sorted(victims.marked())
+    with pytest.raises(kind) as caught:
+        snapshot.restore()
+    assert sorted(victims.marked()) == before
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)
+    return str(caught.value)
+
+
+def refused_by_cli(run: Path, snapshot: lazyrestore.Snapshot, kind: type[errors.LazyrestoreError]) -> None:
+    answer = run_cli(run / "store", "restore", snapshot.name, "--detach", "--json")
+    assert answer.returncode == kind.exit_status, answer.stderr
+    assert len(answer.stderr.strip().splitlines()) == 1
+
+
+def end(victim: Victim, copies: Copies) -> lazyrestore.Snapshot:
+    snapshot = copies.snapshot(victim.pid, "x", kill=True)
+    victim.gone()
+    return snapshot
+
+
+def grow(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+def rewrite(path: Path) -> None:
+    """The same size and time, other bytes in another file: what a package upgrade of an unlucky kind looks like."""
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.unlink()
+    path.write_bytes(data)
+    path.chmod(0o755)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+
+
+@pytest.mark.parametrize("damage", [grow, rewrite, Path.unlink])
+def test_changed_program(
+    run: Path, victims: Victims, copies: Copies, start: Start, damage: Callable[[Path], None]
+) -> None:
+    victim = start()
+    ask(run / "control", "5")
+    snapshot = end(victim, copies)
+    shutil.copy2(run / "small", run / "kept")
+    os.rename(run / "small", run / "original")
+    shutil.copy2(run / "kept", run / "small")
+    damage(run / "small")
+    message = refused(run, victims, snapshot, errors.FileChanged)
+    assert str(run / "small") in message
+    refused_by_cli(run, snapshot, errors.FileChanged)
+    os.rename(run / "original", run / "small")
+    copies.restore(snapshot)
+    assert ask(run / "control", "0") == "1002\n"
+
+
+def test_vanished_open_file(run: Path, victims: Victims, copies: Copies) -> None:
+    (run / "text").write_text("text")
+    with (run / "text").open() as text:
+        victim = victims.start(["sleep", "1000000"], stdin=text.fileno())
+    victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
+    snapshot = end(victim, copies)
+    os.rename(run / "text", run / "away")
+    assert str(run / "text") in refused(run, victims, snapshot, errors.FileChanged)
+    os.rename(run / "away", run / "text")
+    copies.restore(snapshot)
+
+
+def test_pid_taken_by_the_original(run: Path, victims: Victims, copies: Copies, start: Start) -> None:
+    victim = start()
+    snapshot = copies.snapshot(victim.pid, "x")
+    with pytest.raises(errors.PidTaken) as caught:
+        snapshot.restore()
+    assert str(victim.pid) in str(caught.value)
+    refused_by_cli(run, snapshot, errors.PidTaken)
+    assert ask(run / "control", "0") == "1001\n"
+    victim.kill()
+    copies.restore(snapshot)
+    assert ask(run / "control", "0") == "1001\n"
+
+
+def test_another_vdso(run: Path, victims: Victims, copies: Copies, start: Start) -> None:
+    snapshot = end(start(), copies)
+    host = msgspec.structs.replace(snapshot.manifest.host, vdso_hash="0" * 64)
+    snapshot.manifest = msgspec.structs.replace(snapshot.manifest, host=host)
+    refused(run, victims, snapshot, errors.KernelMismatch)
+
+
+def test_a_lesser_cpu(run: Path, victims: Victims, copies: Copies, start: Start) -> None:
+    snapshot = end(start(), copies)
+    host = snapshot.manifest.host
+    host = msgspec.structs.replace(host, cpu_flags=[*host.cpu_flags, "avx9000"], xfeatures=host.xfeatures | 1 << 40)
+    snapshot.manifest = msgspec.structs.replace(snapshot.manifest, host=host)
+    refused(run, victims, snapshot, errors.CpuMismatch)
+
+
+def test_names(run: Path, victims: Victims, copies: Copies, start: Start) -> None:
+    victim = start()
+    for name in ("", ".", "..", "a/b", "-x", "a b", "ä", "x\n", "x" * 500):
+        with pytest.raises(errors.BadSnapshotName):
+            copies.store.snapshot(victim.pid, name=name)
+    answer = run_cli(run / "store", "snapshot", victim.pid, "--name", "a/b")
+    assert answer.returncode == errors.BadSnapshotName.exit_status
+    assert copies.store.names() == []
+    copies.snapshot(victim.pid, "x")
+    with pytest.raises(errors.SnapshotExists):
+        copies.snapshot(victim.pid, "x", kill=True)
+    assert alive(victim.pid)
+    answer = run_cli(run / "store", "snapshot", victim.pid, "--name", "x")
+    assert answer.returncode == errors.SnapshotExists.exit_status
+    answer = run_cli(run / "store", "snapshot", victim.pid, "--name", "x", "--replace", "--json")
+    assert answer.returncode == 0, answer.stderr
+    answer = run_cli(run / "store", "restore", "y")
+    assert answer.returncode == errors.SnapshotNotFound.exit_status
+    assert copies.store.names() == ["x"]
+    assert ask(run / "control", "0") == "1001\n"
+
+
+def test_full_store(run: Path, victims: Victims, start: Start) -> None:
+    """A store on a file system of 1 MiB: the target runs on, the store is as it was."""
+    small = run / "full"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", small], check=True)
+    try:
+        victim = start()
+        with lazyrestore.Store.open(small / "store") as store:
+            with pytest.raises(errors.StoreFull):
+                store.snapshot(victim.pid, name="x", kill=True)
+            assert store.names() == []
+        assert ask(run / "control", "0") == "1001\n"
+    finally:
+        subprocess.run(["umount", small], check=True)
