@@ -1,0 +1,444 @@
+"""The descriptor table: what every number of a process refers to, and how it is made again.
+
+Facts. /proc/PID/fd tells the object, fdinfo the description, kcmp whether two numbers share one. A descriptor costs
+about 30 µs to look at from Python, most of it opening its fdinfo. Threads can have descriptor tables of their own
+(unshare(CLONE_FILES)).
+
+Consequence. Every number is looked at; kcmp decides among those whose object, flags and offset are equal (a socket
+cannot be opened twice, so there its inode decides). Each description is offered to the kinds in order; what no kind
+takes is unsupported, never dropped.
+
+Choice. One kind per file, each with its record, capture and restore; this file only knows their order. Restore makes
+everything under the lowest free numbers and moves all at once, as the kinds need not know what the others occupy.
+
+Cost. O(n²) kcmp calls among descriptions of one object at the same offset, in the worst case.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import stat as modes
+import struct
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from errno import EACCES, EPERM, ESRCH
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from lazyrestore._native import _core
+from lazyrestore.errors import LazyrestoreError, NoSuchProcess, NotPermitted
+from lazyrestore.kernel import fdinfo
+from lazyrestore.kernel.unix_diag import UnixDiag
+from lazyrestore.resources import (
+    devices,
+    epoll,
+    eventfd,
+    fifo,
+    files,
+    inet_socket,
+    memfd,
+    pipe,
+    signalfd,
+    timerfd,
+    unix_socket,
+)
+from lazyrestore.resources.descriptor import O_ASYNC, Build, Gone, Item, RestoreContext, Survey, Unsupported, View
+from lazyrestore.resources.devices import Device, Terminal
+from lazyrestore.resources.epoll import Epoll
+from lazyrestore.resources.eventfd import Eventfd
+from lazyrestore.resources.fifo import Fifo
+from lazyrestore.resources.files import Directory, Location, RegularFile
+from lazyrestore.resources.inet_socket import TcpListener, TcpSocket, UdpSocket
+from lazyrestore.resources.memfd import Memfd, shared_object_key
+from lazyrestore.resources.pipe import ExternalPipe, PipeEnd
+from lazyrestore.resources.signalfd import Signalfd
+from lazyrestore.resources.timerfd import Timerfd
+from lazyrestore.resources.unix_socket import UnixPair, UnixSocket
+
+if TYPE_CHECKING:
+    from lazyrestore.program import Descriptors, OpList
+
+__all__ = [
+    "Description",
+    "Descriptor",
+    "FdTable",
+    "RestoreContext",
+    "check_files",
+    "compile",
+    "highest_number",
+    "prepare",
+    "queued_bytes",
+    "shared_object_key",
+    "survey",
+    "title",
+]
+
+lib = _core.lib
+
+Description = (
+    RegularFile
+    | Directory
+    | Location
+    | Device
+    | Terminal
+    | PipeEnd
+    | ExternalPipe
+    | Fifo
+    | Eventfd
+    | Timerfd
+    | Signalfd
+    | Memfd
+    | TcpListener
+    | TcpSocket
+    | UdpSocket
+    | UnixSocket
+    | UnixPair
+    | Epoll
+)
+
+
+class Descriptor(msgspec.Struct, frozen=True):
+    """One number; description: index into the table's descriptions."""
+
+    number: int
+    cloexec: bool
+    description: int
+
+
+class Owner(msgspec.Struct, frozen=True):
+    """Who gets the signal of a description in O_ASYNC mode: type as in F_SETOWN_EX, always the process itself; signal
+    0: SIGIO.
+    """
+
+    description: int
+    type: int
+    pid: int
+    signal: int
+
+
+class FdTable(msgspec.Struct, frozen=True):
+    """unsupported: one line for each thing that cannot be restored."""
+
+    descriptors: tuple[Descriptor, ...]
+    descriptions: tuple[Description, ...]
+    unsupported: list[str]
+    owners: tuple[Owner, ...] = ()
+
+    def numbers(self) -> dict[int, tuple[int, ...]]:
+        """Description → the numbers that refer to it, sorted."""
+        found: dict[int, list[int]] = {}
+        for descriptor in self.descriptors:
+            found.setdefault(descriptor.description, []).append(descriptor.number)
+        return {index: tuple(sorted(numbers)) for index, numbers in found.items()}
+
+    def memory_files(self) -> list[Memfd]:
+        """The memory files whose contents the restorer has to bring (`shared_object_key` names each); one record per
+        file.
+        """
+        files = [record for record in self.descriptions if isinstance(record, Memfd) and record.contents is None]
+        return list({shared_object_key(record): record for record in files}.values())
+
+
+def _capture_socket(view: View) -> Description | None:
+    if view.mode != modes.S_IFSOCK:
+        return None
+    if not view.survey.own_network:
+        raise Unsupported("a socket of another network namespace")
+    with view.duplicate() as number:
+        sock = _adopt(number)
+        try:
+            record = unix_socket.capture(view, sock) or inet_socket.capture(view, sock)
+            if record is None:
+                family = getattr(sock.family, "name", f"family {sock.family}")
+                raise Unsupported(f"sockets of {family} are not restored")
+            return record
+        finally:
+            sock.detach()
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """records: the types that capture() returns; describe() gives the words for messages."""
+
+    records: tuple[type, ...]
+    capture: Callable[[View], Any]
+    restore: Callable[[list[Item[Any]], Build], None]
+    describe: Callable[[Any], str]
+
+
+def _captured_with_another(view: View) -> None:
+    """Capture of a kind whose records come from another's entry."""
+
+
+# Captured and restored in this order: plain objects, sockets, and epolls, which watch the others.
+KINDS = (
+    Kind((RegularFile, Directory, Location), files.capture, files.restore, files.describe),
+    Kind((Device, Terminal), devices.capture, devices.restore, devices.describe),
+    Kind((Memfd,), memfd.capture, memfd.restore, memfd.describe),
+    Kind((PipeEnd, ExternalPipe), pipe.capture, pipe.restore, pipe.describe),
+    Kind((Fifo,), fifo.capture, fifo.restore, fifo.describe),
+    Kind((Eventfd,), eventfd.capture, eventfd.restore, eventfd.describe),
+    Kind((Timerfd,), timerfd.capture, timerfd.restore, timerfd.describe),
+    Kind((Signalfd,), signalfd.capture, signalfd.restore, signalfd.describe),
+    Kind((TcpListener, TcpSocket, UdpSocket), _capture_socket, inet_socket.restore, inet_socket.describe),
+    Kind((UnixSocket, UnixPair), _captured_with_another, unix_socket.restore, unix_socket.describe),
+    Kind((Epoll,), epoll.capture, epoll.restore, epoll.describe),
+)
+_KIND_OF = {record: kind for kind in KINDS for record in kind.records}
+
+
+# -- snapshot ----------------------------------------------------------------------------------------------------------
+
+
+def survey(pid: int, pidfd: int, contents: bool | None = None) -> FdTable:
+    """Everything that the process's descriptors refer to. Nothing is consumed or changed.
+
+    contents: whether to read what waits in pipes and sockets, too; None: if the process is stopped. NoSuchProcess,
+    NotPermitted.
+    """
+    try:
+        if contents is None:
+            contents = _is_stopped(pid)
+        with UnixDiag() as diag:
+            own_network = os.readlink(f"/proc/{pid}/ns/net") == os.readlink("/proc/self/ns/net")
+            return _survey(Survey(pid, pidfd, contents, diag, own_network))
+    except OSError as error:
+        if error.errno in (ESRCH, 2):
+            raise NoSuchProcess(f"process {pid}", "descriptors", errno=ESRCH) from error
+        if error.errno in (EPERM, EACCES):
+            raise NotPermitted(f"process {pid}", "descriptors", errno=error.errno) from error
+        raise LazyrestoreError(f"process {pid}", "descriptors", errno=error.errno) from error
+
+
+def _survey(survey: Survey) -> FdTable:
+    cloexec: dict[int, bool] = {}
+    unsupported = _private_tables(survey.pid)
+    groups = _group(survey, cloexec, unsupported)
+    descriptors: list[Descriptor] = []
+    descriptions: list[Description] = []
+    owners: list[Owner] = []
+    for view in groups:
+        try:
+            record = _capture(view)
+            owner = _owner(view, len(descriptions)) if view.info.flags & O_ASYNC else None
+        except Gone:
+            continue
+        except (Unsupported, ValueError) as reason:
+            unsupported.append(f"{_number_list(view.numbers)} ({_link_name(view.link)}): {reason}")
+            continue
+        if owner is not None:
+            owners.append(owner)
+        descriptors += (Descriptor(number, cloexec[number], len(descriptions)) for number in view.numbers)
+        descriptions.append(record)
+    descriptors.sort(key=lambda descriptor: descriptor.number)
+    return FdTable(tuple(descriptors), tuple(descriptions), unsupported, tuple(owners))
+
+
+def _group(survey: Survey, cloexec: dict[int, bool], unsupported: list[str]) -> list[View]:
+    """A view of every description, in the order of their lowest numbers."""
+    candidates: dict[tuple[object, ...], list[View]] = {}
+    folder = os.open(f"/proc/{survey.pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    infos = -1
+    try:
+        infos = os.open(f"/proc/{survey.pid}/fdinfo", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        for number in sorted(int(name) for name in os.listdir(folder)):
+            name = str(number)
+            try:
+                link = os.fsencode(os.readlink(name, dir_fd=folder))
+                status = os.stat(name, dir_fd=folder)
+                info = fdinfo.parse(_read(name, infos))
+            except FileNotFoundError:
+                continue
+            except ValueError as reason:
+                unsupported.append(f"fd {number} ({_link_name(link)}): {reason}")
+                continue
+            cloexec[number] = bool(info.flags & os.O_CLOEXEC)
+            view = View(survey, (number,), link, status, info)
+            survey.objects[number] = view.identity
+            survey.accesses[view.identity] = survey.accesses.get(view.identity, 0) | view.access
+            key = (link, view.identity, info.flags & ~os.O_CLOEXEC, info.position)
+            _add(candidates.setdefault(key, []), view)
+    finally:
+        os.close(folder)
+        if infos >= 0:
+            os.close(infos)
+    return sorted((view for views in candidates.values() for view in views), key=lambda view: view.numbers[0])
+
+
+def _add(views: list[View], new: View) -> None:
+    """Join `new` to the view of its description, or append it."""
+    for position, view in enumerate(views):
+        if new.mode == modes.S_IFSOCK or lib.lr_kcmp_file(new.survey.pid, view.numbers[0], new.numbers[0]) == 1:
+            views[position] = View(view.survey, view.numbers + new.numbers, view.link, view.stat, view.info)
+            return
+    views.append(new)
+
+
+def _capture(view: View) -> Description:
+    if view.flags & os.O_PATH and not view.link.startswith(b"/"):
+        raise Unsupported("an O_PATH descriptor of an object without a path is not restored")
+    for kind in KINDS:
+        record: Description | None = kind.capture(view)
+        if record is not None:
+            return record
+    raise Unsupported("this kind of descriptor is not restored")
+
+
+def _owner(view: View, description: int) -> Owner:
+    """Who is signalled by an O_ASYNC description. Unsupported if it is another process."""
+    with view.duplicate() as number:
+        kind, pid = struct.unpack("=ii", fcntl.fcntl(number, 16, bytes(8)))  # F_GETOWN_EX
+        signal = fcntl.fcntl(number, fcntl.F_GETSIG)
+    if pid != view.survey.pid:
+        raise Unsupported(f"sends its signals (O_ASYNC) to {pid}, not to the process itself")
+    return Owner(description, kind, pid, signal)
+
+
+def _private_tables(pid: int) -> list[str]:
+    """Complaints about threads that have a descriptor table of their own."""
+    threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    if len(threads) == 1:
+        return []
+    from lazyrestore.kernel import libc
+
+    found = []
+    for thread in threads:
+        try:
+            if thread != pid and not libc.same_file_table(pid, thread):
+                found.append(f"thread {thread}: has a descriptor table of its own (CLONE_FILES), which is not restored")
+        except ProcessLookupError:
+            continue
+    return found
+
+
+def _adopt(number: int) -> socket.socket:
+    """A socket object of a duplicate, which leaves its flags alone: a default timeout would make it, and the
+    original, non-blocking.
+    """
+    default = socket.getdefaulttimeout()
+    if default is None:
+        return socket.socket(fileno=number)
+    socket.setdefaulttimeout(None)
+    try:
+        return socket.socket(fileno=number)
+    finally:
+        socket.setdefaulttimeout(default)
+
+
+def _is_stopped(pid: int) -> bool:
+    with open(f"/proc/{pid}/stat", "rb") as stat:
+        return stat.read().rpartition(b") ")[2][:1] in (b"t", b"T")
+
+
+def _read(name: str, folder: int) -> bytes:
+    number = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+    try:
+        text = os.read(number, 4096)
+        if len(text) < 2048:  # a short read of a seq_file that is not its end is longer than that
+            return text
+        parts = [text]
+        while parts[-1]:
+            parts.append(os.read(number, 65536))
+        return b"".join(parts)
+    finally:
+        os.close(number)
+
+
+# -- restore -----------------------------------------------------------------------------------------------------------
+
+
+def prepare(table: FdTable) -> None:
+    """Before the new process starts: find addresses that are in use, unlink stale socket files. RestoreError."""
+    for item in _items(table):
+        if isinstance(item.record, TcpListener | TcpSocket | UdpSocket):
+            inet_socket.prepare(item.title, item.record)
+        elif isinstance(item.record, UnixSocket | UnixPair):
+            unix_socket.prepare(item.title, item.record)
+
+
+def check_files(table: FdTable) -> None:
+    """Refuse what the process could not make sense of: files that are gone, another kind of thing, or too short.
+    FileChanged.
+    """
+    for item in _items(table):
+        if isinstance(item.record, RegularFile | Directory | Location):
+            files.check(item.title, item.record)
+        elif isinstance(item.record, Fifo):
+            fifo.check(item.title, item.record)
+
+
+def compile(table: FdTable, ops: OpList, fds: Descriptors, context: RestoreContext) -> None:
+    """Append everything that makes the table. Paths are the restorer's: it is to run before any chroot() and change
+    of credentials.
+
+    Numbers from `highest_number(table) + 1` on must be free for moving. RestoreError.
+    """
+    items = _items(table)
+    build = Build(ops, fds, context)
+    for kind in KINDS:
+        batch = [item for item in items if isinstance(item.record, kind.records)]
+        if batch:
+            kind.restore(batch, build)
+    cloexec = {descriptor.number: descriptor.cloexec for descriptor in table.descriptors}
+    made = [item for item in items if item.index in build.made]
+    moves = {build.made[item.index]: {number: cloexec[number] for number in item.numbers} for item in made}
+    for stream, source in context.std_streams.items():
+        moves[source] = {number: cloexec[number] for number, wanted in build.streams.items() if wanted == stream}
+    with ops.serving("descriptors"):
+        fds.settle(moves)
+    for callback in build.settled:
+        callback()
+    titles = {item.index: item for item in items}
+    for owner in table.owners:
+        _set_owner(titles[owner.description], owner, build)
+
+
+def highest_number(table: FdTable) -> int:
+    """The highest descriptor number that the process uses, -1 if none."""
+    return max((descriptor.number for descriptor in table.descriptors), default=-1)
+
+
+def queued_bytes(table: FdTable) -> int:
+    """Bytes of content (of pipes, sockets, small memfds) that compile() puts into the program's data."""
+    total = 0
+    for record in table.descriptions:
+        if isinstance(record, PipeEnd | Fifo | UnixPair):
+            total += sum(map(len, record.messages))
+        elif isinstance(record, Memfd) and record.contents:
+            total += sum(len(extent.data) for extent in record.contents)
+    return total
+
+
+def title(number: int, record: Description) -> str:
+    """How messages name a descriptor: "fd 7 (timerfd)"."""
+    return f"fd {number} ({_KIND_OF[type(record)].describe(record)})"
+
+
+def _items(table: FdTable) -> list[Item[Description]]:
+    numbers = table.numbers()
+    return [
+        Item(index, record, numbers[index], title(numbers[index][0], record))
+        for index, record in enumerate(table.descriptions)
+    ]
+
+
+def _set_owner(item: Item[Description], owner: Owner, build: Build) -> None:
+    number = item.numbers[0]
+    with build.serving(item):
+        whom = build.place(struct.pack("=ii", owner.type, owner.pid))
+        build.ops.call(lib.SYS_fcntl, number, lib.F_SETOWN_EX, whom, note="F_SETOWN_EX")
+        build.ops.call(lib.SYS_fcntl, number, lib.F_SETSIG, owner.signal, note="F_SETSIG")
+        build.ops.call(lib.SYS_fcntl, number, lib.F_SETFL, item.record.flags | O_ASYNC)
+
+
+def _number_list(numbers: Iterable[int]) -> str:
+    return "fd " + ", ".join(map(str, numbers))
+
+
+@cache
+def _link_name(link: bytes) -> str:
+    return os.fsdecode(link).removeprefix("anon_inode:").strip("[]")
