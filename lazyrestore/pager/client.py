@@ -12,8 +12,9 @@ import os
 import socket
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Self
+
+from msgspec import Struct
 
 from ..errors import PagerError
 from . import wire
@@ -24,8 +25,7 @@ BACKING_SHARED = 2
 """Shared object number k is backing BACKING_SHARED + k."""
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
+class Range(Struct, frozen=True):
     """Virtual addresses [start, end) that the pager serves from image address `image` on.
 
     All page-aligned (hugetlb: 2 MiB); `backing` is BACKING_TEMPLATE, BACKING_HUGETLB or BACKING_SHARED + k.
@@ -37,8 +37,7 @@ class Range:
     backing: int = BACKING_TEMPLATE
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceTimes:
+class ServiceTimes(Struct, frozen=True):
     """Nanoseconds from reading a fault message to waking its thread; the quantiles are exact to 12 %."""
 
     p50_ns: int
@@ -46,8 +45,7 @@ class ServiceTimes:
     max_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class Counters:
+class Counters(Struct, frozen=True):
     """Counts of what one address space, or all of a pager's, met with. Pages are 4 KiB."""
 
     missing: int  # faults
@@ -66,8 +64,7 @@ class Counters:
     poisoned: int
 
 
-@dataclass(frozen=True, slots=True)
-class SpaceStats:
+class SpaceStats(Struct, frozen=True):
     """One living address space."""
 
     pid: int
@@ -81,8 +78,7 @@ class SpaceStats:
     counters: Counters
 
 
-@dataclass(frozen=True, slots=True)
-class PagerStats:
+class PagerStats(Struct, frozen=True):
     """A pager's sums since it started, and its living address spaces."""
 
     uptime_ns: int

@@ -13,14 +13,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import os
 import socket
 import stat
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
+
+from blake3 import blake3
 
 from ..errors import PagerError
 from . import wire
@@ -79,7 +79,7 @@ def runtime_directory() -> Path:
     elif os.access(f"/run/user/{uid}", os.W_OK):
         path = Path(f"/run/user/{uid}/lazyrestore")
     else:
-        path = Path(tempfile.gettempdir()) / f"lazyrestore-{uid}"
+        path = Path(os.environ.get("TMPDIR", "/tmp")) / f"lazyrestore-{uid}"
     _make_private(path)
     return path
 
@@ -112,7 +112,7 @@ def connect_or_start(image: StoredImage, *, runtime_dir: Path | None = None, lin
         _start(image, directory, path, linger_ms)
         try:
             return _connect(path, name)
-        except PagerGone as error:
+        except (FileNotFoundError, ConnectionRefusedError, PagerGone) as error:
             raise PagerError(name, "start", "it ended at once", f"see {_log(directory)}", errno=error.errno) from error
         except OSError as error:
             raise PagerError(name, "connect", errno=error.errno) from error
@@ -136,7 +136,7 @@ def _directory(given: Path | None) -> Path:
 
 
 def _socket_path(directory: Path, key: str) -> Path:
-    path = directory / (hashlib.blake2b(key.encode(), digest_size=8).hexdigest() + ".sock")
+    path = directory / (blake3(key.encode()).hexdigest(8) + ".sock")
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise PagerError(f"run-time directory {directory}", "socket", "path too long", errno=errno.ENAMETOOLONG)
     return path

@@ -1,4 +1,4 @@
-"""The layouts of `_native/pager/protocol.h`, for `struct`; tests/pager/test_wire.py asks the compiler whether they hold."""
+"""The layouts of `_native/pager/protocol.h` for `struct`; tests/pager/test_wire.py compares them with the compiler."""
 
 from __future__ import annotations
 

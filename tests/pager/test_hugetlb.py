@@ -56,7 +56,7 @@ def victim(client: PagerClient, make_victim: Callable[[], Victim]) -> Victim:
     return victim
 
 
-def crc(raw: bytes) -> str:
+def crc(raw: bytes | bytearray) -> str:
     return str(zlib.crc32(raw))
 
 

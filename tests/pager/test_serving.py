@@ -38,7 +38,7 @@ def clone(client: PagerClient, make_victim: MakeVictim) -> Victim:
     return victim
 
 
-def crc(raw: bytes) -> str:
+def crc(raw: bytes | bytearray) -> str:
     return str(zlib.crc32(raw))
 
 

@@ -57,7 +57,7 @@ def victim(client: PagerClient, memfd: int, make_victim: Callable[[], Victim]) -
     return victim
 
 
-def crc(raw: bytes) -> str:
+def crc(raw: bytes | bytearray) -> str:
     return str(zlib.crc32(raw))
 
 
