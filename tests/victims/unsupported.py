@@ -1,4 +1,4 @@
-"""Holds what cannot be restored (yet). usage: unsupported.py CONTROL_SOCKET KIND... Any request is answered with "here"."""
+"""Holds what cannot be restored (yet). usage: unsupported.py CONTROL_SOCKET KIND... Every request gets "here"."""
 
 from __future__ import annotations
 
