@@ -25,7 +25,7 @@ def start(run: Path, victims: Victims) -> Start:
         directory = run / name
         directory.mkdir()
         directory.chmod(0o777)
-        command = [SYSTEM_PYTHON, VICTIMS / "attributes.py", "./control", kind]
+        command: list[str | Path] = [SYSTEM_PYTHON, VICTIMS / "attributes.py", "./control", kind]
         environment = {"ODD": "näme\n=x", "EMPTY": ""}
         victim = victims.start(command, environment=environment, cwd=directory)
         victim.until((directory / "control").exists, "the control socket")

@@ -24,6 +24,7 @@ UNSUPPORTED = {
     "pseudo-terminal": "terminal",
     "raw-socket": "socket",
     "file-lock": "lock",
+    "perf-event": "perf",
 }
 
 

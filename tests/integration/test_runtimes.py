@@ -45,7 +45,7 @@ def test_node(run: Path, victims: Victims, copies: Copies) -> None:
 @pytest.mark.requires("program:javac")
 @pytest.mark.parametrize("collector", ["-XX:+UseSerialGC", "-XX:+UseG1GC", "-XX:+UseParallelGC"])
 def test_jvm(run: Path, victims: Victims, copies: Copies, build: Builder, collector: str) -> None:
-    command = ["java", collector, "-Xmx256m", "-cp", build.java("Server"), "Server", run / "port"]
+    command: list[str | Path] = ["java", collector, "-Xmx256m", "-cp", build.java("Server"), "Server", run / "port"]
     victim = victims.start(command)
     port = victim.until(lambda: int((run / "port").read_text()), "the port")
     expected = [http_get(port, f"/mix?n={n}") for n in range(200)]
