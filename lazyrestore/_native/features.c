@@ -70,7 +70,9 @@ int lr_try_sparse_memfd(uint64_t size, const char **step)
 	struct rlimit limit;
 
 	/* Beyond the limit the kernel would send SIGXFSZ. */
-	if (getrlimit(RLIMIT_FSIZE, &limit) || limit.rlim_cur < size)
+	if (getrlimit(RLIMIT_FSIZE, &limit))
+		return FAILED("getrlimit");
+	if (limit.rlim_cur < size)
 		return errno = EFBIG, FAILED("RLIMIT_FSIZE");
 	scoped_fd fd = memfd_create("lazyrestore-doctor", MFD_CLOEXEC);
 

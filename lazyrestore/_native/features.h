@@ -22,12 +22,14 @@ enum lr_lazy {
 	LR_LAZY_REMOVE = 4,  /* MADV_DONTNEED, then read: an event, then zero */
 	LR_LAZY_REMAP = 5,   /* mremap to elsewhere: an event, and the page arrives there */
 	LR_LAZY_UNMAP = 6,   /* munmap: an event */
-	LR_LAZY_FORK = 7,    /* fork: an event that carries the child's userfaultfd */
-	LR_LAZY_POISON = 8   /* POISON, then a system call on the page: EFAULT */
+	LR_LAZY_POISON = 7   /* POISON, then a system call on the page: EFAULT */
 };
 
 /* A whole round trip. page_size: 4096, or a huge page size in bytes, of which two free pages are used (LR_LAZY_READ only). */
 int lr_try_lazy(int action, uint64_t page_size, const char **step);
+
+/* A child with a registered mapping forks: an event that carries the grandchild's userfaultfd. */
+int lr_try_uffd_fork(const char **step);
 
 /* UFFD_FEATURE_ bits by their name without the prefix; 0 if this build does not know it. */
 uint64_t lr_uffd_feature(const char *name);

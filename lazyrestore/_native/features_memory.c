@@ -2,10 +2,13 @@
  *
  * Facts. A feature bit says that the kernel was built with it, not that a fault of this process arrives. A fault taken inside a
  * system call reaches the userfaultfd only if it was opened without UFFD_USER_MODE_ONLY. Closing a userfaultfd wakes
- * whoever waits for it. munmap, mremap, madvise and fork wait until their event was read.
+ * whoever waits for it, but only once every copy of the descriptor is closed: also the one in a child that another thread is
+ * just forking. munmap, mremap and madvise wait until their event was read.
  * Consequence. A thread of ours touches the mapping, the caller answers as the pager would, and the bytes are compared.
  * Choice. The toucher says by an eventfd that it is done; the caller polls for that and for events, so that no
- * time-out is needed: either an event comes or the toucher got through without.
+ * time-out is needed: either an event comes or the toucher got through without. After a failure the range is unregistered, which wakes
+ * the toucher, and events are still read until it is done; closing is not relied on. fork() is tried elsewhere
+ * (features_process.c): with EVENT_FORK in this process, every thread's fork would wait for us.
  * Cost. A thread per attempt.
  */
 #define _GNU_SOURCE
@@ -25,7 +28,6 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
 enum { PAGE = 4096, PAGES = 4, PATTERN = 0xa5 };
@@ -111,7 +113,6 @@ struct lazy {
 	const char *step;
 };
 
-/* Closing the userfaultfd first: a toucher that still waits goes on, and can be joined. */
 static void lazy_deinit(struct lazy *lazy)
 {
 	int descriptors[] = {lazy->file, lazy->done, lazy->pipe[0], lazy->pipe[1]};
@@ -142,8 +143,7 @@ static uint64_t lazy_features(const struct lazy *lazy)
 {
 	static const uint64_t extra[] = {
 		[LR_LAZY_REMOVE] = UFFD_FEATURE_EVENT_REMOVE, [LR_LAZY_REMAP] = UFFD_FEATURE_EVENT_REMAP,
-		[LR_LAZY_UNMAP] = UFFD_FEATURE_EVENT_UNMAP,   [LR_LAZY_FORK] = UFFD_FEATURE_EVENT_FORK,
-		[LR_LAZY_POISON] = UFFD_FEATURE_POISON,
+		[LR_LAZY_UNMAP] = UFFD_FEATURE_EVENT_UNMAP,   [LR_LAZY_POISON] = UFFD_FEATURE_POISON,
 	};
 	if (lazy->page != PAGE)
 		return UFFD_FEATURE_MISSING_HUGETLBFS | UFFD_FEATURE_MINOR_HUGETLBFS;
@@ -161,7 +161,7 @@ static int lazy_init(struct lazy *lazy, int action, size_t page, const char **st
 		flags |= MFD_HUGETLB | (unsigned)__builtin_ctzll(page) << MFD_HUGE_SHIFT;
 	int error = uffd_open(LR_UFFD_CALL, lazy_features(lazy), step, &lazy->uffd);
 
-	if (error && uffd_open(LR_UFFD_DEVICE, lazy_features(lazy), step, &lazy->uffd))
+	if (error)
 		return error;
 	if ((lazy->file = memfd_create("lazyrestore-doctor", flags)) < 0)
 		return FAILED("memfd_create");
@@ -186,18 +186,6 @@ static int lazy_init(struct lazy *lazy, int action, size_t page, const char **st
 	if (ioctl(lazy->uffd, UFFDIO_REGISTER, &reg))
 		return FAILED("UFFDIO_REGISTER");
 	return reg.ioctls & (1ull << _UFFDIO_CONTINUE) ? 0 : SURPRISE("UFFDIO_REGISTER without CONTINUE");
-}
-
-/* A fork that makes system calls only, and whose end signals nobody; the child exits at once. */
-static int fork_once(const char **step)
-{
-	long child = syscall(SYS_clone, 0, NULL, NULL, NULL, NULL);
-
-	if (child < 0)
-		return FAILED("clone");
-	if (!child)
-		_exit(0);
-	return waitpid((pid_t)child, NULL, __WALL) == child ? 0 : FAILED("waitpid");
 }
 
 static uint8_t read_byte(const uint8_t *address)
@@ -233,8 +221,6 @@ static int toucher_act(struct lazy *lazy, const char **step)
 		return 0;
 	case LR_LAZY_UNMAP:
 		return munmap(hole, lazy->page) ? FAILED("munmap") : 0;
-	case LR_LAZY_FORK:
-		return fork_once(step);
 	case LR_LAZY_POISON:
 		if (write(lazy->pipe[1], hole, 1) == 1)
 			return SURPRISE("a poisoned page was readable");
@@ -278,23 +264,30 @@ static int lazy_event(struct lazy *lazy, const char **step)
 	if (read(lazy->uffd, &message, sizeof message) != sizeof message)
 		return errno == EAGAIN ? 0 : FAILED("read event");
 	lazy->events |= 1u << (message.event - UFFD_EVENT_PAGEFAULT);
-	if (message.event == UFFD_EVENT_FORK)
-		close((int)message.arg.fork.ufd);
 	return message.event == UFFD_EVENT_PAGEFAULT ? lazy_resolve(lazy, message.arg.pagefault.address, step) : 0;
 }
 
 static int lazy_serve(struct lazy *lazy, const char **step)
 {
 	struct pollfd polled[] = {{.fd = lazy->uffd, .events = POLLIN}, {.fd = lazy->done, .events = POLLIN}};
-	int error = 0;
+	struct uffdio_range range = {(uintptr_t)lazy->clone, lazy->length};
+	int first = 0;
 
-	while (!error && !polled[1].revents) {
+	while (!polled[1].revents) {
+		int error = 0;
+
 		if (poll(polled, 2, -1) < 0)
 			error = errno == EINTR ? 0 : FAILED("poll");
 		else if (polled[0].revents)
 			error = lazy_event(lazy, step);
+		if (error && !first) {
+			first = error;
+			ioctl(lazy->uffd, UFFDIO_UNREGISTER, &range);
+			range.start = (uintptr_t)lazy->elsewhere;
+			ioctl(lazy->uffd, UFFDIO_UNREGISTER, &range);
+		}
 	}
-	return error;
+	return first;
 }
 
 static int lazy_judge(const struct lazy *lazy, const char **step)
@@ -311,7 +304,6 @@ static int lazy_judge(const struct lazy *lazy, const char **step)
 		[LR_LAZY_REMOVE] = {UFFD_EVENT_REMOVE, 0, "EVENT_REMOVE"},
 		[LR_LAZY_REMAP] = {UFFD_EVENT_REMAP, PATTERN, "EVENT_REMAP"},
 		[LR_LAZY_UNMAP] = {UFFD_EVENT_UNMAP, 0, "EVENT_UNMAP"},
-		[LR_LAZY_FORK] = {UFFD_EVENT_FORK, 0, "EVENT_FORK"},
 		[LR_LAZY_POISON] = {0, 0, "POISON"},
 	};
 	unsigned event = expected[lazy->action].event;
@@ -343,8 +335,6 @@ int lr_try_lazy(int action, uint64_t page_size, const char **step)
 	if ((error = pthread_create(&thread, NULL, toucher, &lazy)))
 		return *step = "pthread_create", error;
 	error = lazy_serve(&lazy, step);
-	close(lazy.uffd);
-	lazy.uffd = -1;
 	pthread_join(thread, NULL);
 	return error ? error : lazy_judge(&lazy, step);
 }

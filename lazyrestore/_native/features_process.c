@@ -15,10 +15,13 @@
 #include <fcntl.h>
 #include <linux/kcmp.h>
 #include <linux/sched.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
 #include <sys/resource.h>
@@ -30,7 +33,7 @@
 #define FAILED(name) (*step = (name), errno)
 #define SURPRISE(name) (*step = (name), EPROTO)
 
-enum { NOBODY = 65534, XSTATE_ROOM = 16384 /* AMX's state is 11 KiB */, INNER_PID = 300 };
+enum { PAGE = 4096, NOBODY = 65534, XSTATE_ROOM = 16384 /* AMX's state is 11 KiB */, INNER_PID = 300 };
 
 /* A process that waits until it is killed, or until `release` is closed. */
 struct victim {
@@ -338,4 +341,93 @@ int lr_try_prlimit(const char **step)
 	if (prlimit(victim.pid, RLIMIT_NOFILE, NULL, &old) || prlimit(victim.pid, RLIMIT_NOFILE, &old, NULL))
 		return FAILED("prlimit");
 	return 0;
+}
+
+/* A page registered for EVENT_FORK with a new userfaultfd, which is returned; -errno on failure. */
+static int register_for_fork(void)
+{
+	void *page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct uffdio_api api = {.api = UFFD_API, .features = UFFD_FEATURE_EVENT_FORK};
+	struct uffdio_register reg = {.range = {(uintptr_t)page, PAGE}, .mode = UFFDIO_REGISTER_MODE_MISSING};
+	int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+
+	if (page == MAP_FAILED || uffd < 0 || ioctl(uffd, UFFDIO_API, &api) || ioctl(uffd, UFFDIO_REGISTER, &reg))
+		return -errno;
+	return uffd;
+}
+
+/* Tells its userfaultfd's number, waits for a byte, keeps no descriptor of it (a fork that holds the last one would wait for
+ * itself), forks, and tells when that is done. */
+static void forker_run(const struct victim *victim, int report)
+{
+	int uffd = register_for_fork(), sent = write(report, &uffd, sizeof uffd) == sizeof uffd;
+	char byte = 0;
+
+	close(victim->release);
+	if (!sent || uffd < 0 || read(victim->wait, &byte, 1) != 1)
+		_exit(1);
+	close(uffd);
+	long child = raw_fork();
+
+	if (child > 0)
+		waitpid((pid_t)child, NULL, __WALL);
+	_exit(child < 0 || (child && write(report, &byte, 1) != 1));
+}
+
+/* Reads events until the forker is done or gone; whether its fork was among them. */
+static bool fork_event_comes(int uffd, int report)
+{
+	struct pollfd polled[] = {{.fd = uffd, .events = POLLIN}, {.fd = report, .events = POLLIN}};
+	struct uffd_msg message;
+	bool seen = false;
+
+	while (!polled[1].revents && (poll(polled, 2, -1) > 0 || errno == EINTR))
+		if (polled[0].revents && read(uffd, &message, sizeof message) == sizeof message &&
+		    message.event == UFFD_EVENT_FORK)
+			seen = close((int)message.arg.fork.ufd) == 0;
+	return seen;
+}
+
+static int fork_serve(const struct victim *victim, int report, const char **step)
+{
+	int number, pidfd, uffd, error = 0;
+	char byte = 0;
+
+	if (read(report, &number, sizeof number) != sizeof number)
+		return SURPRISE("clone");
+	if (number < 0)
+		return errno = -number, FAILED("UFFDIO_API with EVENT_FORK");
+	if ((pidfd = (int)syscall(SYS_pidfd_open, victim->pid, 0)) < 0)
+		return FAILED("pidfd_open");
+	if ((uffd = (int)syscall(SYS_pidfd_getfd, pidfd, number, 0)) < 0)
+		error = FAILED("pidfd_getfd");
+	close(pidfd);
+	if (error)
+		return error;
+	if (write(victim->release, &byte, 1) != 1)
+		error = FAILED("write");
+	else if (!fork_event_comes(uffd, report))
+		error = SURPRISE("EVENT_FORK");
+	close(uffd);
+	return error;
+}
+
+int lr_try_uffd_fork(const char **step)
+{
+	struct victim victim __attribute__((cleanup(victim_deinit)));
+	int report[2], error = victim_init(&victim, step);
+
+	if (error)
+		return error;
+	if (pipe2(report, O_CLOEXEC))
+		return FAILED("pipe2");
+	if ((victim.pid = (pid_t)raw_fork()) < 0)
+		error = FAILED("clone");
+	if (!victim.pid)
+		forker_run(&victim, report[1]);
+	close(report[1]);
+	if (!error)
+		error = fork_serve(&victim, report[0], step);
+	close(report[0]);
+	return error;
 }

@@ -56,6 +56,12 @@ def _round_trip(feature: str, action: str) -> Callable[[], str]:
     return run
 
 
+def _fork() -> str:
+    handshake("EVENT_FORK")
+    native("uffd_fork")
+    return ""
+
+
 def _hugetlb(feature: str) -> Callable[[], str]:
     def run() -> str:
         handshake(feature)
@@ -164,10 +170,10 @@ PROBES = (
         "uffd-event-fork",
         "a child forked by a restored process is served too",
         True,
-        "fork with a registered mapping, receive the child's userfaultfd",
+        "fork of a child with a registered mapping: an event with the grandchild's userfaultfd",
         NO_LAZY,
         "run as root, or with CAP_SYS_PTRACE",
-        _round_trip("EVENT_FORK", "FORK"),
+        _fork,
     ),
     Probe(
         "uffd-poison",
