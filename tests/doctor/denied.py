@@ -2,8 +2,8 @@
 
 usage: denied.py '{"number": N, "argument": I, "value": V}' | '{"file_size": BYTES}' | '{"user": UID}' | '{}'
 
-number: a system call that is answered ENOSYS by a seccomp filter, if its argument number I has the (low 32 bits') value V, or
-whatever its arguments are.
+number: a system call that is answered ENOSYS by a seccomp filter, if its argument number I has the (low 32 bits') value V,
+or whatever its arguments are.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def filter_program(number: int, argument: int | None, value: int | None) -> byte
 
 
 def deny(number: int, argument: int | None = None, value: int | None = None) -> None:
-    """Install the filter; for a process that runs as root also without PR_SET_NO_NEW_PRIVS, which changes nothing here."""
+    """Install the filter for this process and its children."""
     code = filter_program(number, argument, value)
     buffer = ctypes.create_string_buffer(code, len(code))
     program = struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(buffer))

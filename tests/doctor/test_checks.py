@@ -89,7 +89,7 @@ def test_imports_against_the_direction(tmp_path: Path, file: str, text: str, pro
 def test_imports_in_the_direction(tmp_path: Path) -> None:
     status, output = imports(
         tmp_path,
-        snapshot="from lazyrestore import errors\nfrom lazyrestore.store import ImageStore\nfrom .kernel import procfs\n",
+        snapshot="from lazyrestore import errors\nfrom lazyrestore.store import A\nfrom .kernel import procfs\n",
         kernel__in__procfs="from lazyrestore._native import _core\nfrom . import other\n",
         errors="import os\n",
     )
