@@ -81,7 +81,7 @@ def take(
                         writer.add(buffer.memory, runs)
                     manifest = _finish(capture, (time.monotonic() - paused) * 1e3)
                     writer.commit(manifests.encode(manifest))
-                    lib.lr_pidfd_send_signal(pidfd, lib.SIGKILL)
+                    frozen.kill()
             pause = (time.monotonic() - paused) * 1e3
             if not kill:
                 if fits:

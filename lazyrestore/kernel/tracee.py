@@ -17,6 +17,7 @@ The cost: a private copy of one vdso page remains in the target, its bytes as be
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import time
 from collections.abc import Callable
@@ -154,6 +155,21 @@ class Frozen:
             if self.memory >= 0:
                 os.close(self.memory)
                 self.memory = -1
+
+    def kill(self) -> None:
+        """End the process, and collect its threads: a traced thread stays a zombie until its tracer has seen it end.
+
+        The leader's exit status is left to its parent.
+        """
+        parent = procfs.parse_stat(procfs.read(self.pid, "stat")).ppid
+        os.kill(self.pid, signal.SIGKILL)
+        status = ffi.new("int32_t *")
+        for tid in sorted(self._seized, key=lambda tid: tid == self.pid):
+            if tid != self.pid or parent != os.getpid():
+                while lib.lr_wait(tid, status) >= 0 and os.WIFSTOPPED(status[0]):
+                    continue
+        self._seized.clear()
+        self._stub, self.tids = None, []
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 
