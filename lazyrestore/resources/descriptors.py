@@ -136,7 +136,7 @@ class FdTable(msgspec.Struct, frozen=True):
         return {index: tuple(sorted(numbers)) for index, numbers in found.items()}
 
     def memory_files(self) -> list[Memfd]:
-        """The memory files whose contents the restorer has to bring (`shared_object_key` names each); one record per
+        """The mapped memory files, whose contents the restorer has to bring (`shared_object_key` names each); one record per
         file.
         """
         files = [record for record in self.descriptions if isinstance(record, Memfd) and record.contents is None]
@@ -174,11 +174,12 @@ def _captured_with_another(view: View) -> None:
     """Capture of a kind whose records come from another's entry."""
 
 
-# Captured and restored in this order: plain objects, sockets, and epolls, which watch the others.
+# Captured and restored in this order: plain objects (memfds before the files that they look like),
+# sockets, and epolls, which watch the others.
 KINDS = (
+    Kind((Memfd,), memfd.capture, memfd.restore, memfd.describe),
     Kind((RegularFile, Directory, Location), files.capture, files.restore, files.describe),
     Kind((Device, Terminal), devices.capture, devices.restore, devices.describe),
-    Kind((Memfd,), memfd.capture, memfd.restore, memfd.describe),
     Kind((PipeEnd, ExternalPipe), pipe.capture, pipe.restore, pipe.describe),
     Kind((Fifo,), fifo.capture, fifo.restore, fifo.describe),
     Kind((Eventfd,), eventfd.capture, eventfd.restore, eventfd.describe),
@@ -200,12 +201,14 @@ def survey(pid: int, pidfd: int, contents: bool | None = None) -> FdTable:
     contents: whether to read what waits in pipes and sockets, too; None: if the process is stopped. NoSuchProcess,
     NotPermitted.
     """
+    from lazyrestore.kernel import libc  # here, so that the survey before the freeze bears the cost
+
     try:
         if contents is None:
             contents = _is_stopped(pid)
         with UnixDiag() as diag:
             own_network = os.readlink(f"/proc/{pid}/ns/net") == os.readlink("/proc/self/ns/net")
-            return _survey(Survey(pid, pidfd, contents, diag, own_network))
+            return _survey(Survey(pid, pidfd, contents, diag, own_network), libc.same_file_table)
     except OSError as error:
         if error.errno in (ESRCH, 2):
             raise NoSuchProcess(f"process {pid}", "descriptors", errno=ESRCH) from error
@@ -214,9 +217,9 @@ def survey(pid: int, pidfd: int, contents: bool | None = None) -> FdTable:
         raise LazyrestoreError(f"process {pid}", "descriptors", errno=error.errno) from error
 
 
-def _survey(survey: Survey) -> FdTable:
+def _survey(survey: Survey, same_table: Callable[[int, int], bool]) -> FdTable:
     cloexec: dict[int, bool] = {}
-    unsupported = _private_tables(survey.pid)
+    unsupported = _private_tables(survey.pid, same_table)
     groups = _group(survey, cloexec, unsupported)
     descriptors: list[Descriptor] = []
     descriptions: list[Description] = []
@@ -298,17 +301,13 @@ def _owner(view: View, description: int) -> Owner:
     return Owner(description, kind, pid, signal)
 
 
-def _private_tables(pid: int) -> list[str]:
+def _private_tables(pid: int, same_table: Callable[[int, int], bool]) -> list[str]:
     """Complaints about threads that have a descriptor table of their own."""
     threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
-    if len(threads) == 1:
-        return []
-    from lazyrestore.kernel import libc
-
     found = []
     for thread in threads:
         try:
-            if thread != pid and not libc.same_file_table(pid, thread):
+            if thread != pid and not same_table(pid, thread):
                 found.append(f"thread {thread}: has a descriptor table of its own (CLONE_FILES), which is not restored")
         except ProcessLookupError:
             continue

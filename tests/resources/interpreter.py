@@ -1,12 +1,14 @@
 """Descriptors in forked children: set up, survey, restore by running a program's operations through syscall(), check.
 
-Children are forks of the test's own process that keep nothing but what the test gives them; they report through a shared mapping, and stop
-themselves (SIGSTOP) to be looked at. The executor proper is C; this is an independent reading of the same operations.
+Children are forks of the test's own process that keep nothing but what the test gives them; they report through a
+shared mapping, and stop themselves (SIGSTOP) to be looked at. The executor proper is C; this is an independent
+reading of the same operations.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import signal
@@ -14,6 +16,9 @@ import struct
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
+
+import msgspec
 
 from lazyrestore._native import _core
 from lazyrestore.program import Descriptors, ListAddress, OpList, Pointer, Program, Result, Word
@@ -128,7 +133,7 @@ def restored(
         for number, source in moved.items():
             os.dup2(source, number)
         keep = [-1, *sorted(handed), 1 << 16]
-        for low, high in zip(keep, keep[1:], strict=False):
+        for low, high in itertools.pairwise(keep):
             os.closerange(low + 1, high)
         run(program, ops)
 
@@ -175,8 +180,34 @@ def run(program: Program, ops: OpList) -> None:
         assert met, f"{op.resource}: {op.name}{op.arguments}: {result} {error}, wanted {op.want}"
 
 
-def shape(table: FdTable) -> list[tuple[object, ...]]:
-    """What must be equal before and after: numbers, flags, sharing, records; inodes are named by their first occurrence."""
+def round_trip(
+    body: Callable[[], None],
+    check: Callable[[], None] | None = None,
+    *,
+    ignore: tuple[str, ...] = (),
+    streams: dict[int, int] | None = None,
+    cwd: str = "/",
+) -> FdTable:
+    """Set up a child, survey and end it, restore; the copy's survey must be equal, and `check` must succeed in it."""
+    with child(body) as original:
+        table = original.survey()
+        assert original.survey() == table or ignore, "a survey changed something"
+    stored = msgspec.msgpack.decode(msgspec.msgpack.encode(table), type=FdTable)
+    assert stored == table
+    with restored(stored, check, streams=streams, cwd=cwd) as copy:
+        assert shape(copy.survey(), ignore) == shape(table, ignore)
+        copy.go()
+    return table
+
+
+def record(table: FdTable, number: int) -> Any:
+    """What `number` refers to."""
+    index = next(descriptor.description for descriptor in table.descriptors if descriptor.number == number)
+    return table.descriptions[index]
+
+
+def shape(table: FdTable, ignore: tuple[str, ...] = ()) -> list[tuple[object, ...]]:
+    """What must be equal before and after: numbers, flags, sharing, records; inodes are named by first occurrence."""
     assert table.unsupported == []
     names: dict[int, int] = {}
     seen = []
@@ -186,6 +217,7 @@ def shape(table: FdTable) -> list[tuple[object, ...]]:
         for field in ("inode", "peer"):
             if isinstance(values.get(field), int) and values[field]:
                 values[field] = names.setdefault(values[field], len(names))
-        values.pop("device", None)
+        for field in ("device", *ignore):
+            values.pop(field, None)
         seen.append((descriptor.number, descriptor.cloexec, descriptor.description, type(record).__name__, values))
     return seen
