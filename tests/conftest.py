@@ -1,8 +1,8 @@
 """What a test needs of the machine: `@pytest.mark.requires("set-tid", "program:java", "root")`.
 
 Names are those of `lazyrestore doctor`; "program:NAME" is a program on PATH, "root" the user. A test whose needs are
-not met is skipped with the reason. With LAZYRESTORE_REQUIRE_ALL set, everything that would be skipped, by whatever means,
-fails instead.
+not met is skipped with the reason. With LAZYRESTORE_REQUIRE_ALL set, everything that would be skipped, by whatever
+means, fails instead.
 """
 
 from __future__ import annotations

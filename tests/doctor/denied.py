@@ -2,8 +2,8 @@
 
 usage: denied.py '{"number": N, "argument": I, "value": V}' | '{"file_size": BYTES}' | '{"user": UID}' | '{}'
 
-number: a system call that is answered ENOSYS by a seccomp filter, if its argument number I has the (low 32 bits') value V,
-or whatever its arguments are.
+number: a system call that is answered ENOSYS by a seccomp filter, if its argument number I has the value V (low 32
+bits), or whatever its arguments are.
 """
 
 from __future__ import annotations
