@@ -22,7 +22,7 @@ COLUMNS = 256  # numbers of eight bytes per row
 
 
 class DataSet:
-    """A table of readings, an index that sorts its rows, and a dictionary of names: arrays beside many small objects."""
+    """A table of readings, an index that sorts its rows, and a dictionary of names: a few arrays, many objects."""
 
     def __init__(self, megabytes: int) -> None:
         rows = megabytes * (1 << 20) // (COLUMNS * 8)
