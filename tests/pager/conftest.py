@@ -39,24 +39,28 @@ def make_image(tmp_path: Path, stack: ExitStack) -> Callable[..., Image]:
 
 
 @pytest.fixture
-def start(runtime: Path, stack: ExitStack) -> Callable[..., PagerClient]:
+def start(runtime: Path) -> Iterator[Callable[..., PagerClient]]:
     """Connects to an image's pager, starting it; at the end of the test, waits for it to exit."""
+    with ExitStack() as stack:
 
-    def start(image: Image, linger_ms: int = 0) -> PagerClient:
-        client = connect_or_start(image, runtime_dir=runtime, linger_ms=linger_ms)
-        pager, _ = client.pids()
-        stack.callback(await_end, pager)
-        stack.callback(client.close)
-        return client
+        def start(image: Image, linger_ms: int = 0) -> PagerClient:
+            client = connect_or_start(image, runtime_dir=runtime, linger_ms=linger_ms)
+            pager, _ = client.pids()
+            stack.callback(await_end, pager)
+            stack.callback(client.close)
+            return client
 
-    return start
+        yield start
 
 
 @pytest.fixture
-def make_victim(stack: ExitStack) -> Callable[[], Victim]:
-    def make() -> Victim:
-        victim = Victim()
-        stack.callback(victim.close)
-        return victim
+def make_victim(start: object) -> Iterator[Callable[[], Victim]]:
+    """Victims end before the pagers are waited for, hence `start`."""
+    with ExitStack() as stack:
 
-    return make
+        def make() -> Victim:
+            victim = Victim()
+            stack.callback(victim.close)
+            return victim
+
+        yield make

@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 enum { PAGE = 4096, MAX_THREADS = 64 };
@@ -112,6 +113,27 @@ static void read_beside_trim(word dropped, word dropped_length, word times, word
 	printf("%llu\n", w.sum);
 }
 
+/* Forks again and again beside a walk; prints the walk's sum, and each child's exit status: the CRC of a range, mod 251. */
+static void forks(unsigned n, word checked, word checked_length, word start, word length) {
+	pthread_t thread;
+	pid_t children[MAX_THREADS];
+	struct walk w = {.start = start, .pages = length / PAGE, .seed = 1};
+	pthread_create(&thread, NULL, walk, &w);
+	for (unsigned i = 0; i < n; i++) {
+		children[i] = fork();
+		if (!children[i])
+			_exit((int)(crc32_of(checked, checked_length) % 251));
+	}
+	pthread_join(thread, NULL);
+	printf("%llu", w.sum);
+	for (unsigned i = 0; i < n; i++) {
+		int state = -1;
+		waitpid(children[i], &state, 0);
+		printf(" %d", WIFEXITED(state) ? WEXITSTATUS(state) : -1);
+	}
+	printf("\n");
+}
+
 static void execute(const char *name, const word *a) {
 	if (!strcmp(name, "map")) /* address length fd offset shared huge */
 		status(mmap(at(a[0]), a[1], PROT_READ | PROT_WRITE,
@@ -144,6 +166,8 @@ static void execute(const char *name, const word *a) {
 		status(mremap(at(a[0]), a[1], a[2], 0) == MAP_FAILED);
 	else if (!strcmp(name, "trim")) /* dropped length times address length */
 		read_beside_trim(a[0], a[1], a[2], a[3], a[4]);
+	else if (!strcmp(name, "forks")) /* times checked length address length */
+		forks((unsigned)a[0], a[1], a[2], a[3], a[4]);
 	else if (!strcmp(name, "readfd")) { /* fd offset length: the descriptor's bytes, as a CRC */
 		unsigned char *buffer = malloc(a[2]);
 		ssize_t n = pread((int)a[0], buffer, a[2], (off_t)a[1]);
