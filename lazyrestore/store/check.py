@@ -1,0 +1,153 @@
+"""`verify`: everything that a restore would trust, tested against what was recorded when it was written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from lazyrestore.errors import ChunkInvalid, StoreBusy, StoreReadOnly
+from lazyrestore.store import format, locks
+from lazyrestore.store.environment import Environment
+from lazyrestore.store.image import Entry, StoredImage, open_image
+
+BATCH = 4 << 20  # raw bytes per task
+TREE_ATTEMPTS = 3  # readings of the tree during which somebody committed, before the check of the tree is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """snapshot: its name, "" if the store as a whole is meant; address: the chunk's image address, None if no chunk is
+    meant."""
+
+    snapshot: str
+    address: int | None
+    reason: str
+
+
+@dataclass(slots=True)
+class Report:
+    """What was tested: snapshots, chunks and their raw bytes (one that two snapshots share counts twice); and what is
+    wrong. tree_checked: whether LMDB's pages were tested too; not while somebody else keeps writing, nor for a single
+    snapshot."""
+
+    snapshots: int = 0
+    chunks: int = 0
+    raw_bytes: int = 0
+    tree_checked: bool = False
+    damage: list[Damage] = field(default_factory=list)
+
+
+def verify(environment: Environment, names: list[str], *, whole: bool) -> Report:
+    """Test the snapshots `names`, and with `whole` the store's own structure first; damage is reported, not raised.
+
+    Of each chunk: its place in the index and in its pack, zstd's checksum, its raw length and its BLAKE3. Raises
+    SnapshotNotFound, StoreError.
+    """
+    report = Report()
+    if whole and not _check_tree(environment, report):
+        return report  # LMDB itself would trip over it
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "lazyrestore-verify") as pool:
+        for name in names:
+            report.snapshots += 1
+            try:
+                with open_image(environment, name) as image:
+                    _check_image(environment, image, pool, report)
+            except ChunkInvalid as error:
+                report.damage.append(Damage(name, None, str(error)))
+    if whole:
+        _check_locations(environment, report)
+    return report
+
+
+def _check_tree(environment: Environment, report: Report) -> bool:
+    """Whether LMDB may go on: its file is walked by a reader that trusts no page."""
+    try:
+        from lmdb.verify import VerifyError
+        from lmdb.verify import verify as untyped
+    except ImportError:  # py-lmdb before 3.0
+        return True
+    walk: Callable[[str], list[str]] = untyped
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(StoreBusy, StoreReadOnly):
+            stack.enter_context(locks.WriterLock(environment.directory))
+        for _ in range(TREE_ATTEMPTS):
+            before = environment.last_transaction()
+            try:
+                problems = walk(environment.directory)
+            except VerifyError as error:
+                problems = [str(error)]
+            if not problems or before == environment.last_transaction():
+                report.tree_checked = True
+                report.damage += [Damage("", None, problem) for problem in problems]
+                return not problems
+    return True
+
+
+def _check_image(environment: Environment, image: StoredImage, pool: ThreadPoolExecutor, report: Report) -> None:
+    with environment.read() as txn:
+        hashes = bytes(environment.need(txn, format.key(format.HASHES, image.snapshot)))
+    count = image.n_chunks
+    if len(hashes) != count * format.HASH:
+        raise ChunkInvalid(f"snapshot {image.name}", "read the hashes", f"{len(hashes)} bytes for {count} chunks")
+    pending: deque[Future[list[Damage]]] = deque()
+    for batch in _batches(image, hashes, report):
+        pending.append(pool.submit(_check_chunks, image, batch))
+        if len(pending) > 8:
+            report.damage += pending.popleft().result()
+    while pending:
+        report.damage += pending.popleft().result()
+
+
+def _batches(image: StoredImage, hashes: bytes, report: Report) -> Iterator[list[tuple[Entry, bytes]]]:
+    """Chunks with their hashes; entries that are wrong in themselves are reported and left out."""
+    batch: list[tuple[Entry, bytes]] = []
+    size = previous = 0
+    for number in range(image.n_chunks):
+        report.chunks += 1
+        try:
+            entry = image.entry(number, previous)
+        except ChunkInvalid as error:
+            report.damage.append(Damage(image.name, None, f"entry {number} of the index: {error.reason}"))
+            continue
+        previous = entry[0] + entry[1]
+        report.raw_bytes += entry[1]
+        batch.append((entry, hashes[number * format.HASH : (number + 1) * format.HASH]))
+        size += entry[1]
+        if size >= BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _check_chunks(image: StoredImage, batch: list[tuple[Entry, bytes]]) -> list[Damage]:
+    from blake3 import blake3
+
+    damage = []
+    for entry, digest in batch:
+        try:
+            if blake3(image.decompress(entry)).digest() != digest:
+                damage.append(Damage(image.name, entry[0], "its BLAKE3 hash is not the recorded one"))
+        except ChunkInvalid as error:
+            damage.append(Damage(image.name, entry[0], error.reason))
+    return damage
+
+
+def _check_locations(environment: Environment, report: Report) -> None:
+    """What deduplication would refer to must lie in a pack that exists."""
+    with environment.read() as txn:
+        packs = {
+            number: len(environment.need(txn, format.key(format.PACKS, number)))
+            for number in environment.keys(txn, format.PACKS)
+        }
+        for digest, value in environment.records(txn, format.CHUNKS):
+            good = len(digest) == format.HASH and len(value) == format.LOCATION.size
+            if good:
+                pack, offset, stored, length = format.LOCATION.unpack(value)
+                good = 0 < length <= format.HUGE_CHUNK and stored > 0 and offset + stored <= packs.get(pack, 0)
+            if not good:
+                report.damage.append(Damage("", None, f"deduplication record {bytes(digest).hex()} points nowhere"))

@@ -1,0 +1,158 @@
+"""What stands on disk, as records and structs, and the bounds that everything read from there must keep.
+
+docs/format.md shows the same as a picture. No number read from a store is used before a function of this file has seen
+it.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import msgspec
+
+from lazyrestore.errors import BadSnapshotName, ChunkInvalid
+
+MAGIC = "lazyrestore"
+VERSION = 1
+
+PAGE = 4096  # bytes; image addresses and chunk lengths are multiples of it, whatever the page size of the machine
+CHUNK = 64 << 10  # bytes; chunks do not cross multiples of this image address
+HUGE_CHUNK = 2 << 20  # bytes; the same for memory in huge pages, and the longest chunk there is
+HASH = 32  # bytes of BLAKE3
+PACK = (4 << 20) - 16  # bytes at which a pack is full; with LMDB's 16-byte page header exactly 1024 pages
+# A pack with one chunk may exceed that only by what zstd adds to an incompressible chunk; anything longer is damage.
+PACK_MAX = 8 << 20
+LEVELS = range(1, 20)  # zstd compression levels on offer
+
+ENTRY = struct.Struct("<QIIII")  # struct lr_chunk: image address, raw length, pack slot, offset in pack, stored length
+LOCATION = struct.Struct("<QIII")  # deduplication: pack id, offset in pack, stored length, raw length
+KEY = struct.Struct(">Q")  # ids as keys, so that LMDB sorts them as numbers
+
+NAME = re.compile(r"[A-Za-z0-9_:@+][A-Za-z0-9._:@+-]{0,127}")
+
+# The tables: all records live in LMDB's one unnamed database, whose handle is always open; the first byte of a key
+# tells the table. (To open a *named* one, py-lmdb needs a write transaction, so a reader would wait for a writer.)
+IDENTITY = b"lazyrestore"  # the whole key; no table starts with this letter
+COUNTERS = b"counters"  # the whole key
+NAMES = b"N"  # + name: the snapshot's id, 8 bytes as in a key
+SNAPSHOTS = b"S"  # + id: Record
+INDEXES = b"I"  # + id: ENTRYs, then zeros
+HASHES = b"H"  # + id: 32 bytes for each chunk
+MANIFESTS = b"M"  # + id: opaque here
+PACKS = b"P"  # + id: zstd frames, then zeros
+CONTENTS = b"C"  # + id of a pack: 32 bytes for each chunk in it
+CHUNKS = b"D"  # + hash: LOCATION
+
+
+class Head(msgspec.Struct, frozen=True):
+    """The part of the identity record that every version, older or newer, has."""
+
+    magic: str
+    version: int
+
+
+class Identity(msgspec.Struct, frozen=True):
+    """The identity record: who wrote the store. created: seconds since 1970; uuid: 32 hexadecimal digits."""
+
+    magic: str
+    version: int
+    uuid: str
+    created: float
+
+
+class Counters(msgspec.Struct, frozen=True):
+    """The next free ids; an id is never used twice."""
+
+    snapshot: int = 1
+    pack: int = 1
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One snapshot. created: seconds since 1970; raw_bytes: sum of the chunks' raw lengths; stored_bytes: compressed
+    size of the distinct chunks it refers to; added_bytes: what of this was new to the store; packs: ids, by slot;
+    hugetlb: whether it has chunks of 2 MiB, for huge pages."""
+
+    created: float
+    chunks: int
+    raw_bytes: int
+    stored_bytes: int
+    added_bytes: int
+    packs: list[int]
+    hugetlb: bool = False
+
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def encode(record: msgspec.Struct) -> bytes:
+    return msgspec.msgpack.encode(record)
+
+
+def decode(data: bytes | memoryview, kind: type[T], resource: str) -> T:
+    """A record from its bytes. Raises ChunkInvalid naming `resource` if they are not one."""
+    try:
+        return msgspec.msgpack.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise ChunkInvalid(resource, f"read the {kind.__name__.lower()} record", f"damaged ({error})") from error
+
+
+def key(table: bytes, number: int) -> bytes:
+    return table + KEY.pack(number)
+
+
+def number_of(data: bytes | memoryview, resource: str) -> int:
+    """The id in a key, or in the value of a name. Raises ChunkInvalid."""
+    if not KEY.size <= len(data) <= KEY.size + 1:
+        raise ChunkInvalid(resource, "read an id", f"{len(data)} bytes instead of {KEY.size}")
+    return int(KEY.unpack_from(data, len(data) - KEY.size)[0])
+
+
+def check_name(name: str) -> bytes:
+    """The key of a snapshot's name. Raises BadSnapshotName, which says what is allowed."""
+    if not NAME.fullmatch(name):
+        raise BadSnapshotName(
+            f"snapshot name {name!r}",
+            reason="not allowed",
+            advice="use 1 to 128 characters of A-Z a-z 0-9 . _ : @ + - that do not start with '.' or '-'",
+        )
+    return name.encode("ascii")
+
+
+def entries(index: bytes | bytearray | memoryview) -> Iterator[tuple[int, int, int, int, int]]:
+    """(image address, raw length, pack slot, offset, stored length) of each chunk, unchecked; length a multiple of
+    24."""
+    return ENTRY.iter_unpack(index)
+
+
+def fault_in(entry: tuple[int, int, int, int, int], end: int, packs: Sequence[int]) -> str:
+    """What is wrong with a chunk's entry, "" if nothing; end: where the chunk before it ends; packs: lengths in bytes
+    by slot."""
+    address, length, slot, offset, stored = entry
+    if address % PAGE or not 0 < length <= HUGE_CHUNK or length % PAGE or address + length > 1 << 64:
+        return f"impossible address {address:#x} or length {length}"
+    if address < end:
+        return "not in order, or overlapping the chunk before it"
+    if slot >= len(packs):
+        return f"in pack {slot} of {len(packs)}"
+    if not stored > 0 or offset + stored > packs[slot]:
+        return f"bytes {offset} to {offset + stored} of a pack of {packs[slot]}"
+    return ""
+
+
+def decompress(payload: bytes | memoryview, length: int) -> bytes:
+    """The raw bytes of a chunk. Raises ValueError saying what is wrong with it."""
+    import zstandard
+
+    try:
+        frame = zstandard.get_frame_parameters(payload)
+        if frame.content_size != length or not frame.has_checksum:
+            raise ValueError(f"a frame of {frame.content_size} bytes where {length} with a checksum are due")
+        raw = zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
+    if len(raw) != length:
+        raise ValueError(f"{len(raw)} bytes instead of {length}")
+    return raw

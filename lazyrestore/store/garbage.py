@@ -1,0 +1,114 @@
+"""Freeing what no snapshot refers to. The caller holds the writer lock.
+
+Facts. A snapshot that no name points to is *doomed*; its packs are freed once nobody pins it. A pack that no snapshot,
+visible or doomed, lists is garbage: left by a writer that was killed, or by a snapshot just freed. LMDB keeps freed
+pages for itself and never shortens its file. Pages that transaction N frees are not used again before transaction N + 2
+(mdb_page_alloc takes lists older than the oldest reader, and N + 1 counts N as read).
+Consequence. The disk space of a freed pack can be given back by punching a hole into the file, if the removal is on
+disk, and if no transaction has come in between.
+Choice. Remove packs in groups, sync, then begin the next write transaction; punch only if it is number N + 1, and end
+it without change. Otherwise the space stays in LMDB's list and serves the next snapshot.
+Cost. One sync per group.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+
+from lazyrestore.store import format, locks
+from lazyrestore.store.environment import Environment, Transaction
+
+GROUP = 64  # packs per transaction: 256 MiB, and a freed-page list that fits into memory many times over
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # FALLOC_FL_*, <linux/falloc.h>, since Linux 2.6.38
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """What was freed. stored_bytes: bytes of packs; still_pinned: removed snapshots that are in use, to be freed
+    later."""
+
+    snapshots: int = 0
+    packs: int = 0
+    stored_bytes: int = 0
+    still_pinned: int = 0
+
+
+def collect(environment: Environment) -> Freed:
+    """Free doomed snapshots that nobody pins, and packs that no snapshot lists. Raises StoreError; may be run again."""
+    snapshots, still_pinned = _free_doomed(environment)
+    with environment.read() as txn:
+        garbage = sorted(set(environment.keys(txn, format.PACKS)) - _listed_packs(environment, txn))
+    stored = 0
+    for at in range(0, len(garbage), GROUP):
+        stored += _free_packs(environment, garbage[at : at + GROUP])
+    return Freed(snapshots, len(garbage), stored, still_pinned)
+
+
+def _free_doomed(environment: Environment) -> tuple[int, int]:
+    """How many snapshots were freed, and how many are pinned."""
+    with environment.read() as txn:
+        named = {format.number_of(value, environment.resource) for _, value in environment.records(txn, format.NAMES)}
+        doomed = [number for number in environment.keys(txn, format.SNAPSHOTS) if number not in named]
+    if not doomed:
+        return 0, 0
+    with locks.FreeingLock(environment.directory) as lock:
+        free = [number for number in doomed if lock.take(number)]
+
+        def remove(txn: Transaction) -> None:
+            for number in free:
+                for table in (format.SNAPSHOTS, format.INDEXES, format.HASHES, format.MANIFESTS):
+                    txn.delete(format.key(table, number))
+
+        if free:
+            environment.update(remove)
+    return len(free), len(doomed) - len(free)
+
+
+def _listed_packs(environment: Environment, txn: Transaction) -> set[int]:
+    listed: set[int] = set()
+    for _, value in environment.records(txn, format.SNAPSHOTS):
+        listed.update(format.decode(value, format.Record, environment.resource).packs)
+    return listed
+
+
+def _free_packs(environment: Environment, packs: list[int]) -> int:
+    """Remove packs and what leads to them; returns their bytes."""
+    ranges = []
+    with environment.read() as txn:
+        for pack in packs:
+            value = environment.need(txn, format.key(format.PACKS, pack))
+            ranges.append((environment.file_offset(value), len(value)))
+
+    def remove(txn: Transaction) -> int:
+        for pack in packs:
+            contents = bytes(txn.get(format.key(format.CONTENTS, pack), b""))
+            for at in range(0, len(contents) - format.HASH + 1, format.HASH):
+                chunk = format.CHUNKS + contents[at : at + format.HASH]
+                location = txn.get(chunk)
+                if location is not None and format.LOCATION.unpack(location)[0] == pack:
+                    txn.delete(chunk)
+            txn.delete(format.key(format.CONTENTS, pack))
+            txn.delete(format.key(format.PACKS, pack))
+        return int(txn.id())
+
+    removed_in = environment.update(remove)
+    environment.sync()
+    environment.exclusively(removed_in + 1, lambda: _punch(environment, ranges))
+    return sum(length for _, length in ranges)
+
+
+def _punch(environment: Environment, ranges: list[tuple[int, int]]) -> None:
+    """Give the pages of removed values back to the file system, if it knows how."""
+    descriptor = os.open(environment.data_path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        for offset, length in ranges:
+            start, end = environment.page_span(offset, length)
+            if _libc.fallocate(descriptor, KEEP_SIZE | PUNCH_HOLE, start, end - start):
+                return  # EOPNOTSUPP: the space is still LMDB's to use again
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,220 @@
+"""A snapshot opened for reading: where its index and packs stand in the data file, and a pin that keeps them there.
+
+Facts. LMDB never moves the pages of a long value that exists (environment.py). A value exists as long as its snapshot,
+visible or doomed, has a record; whoever frees a record first takes the exclusive lock on its pin (locks.py).
+Consequence. While the pin is held, (file offset, length) of index and packs are valid for any process that has the data
+file open, without a transaction and without LMDB.
+Choice. open_image() pins first and looks again afterwards: a snapshot that was freed in between is looked up once more.
+Offsets are verified one by one: one pread() per pack. Everything a reader takes from the index is checked before it is
+used.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from lazyrestore.errors import ChunkInvalid, SnapshotNotFound
+from lazyrestore.store import format, locks
+from lazyrestore.store.environment import Environment, Transaction
+
+Entry = tuple[int, int, int, int, int]  # image address, raw length, pack slot, offset in the pack, stored length
+
+
+@dataclass(slots=True)
+class StoredImage:
+    """An open snapshot; close() it, or use it as a context manager.
+
+    key: names this very snapshot in this very file, on this host; snapshot: its id; data_fd: the LMDB data file, read
+    only; index_offset: bytes into it; n_chunks: 24-byte entries of the index; packs: (file offset, length in bytes) by
+    slot; pin_fd: keeps all of this valid while any copy of the descriptor is open, in whatever process; stored_bytes:
+    compressed bytes that the snapshot refers to; hugetlb: whether it has chunks for huge pages.
+    """
+
+    name: str
+    key: str
+    snapshot: int
+    manifest: bytes
+    data_fd: int
+    index_offset: int
+    n_chunks: int
+    packs: tuple[tuple[int, int], ...]
+    pin_fd: int
+    raw_bytes: int
+    stored_bytes: int
+    hugetlb: bool
+    _lengths: list[int] = field(default_factory=list, repr=False)
+    _map: mmap.mmap | None = field(default=None, repr=False)
+    _skip: int = field(default=0, repr=False)  # bytes of the map before the index
+
+    def read(self, address: int, length: int) -> bytes:
+        """`length` bytes from image address `address`; zeros where nothing is stored. Raises ChunkInvalid."""
+        result = bytearray(length)
+        for start, content in self.contents(address, address + length):
+            result[start - address : start - address + len(content)] = content
+        return bytes(result)
+
+    def contents(self, start: int, end: int) -> Iterator[tuple[int, bytes]]:
+        """(image address, bytes) of what is stored between `start` and `end`, in order; the rest is zero. Raises
+        ChunkInvalid."""
+        previous = 0
+        for number in range(self._first_after(start), self.n_chunks):
+            entry = self.entry(number, previous)
+            address, length = entry[:2]
+            if address >= end:
+                break
+            raw = self.decompress(entry)
+            low, high = max(address, start), min(address + length, end)
+            yield low, raw[low - address : high - address]
+            previous = address + length
+
+    def entry(self, number: int, previous: int = 0) -> Entry:
+        """Chunk `number` of the index, checked; previous: image address where the one before ends. Raises
+        ChunkInvalid."""
+        found = self._entry(number)
+        if fault := format.fault_in(found, previous, self._lengths):
+            raise self.invalid(found[0], fault)
+        return found
+
+    def entries(self) -> Iterator[Entry]:
+        """All of the index, in order, each checked. Raises ChunkInvalid."""
+        previous = 0
+        for number in range(self.n_chunks):
+            entry = self.entry(number, previous)
+            previous = entry[0] + entry[1]
+            yield entry
+
+    def decompress(self, entry: Entry) -> bytes:
+        """The raw bytes of a checked entry. Raises ChunkInvalid."""
+        address, length, slot, offset, stored = entry
+        payload = os.pread(self.data_fd, stored, self.packs[slot][0] + offset)
+        try:
+            return format.decompress(payload, length)
+        except ValueError as error:
+            raise self.invalid(address, str(error)) from error
+
+    def invalid(self, address: int, reason: str) -> ChunkInvalid:
+        return ChunkInvalid(
+            f"snapshot {self.name}", f"chunk at {address:#x}", reason, "the store is damaged: see `verify`"
+        )
+
+    def close(self) -> None:
+        """Close both descriptors; copies of pin_fd in other processes keep the pin."""
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+        data, pin, self.data_fd, self.pin_fd = self.data_fd, self.pin_fd, -1, -1
+        for descriptor in (data, pin):
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def __enter__(self) -> StoredImage:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _entry(self, number: int) -> Entry:
+        if self._map is None:
+            self._skip = self.index_offset % mmap.ALLOCATIONGRANULARITY
+            size = self._skip + max(1, self.n_chunks) * format.ENTRY.size
+            start = self.index_offset - self._skip
+            self._map = mmap.mmap(self.data_fd, size, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
+        return format.ENTRY.unpack_from(self._map, self._skip + number * format.ENTRY.size)
+
+    def _first_after(self, address: int) -> int:
+        """The number of the first chunk that ends behind `address`."""
+        low, high = 0, self.n_chunks
+        while low < high:
+            middle = (low + high) // 2
+            start, length = self._entry(middle)[:2]
+            if start + length <= address:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+
+def open_image(environment: Environment, name: str) -> StoredImage:
+    """The snapshot `name`, pinned. Raises SnapshotNotFound, BadSnapshotName, ChunkInvalid, StoreError."""
+    key = format.NAMES + format.check_name(name)
+    while True:
+        with environment.read() as txn:
+            snapshot = find(environment, txn, name)
+        pin = locks.pin(environment.directory, snapshot)
+        data = -1
+        try:
+            with environment.read() as txn:
+                if (
+                    txn.get(key) == format.KEY.pack(snapshot)
+                    and txn.get(format.key(format.SNAPSHOTS, snapshot)) is not None
+                ):
+                    data = os.dup(environment.fd)
+                    image = _locate(environment, txn, name, snapshot, data, pin)
+                    pin = data = -1
+                    return image
+        finally:
+            for descriptor in (pin, data):
+                if descriptor >= 0:
+                    os.close(descriptor)
+
+
+def find(environment: Environment, txn: Transaction, name: str) -> int:
+    """The id of the snapshot called `name`. Raises SnapshotNotFound, BadSnapshotName."""
+    found = txn.get(format.NAMES + format.check_name(name))
+    if found is None:
+        advice = "`ls` shows what there is"
+        raise SnapshotNotFound(f"snapshot {name}", reason=f"not in {environment.directory}", advice=advice)
+    return format.number_of(found, environment.resource)
+
+
+def record_of(environment: Environment, txn: Transaction, snapshot: int) -> format.Record:
+    """The record of a snapshot. Raises ChunkInvalid."""
+    data = environment.need(txn, format.key(format.SNAPSHOTS, snapshot))
+    return format.decode(data, format.Record, environment.resource)
+
+
+def index_of(environment: Environment, txn: Transaction, snapshot: int, chunks: int) -> memoryview:
+    """The index of a snapshot of `chunks` chunks, without the zeros behind it. Raises ChunkInvalid."""
+    value = environment.need(txn, format.key(format.INDEXES, snapshot))
+    if not 0 <= chunks <= len(value) // format.ENTRY.size:
+        raise ChunkInvalid(
+            environment.resource, "read an index", f"{len(value)} bytes for {chunks} chunks", "see `verify`"
+        )
+    return value[: chunks * format.ENTRY.size]
+
+
+def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int, data: int, pin: int) -> StoredImage:
+    record = record_of(environment, txn, snapshot)
+    index = environment.need(txn, format.key(format.INDEXES, snapshot))
+    index_of(environment, txn, snapshot, record.chunks)
+    packs = []
+    for pack in record.packs:
+        value = environment.need(txn, format.key(format.PACKS, pack))
+        if len(value) > format.PACK_MAX:
+            raise ChunkInvalid(environment.resource, f"read pack {pack}", f"{len(value)} bytes", "see `verify`")
+        packs.append((environment.file_offset(value), len(value)))
+    place = environment.file_offset(index)
+    end = max([place + len(index), *(offset + length for offset, length in packs)])
+    if end > os.fstat(data).st_size:
+        raise ChunkInvalid(environment.resource, "open", "data.mdb is truncated", "restore it from a backup")
+    return StoredImage(
+        name=name,
+        key=f"{environment.uuid}-{environment.identity[0]:x}-{environment.identity[1]:x}-{snapshot}",
+        snapshot=snapshot,
+        manifest=bytes(environment.need(txn, format.key(format.MANIFESTS, snapshot))),
+        data_fd=data,
+        index_offset=place,
+        n_chunks=record.chunks,
+        packs=tuple(packs),
+        pin_fd=pin,
+        raw_bytes=record.raw_bytes,
+        stored_bytes=record.stored_bytes,
+        hugetlb=record.hugetlb,
+        _lengths=[length for _, length in packs],
+    )

@@ -1,0 +1,166 @@
+"""The store's two lock files: one writer at a time, and pins that keep a snapshot's packs in place.
+
+Facts. flock() and F_OFD_SETLK locks belong to an open file description: they go with a descriptor that is sent to
+another process or inherited, conflict between two descriptions of one process, and vanish when the last descriptor is
+closed, so also by kill -9 (fcntl(2), flock(2)). An F_RDLCK needs only read access, an F_WRLCK write access. Classic
+POSIX locks, which LMDB uses on lock.mdb, vanish when *any* descriptor of the file is closed: nothing here ever opens
+lock.mdb.
+Consequence. A reader that must never wait for a writer cannot hold LMDB's read transaction for days: that would keep
+every page from being reused. It needs only the values of one snapshot, and LMDB never moves a value's overflow pages
+while the value exists.
+Choice. `writer.lock` is flock()ed by whoever writes packs or frees them, and tells its PID. In `pins`, byte number
+(snapshot id) is locked shared by each user of that snapshot, and exclusively by the one who frees it, until the
+transaction that does so is over. Names may be removed without the writer lock: that frees nothing.
+Cost. A pin must be taken first and the snapshot looked up again afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import struct
+import weakref
+from types import TracebackType
+
+from lazyrestore.errors import StoreBusy, StoreError, StoreFull, StoreReadOnly
+
+FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid; native alignment
+
+_held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
+
+
+def _forget_in_child() -> None:
+    # The child shares the description, so it would keep the lock beyond the parent's death; closing unlocks nothing.
+    for lock in list(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def os_error(resource: str, step: str, error: OSError) -> StoreError:
+    """The exception that stands for a failed system call on the store."""
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        advice = "the store can be read but not changed; make it writable or choose another with --store"
+        return StoreReadOnly(resource, step, advice=advice, errno=error.errno)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return StoreFull(resource, step, advice="free some space, or remove snapshots with `rm`", errno=error.errno)
+    return StoreError(resource, step, errno=error.errno)
+
+
+class WriterLock:
+    """The exclusive right to add and free packs. Raises StoreBusy if another has it and `wait` is False."""
+
+    def __init__(self, directory: str, *, wait: bool = False) -> None:
+        resource = f"store {directory}"
+        self._fd = -1
+        try:
+            self._fd = os.open(os.path.join(directory, "writer.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            with contextlib.suppress(OSError):  # the PID is for the error message; on a full disk `rm` must still work
+                os.ftruncate(self._fd, 0)
+                os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except BlockingIOError as error:
+            pid = os.pread(self._fd, 20, 0).decode(errors="replace").strip()
+            self.close()
+            raise StoreBusy(
+                resource,
+                "lock",
+                f"process {pid} is writing to it" if pid.isdigit() else "another process is writing to it",
+                "wait until it is done",
+                errno=errno.EWOULDBLOCK,
+            ) from error
+        except OSError as error:
+            self.close()
+            raise os_error(resource, "lock", error) from error
+        _held.add(self)
+
+    def close(self) -> None:
+        """Release the lock; harmless when it is released already."""
+        descriptor, self._fd = self._fd, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+        _held.discard(self)
+
+    def __enter__(self) -> WriterLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def pin(directory: str, snapshot: int) -> int:
+    """A descriptor whose shared lock keeps the packs of snapshot `snapshot` (an id) in place; the caller owns it.
+
+    Waits while somebody frees that snapshot: look whether it still exists afterwards. Raises StoreError.
+    """
+    descriptor = _open_pins(directory, os.O_RDONLY)
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, snapshot, 1, 0))
+    except OSError as error:
+        os.close(descriptor)
+        raise os_error(f"store {directory}", "pin", error) from error
+    return descriptor
+
+
+class FreeingLock:
+    """Exclusive locks on the pins of snapshots that are about to be freed; close() releases them all."""
+
+    def __init__(self, directory: str) -> None:
+        self._fd = _open_pins(directory, os.O_RDWR)
+
+    def take(self, snapshot: int) -> bool:
+        """Whether nobody uses snapshot `snapshot`; if so nobody can until close()."""
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, snapshot, 1, 0))
+        except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, says fcntl(2)
+            return False
+        return True
+
+    def close(self) -> None:
+        descriptor, self._fd = self._fd, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> FreeingLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def pinned(directory: str, snapshot: int) -> bool:
+    """Whether anybody uses snapshot `snapshot` now."""
+    descriptor = _open_pins(directory, os.O_RDONLY)
+    try:
+        question = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, snapshot, 1, 0)
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
+    finally:
+        os.close(descriptor)
+    return bool(FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def create_pins(directory: str) -> None:
+    """Make the file; done once, when the store is made."""
+    os.close(os.open(os.path.join(directory, "pins"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def _open_pins(directory: str, access: int) -> int:
+    path = os.path.join(directory, "pins")
+    try:
+        return os.open(path, access | os.O_CLOEXEC)
+    except FileNotFoundError:
+        pass  # a copy of the data alone; locks in a new file do as well
+    except OSError as error:
+        raise os_error(f"store {directory}", "open the pins", error) from error
+    try:
+        create_pins(directory)
+        return os.open(path, access | os.O_CLOEXEC)
+    except OSError as error:
+        raise os_error(f"store {directory}", "create the pins", error) from error

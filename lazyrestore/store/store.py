@@ -1,0 +1,128 @@
+"""`ImageStore`: one store, as the rest of lazyrestore sees it."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+
+from lazyrestore.errors import StoreBusy
+from lazyrestore.store import check, format, garbage, image, locks, registry, report
+from lazyrestore.store.environment import Environment, Transaction
+from lazyrestore.store.image import StoredImage
+from lazyrestore.store.writer import ImageWriter, Progress
+
+
+class ImageStore:
+    """A directory of snapshots. Usable from many threads, and in a child after a fork; close() it, or use it in a
+    `with`.
+
+    All methods raise StoreError's subclasses: NotAStore and StoreVersionError on opening, StoreReadOnly, StoreFull and
+    StoreBusy on writing, SnapshotNotFound and BadSnapshotName for names, ChunkInvalid for damage.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
+        self.path = os.path.abspath(os.fspath(path))
+        self._acquired: Environment | None = registry.acquire(self.path, create=create)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], *, create: bool = True) -> ImageStore:
+        """The store in directory `path`, which is made (mode 0700) if it is missing and `create` is on."""
+        return cls(path, create=create)
+
+    def writer(
+        self,
+        name: str,
+        *,
+        replace: bool = False,
+        level: int = 1,
+        progress: Progress | None = None,
+        wait: bool = False,
+    ) -> ImageWriter:
+        """A new snapshot in the making, to be called `name`; see ImageWriter.
+
+        replace: take the place of one that has the name; level: zstd's, 1 to 19; progress: called with (raw bytes done,
+        raw bytes known of); wait: for another writer, instead of StoreBusy. Raises SnapshotExists at once.
+        """
+        return ImageWriter(self._environment, name, replace=replace, level=level, progress=progress, wait=wait)
+
+    def open_image(self, name: str) -> StoredImage:
+        """The snapshot `name`, pinned: it stays readable, even if it is removed, until closed. Cost: O(packs)."""
+        return image.open_image(self._environment, name)
+
+    def ls(self) -> list[report.Summary]:
+        """All snapshots, by name."""
+        environment = self._environment
+        with environment.read() as txn:
+            return [report.info(environment, txn, *item) for item in report.names(environment, txn).items()]
+
+    def show(self, name: str) -> report.Summary:
+        """What is known of one snapshot without its manifest."""
+        environment = self._environment
+        with environment.read() as txn:
+            return report.info(environment, txn, name, image.find(environment, txn, name))
+
+    def manifest(self, name: str) -> bytes:
+        """The manifest that was committed with the snapshot."""
+        environment = self._environment
+        with environment.read() as txn:
+            snapshot = image.find(environment, txn, name)
+            return bytes(environment.need(txn, format.key(format.MANIFESTS, snapshot)))
+
+    def rm(self, name: str) -> garbage.Freed:
+        """Remove the name at once, and free what only this snapshot needed: later, by a writer, if it is in use or
+        another writer is at work."""
+        environment = self._environment
+
+        def remove(txn: Transaction) -> None:
+            image.find(environment, txn, name)
+            txn.delete(format.NAMES + format.check_name(name))
+
+        environment.update(remove)
+        environment.sync()
+        try:
+            return self.gc()
+        except StoreBusy:
+            return garbage.Freed(still_pinned=1)
+
+    def gc(self) -> garbage.Freed:
+        """Free removed snapshots that are no longer in use, and what killed writers left."""
+        environment = self._environment
+        environment.check_writable()
+        with locks.WriterLock(environment.directory):
+            environment.forget_dead_readers()
+            return garbage.collect(environment)
+
+    def verify(self, name: str | None = None) -> check.Report:
+        """Test every chunk of one snapshot, or of all, and the store itself. Damage is in the report, not raised."""
+        environment = self._environment
+        with environment.read() as txn:
+            if name is not None:
+                image.find(environment, txn, name)
+            names = list(report.names(environment, txn)) if name is None else [name]
+        return check.verify(environment, names, whole=name is None)
+
+    def totals(self) -> report.Totals:
+        """Sizes of the whole and of each snapshot; O(chunks)."""
+        return report.totals(self._environment)
+
+    def close(self) -> None:
+        """Images opened from here stay open. A second close does nothing."""
+        acquired, self._acquired = self._acquired, None
+        if acquired is not None:
+            registry.release(acquired)
+
+    def __enter__(self) -> ImageStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def _environment(self) -> Environment:
+        if self._acquired is None:
+            raise ValueError("the store is closed")
+        if not registry.is_current(self._acquired):  # this is a forked child
+            self._acquired = registry.acquire(self.path, create=False)
+        return self._acquired
