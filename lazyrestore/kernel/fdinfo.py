@@ -77,7 +77,7 @@ _SIGMASK = re.compile(rb"^sigmask:\t([0-9a-f]{16})\n", re.MULTILINE)
 _TARGET = re.compile(
     rb"^tfd: *(\d+) events: *([0-9a-f]+) data: *([0-9a-f]+) +pos:-?\d+ ino:([0-9a-f]+) sdev:([0-9a-f]+)\n", re.MULTILINE
 )
-_LOCK = re.compile(rb"\d+: (->)? *(\w+) +\S+ +(\w+) -?\d+ \S+ (\d+) (\d+|EOF)")
+_LOCK = re.compile(rb"\d+: (->)? *(\w+) +\S+ +(\w+) +-?\d+ \S+ (\d+) (\d+|EOF)")
 _SCM = re.compile(rb"^scm_fds: (\d+)\n", re.MULTILINE)
 
 

@@ -136,9 +136,7 @@ class FdTable(msgspec.Struct, frozen=True):
         return {index: tuple(sorted(numbers)) for index, numbers in found.items()}
 
     def memory_files(self) -> list[Memfd]:
-        """The mapped memory files, whose contents the restorer has to bring (`shared_object_key` names each); one record per
-        file.
-        """
+        """The mapped memory files (by `shared_object_key`), whose contents the restorer has to bring; each once."""
         files = [record for record in self.descriptions if isinstance(record, Memfd) and record.contents is None]
         return list({shared_object_key(record): record for record in files}.values())
 

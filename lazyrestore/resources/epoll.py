@@ -46,7 +46,7 @@ def describe(record: Epoll) -> str:
 def capture(view: View) -> Epoll | None:
     if view.link != b"anon_inode:[eventpoll]":
         return None
-    targets = fdinfo.targets(view.info.rest)
+    targets = sorted(fdinfo.targets(view.info.rest))  # the kernel's order is that of addresses
     if not targets:
         return Epoll(view.flags, ())
     from lazyrestore.kernel import libc

@@ -3,11 +3,10 @@
 Facts. TCP_INFO of a listener tells its backlog (tcpi_sacked). A TCP socket whose connection was reset or closed is in
 CLOSE, like a new one, but poll() says POLLRDHUP; shutdown() on an unconnected socket fails with ENOTCONN and takes
 effect all the same: reads give 0, writes EPIPE, as on the dead one. While connections of a dead process linger
-(TIME_WAIT), bind() wants SO_REUSEADDR.
+(TIME_WAIT), bind() fails unless both its listener and the new one have SO_REUSEADDR, as servers do.
 
-Consequence. SO_REUSEADDR is on during bind() and set back behind listen(). A connection in any other state is
-refused, with both addresses. Connections that wait in a listener's queue are no part of the process yet: they stay
-with the original.
+Consequence. A connection in any other state is refused, with both addresses. Connections that wait in a listener's
+queue are no part of the process yet: they stay with the original.
 
 Choice. An address in use is found before the new process starts, by binding a socket with the same options for a
 moment.
@@ -48,7 +47,6 @@ _STATES = {
 }
 _CLOSE, _LISTEN = 7, 10
 _TCP_PROTOCOLS = {socket.IPPROTO_TCP, 262}  # 262: IPPROTO_MPTCP
-_REUSEADDR = (socket.SOL_SOCKET, socket.SO_REUSEADDR)
 
 
 class TcpListener(msgspec.Struct, frozen=True, tag="tcp-listener"):
@@ -135,14 +133,14 @@ def prepare(title: str, record: InetRecord) -> None:
         for option in record.options:
             if option.level == socket.IPPROTO_IPV6 or option.name in (socket.SO_REUSEPORT, socket.SO_REUSEADDR, 15, 78):
                 probe.setsockopt(option.level, option.name, option.value)
-        if not isinstance(record, UdpSocket):
-            probe.setsockopt(*_REUSEADDR, 1)
         try:
             probe.bind(_unpack(record.address))
         except OSError as error:
             advice = ""
             if error.errno == EADDRINUSE:
-                advice = "end the process that has it (the original, or another copy?) and try again"
+                advice = (
+                    "end the process that has it (the original, or another copy?), or wait for its last connections"
+                )
             elif error.errno == EADDRNOTAVAIL:
                 advice = "this machine has no such address"
             raise RestoreError(title, "bind", errno=error.errno, advice=advice) from error
@@ -182,15 +180,9 @@ def _restore(item: Item[InetRecord], build: Build) -> None:
     number = build.create(item, lib.SYS_socket, record.family, kind | flags, record.protocol)
     socket_options.restore(record.options, number, build)
     if record.address is not None:
-        reuse = next((option for option in record.options if (option.level, option.name) == _REUSEADDR), None)
-        borrowed = reuse is None and not isinstance(record, UdpSocket)
-        if borrowed:
-            socket_options.set_option(number, socket_options.integer(*_REUSEADDR, 1), build)
         ops.call(lib.SYS_bind, number, build.place(record.address), len(record.address))
         if isinstance(record, TcpListener):
             ops.call(lib.SYS_listen, number, record.backlog)
-        if borrowed:
-            socket_options.set_option(number, socket_options.integer(*_REUSEADDR, 0), build)
     if isinstance(record, UdpSocket) and record.peer is not None:
         ops.call(lib.SYS_connect, number, build.place(record.peer), len(record.peer))
     if isinstance(record, TcpSocket) and record.dead:

@@ -10,9 +10,10 @@ Consequence. A pair is made again and each queue filled by sending from the othe
 for the while. A stale socket file is unlinked before the new process starts, if no socket is bound to it any more;
 mode and owner are set before listen().
 
-Cost. SO_PEERCRED of a pair tells the credentials at restore. The process's working directory is entered to bind
-relative names. Not restored, refused: connections to other processes, descriptors in flight, named pairs, queued
-datagrams of bound sockets.
+Cost. An empty datagram in a queue is seen by the first snapshot of a process only: the kernel marks it. SO_PEERCRED
+of a pair tells the credentials at restore. The process's working directory is entered to bind relative names. Not
+restored, refused: connections to other processes, descriptors in flight, named pairs, queued datagrams of bound
+sockets.
 """
 
 from __future__ import annotations
