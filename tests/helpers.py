@@ -160,6 +160,16 @@ class Victim:
     def until(self, condition: Callable[[], T | None], what: str) -> T:
         return until(condition, what, self.check)
 
+    def listens(self, path: Path) -> None:
+        """Wait until the process listens on a Unix socket of that name, in whatever directory: its root may be another."""
+
+        def listening() -> bool:
+            own = sockets_of(self.pid)
+            rows = [line.split() for line in Path(f"/proc/{self.pid}/net/unix").read_text().splitlines()[1:]]
+            return any(int(row[6]) in own and row[3] == "00010000" and Path(row[-1]).name == path.name for row in rows)
+
+        self.until(listening, f"a listening socket {path}")
+
     def quiet(self, sockets: int | None = None) -> None:
         """Wait until the process holds no connection: what a client closed it closes too, but later.
 

@@ -33,7 +33,7 @@ class Threads64:
         self.process: Victim | Copy
         self.victim = victims.start([build.c("threads64", "-lm"), self.socket], cwd=directory)
         self.process = self.victim
-        self.victim.until(self.socket.exists, "the control socket")
+        self.victim.listens(self.socket)
         self.moved_on()
 
     def report(self) -> Report:

@@ -28,7 +28,7 @@ def start(run: Path, victims: Victims) -> Start:
         command: list[str | Path] = [SYSTEM_PYTHON, VICTIMS / "attributes.py", "./control", kind]
         environment = {"ODD": "näme\n=x", "EMPTY": ""}
         victim = victims.start(command, environment=environment, cwd=directory)
-        victim.until((directory / "control").exists, "the control socket")
+        victim.listens(directory / "control")
         return victim, directory / "control"
 
     return start
@@ -80,7 +80,7 @@ def test_chroot(run: Path, victims: Victims, copies: Copies, build: Builder) -> 
         os.chdir("/inner")
 
     victim = victims.start(["./small", "./control"], prepare=enter)
-    victim.until((inner / "control").exists, "the control socket")
+    victim.listens(inner / "control")
     wanted = int(ask(inner / "control", "10"))
     copies.replace(victim)
     assert int(ask(inner / "control", "0")) == 1002

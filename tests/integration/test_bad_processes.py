@@ -115,7 +115,7 @@ def test_ourselves(run: Path, store: lazyrestore.Store) -> None:
 
 def start_unsupported(victims: Victims, run: Path, *kinds: str) -> tuple[Victim, Path]:
     victim = victims.python("unsupported.py", run / "control", *kinds, cwd=run)
-    victim.until((run / "control").exists, "the control socket")
+    victim.listens(run / "control")
     return victim, run / "control"
 
 

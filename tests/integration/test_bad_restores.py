@@ -28,7 +28,7 @@ def start(run: Path, victims: Victims, build: Builder) -> Start:
         program = run / "small"
         shutil.copy2(build.c("small", "-lm"), program)
         victim = victims.start([program, run / "control"], cwd=run)
-        victim.until((run / "control").exists, "the control socket")
+        victim.listens(run / "control")
         return victim
 
     return start

@@ -14,7 +14,7 @@ from helpers_copies import Copies
 def start(victims: Victims, directory: Path, *oddities: str) -> Victim:
     directory.mkdir()
     victim = victims.python("fdzoo.py", directory / "control", *oddities, cwd=directory)
-    victim.until((directory / "control").exists, "the control socket")
+    victim.listens(directory / "control")
     return victim
 
 

@@ -66,7 +66,7 @@ def start(run: Path, victims: Victims, build: Builder) -> tuple[Victim, Path, st
     for name in ("twin", "zoo"):
         (run / name).mkdir()
         victim = victims.start([build.c("memzoo"), run / name / "control"], cwd=run / name)
-        victim.until((run / name / "control").exists, "the control socket")
+        victim.listens(run / name / "control")
         found.append(victim)
     victims.leftovers.append("/dev/shm/lazyrestore-zoo-{pid}")
     return found[1], run / "zoo" / "control", ask(run / "twin" / "control", "digest")

@@ -23,7 +23,7 @@ def test_eight_threads_restore_at_once(run: Path, victims: Victims, copies: Copi
     snapshots = []
     for number in range(8):
         victim = victims.start([program, run / f"control{number}"])
-        victim.until((run / f"control{number}").exists, "the control socket")
+        victim.listens(run / f"control{number}")
         for _ in range(number):
             ask(run / f"control{number}", "0")
         snapshots.append(copies.snapshot(victim.pid, f"x{number}", kill=True))
@@ -45,7 +45,7 @@ def test_snapshots_from_threads(run: Path, victims: Victims, copies: Copies, bui
     program = build.c("small", "-lm")
     started = [victims.start([program, run / f"control{number}"]) for number in range(4)]
     for number, victim in enumerate(started):
-        victim.until((run / f"control{number}").exists, "the control socket")
+        victim.listens(run / f"control{number}")
     done = []
 
     def snapshot(number: int) -> None:
@@ -65,7 +65,7 @@ def test_snapshots_from_threads(run: Path, victims: Victims, copies: Copies, bui
 
 def test_like_popen(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
     victim = victims.start([build.c("small", "-lm"), run / "control"])
-    victim.until((run / "control").exists, "the control socket")
+    victim.listens(run / "control")
     snapshot = copies.snapshot(victim.pid, "x", kill=True)
     victim.gone()
     assert snapshot.pages > 0
@@ -114,7 +114,7 @@ def test_standard_streams(run: Path, victims: Victims, copies: Copies) -> None:
 def test_the_command_line_is_a_parent(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
     """In the foreground it forwards signals and exits with the process's status."""
     victim = victims.start([build.c("small", "-lm"), run / "control"])
-    victim.until((run / "control").exists, "the control socket")
+    victim.listens(run / "control")
     copies.snapshot(victim.pid, "x", kill=True)
     victim.gone()
     for request, status in (("exit", 7), ("", 128 + signal.SIGTERM)):

@@ -15,7 +15,7 @@ REQUESTS = ["digest", "fork", "dontneed", "remap", "stack", "brk", "protect", "c
 def start(victims: Victims, build: Builder, directory: Path) -> Victim:
     directory.mkdir()
     victim = victims.start([build.c("memzoo"), directory / "control"], cwd=directory)
-    victim.until((directory / "control").exists, "the control socket")
+    victim.listens(directory / "control")
     return victim
 
 

@@ -118,7 +118,7 @@ def test_binary(run: Path, victims: Victims, copies: Copies, build: Builder, fla
     program = build.c("small", *flags, "-lm")
     victim, twin = (victims.start([program, run / name]) for name in ("victim", "twin"))
     for each, name in ((victim, "victim"), (twin, "twin")):
-        each.until((run / name).exists, "the socket")
+        each.listens(run / name)
     for request in ("5", "70000", "float"):
         assert ask(run / "victim", request) == ask(run / "twin", request)
     copy = replace_and_compare(copies, victim)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable
 
 
 def serve(path: str, answer: Callable[[str], str]) -> None:
-    """Answer one request after the other, for ever; `path` appears when the victim is ready."""
+    """Answer one request after the other, for ever; the socket listens when the victim is ready."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    listener.bind(path + ".new")
+    listener.bind(path)
     listener.listen(16)
-    os.rename(path + ".new", path)
     while True:
         connection, _ = listener.accept()
         with connection:
