@@ -122,10 +122,10 @@ class View:
 class RestoreContext:
     """What the restorer gives to the descriptors.
 
-    std_streams: 0, 1, 2 → number in the new process of a duplicate of the restorer's own standard stream; these are
-    taken over (placed or closed). shared_fd(device, inode): number in the new process of a handed-over descriptor of
-    the memory file that stands for the snapshot's, None if there is none; it stays the caller's. cwd: the process's
-    working directory.
+    std_streams: 0, 1, 2 → number in the new process of a duplicate of the restorer's own standard stream; those that
+    are needed are moved, the others stay the caller's. shared_fd(device, inode): number in the new process of a
+    handed-over descriptor of the memory file that stands for the snapshot's, None if there is none; it stays the
+    caller's. cwd: the process's working directory.
     """
 
     std_streams: dict[int, int]

@@ -70,6 +70,7 @@ __all__ = [
     "check_files",
     "compile",
     "highest_number",
+    "is_reusable",
     "prepare",
     "queued_bytes",
     "shared_object_key",
@@ -383,7 +384,8 @@ def compile(table: FdTable, ops: OpList, fds: Descriptors, context: RestoreConte
     cloexec = {descriptor.number: descriptor.cloexec for descriptor in table.descriptors}
     made = [item for item in items if item.index in build.made]
     moves = {build.made[item.index]: {number: cloexec[number] for number in item.numbers} for item in made}
-    for stream, source in context.std_streams.items():
+    for stream in set(build.streams.values()):
+        source = context.std_streams[stream]
         moves[source] = {number: cloexec[number] for number, wanted in build.streams.items() if wanted == stream}
     with ops.serving("descriptors"):
         fds.settle(moves)
@@ -392,6 +394,11 @@ def compile(table: FdTable, ops: OpList, fds: Descriptors, context: RestoreConte
     titles = {item.index: item for item in items}
     for owner in table.owners:
         _set_owner(titles[owner.description], owner, build)
+
+
+def is_reusable(table: FdTable) -> bool:
+    """Whether a compiled program may run more than once: a FIFO's bytes are written back only if nobody holds it by then."""
+    return not any(isinstance(record, Fifo) and record.messages for record in table.descriptions)
 
 
 def highest_number(table: FdTable) -> int:

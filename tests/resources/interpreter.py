@@ -124,8 +124,9 @@ def restored(
     ops = program.add_list()
     fds = Descriptors(ops, handed, FIRST_RESERVED + 100)
     descriptors.compile(table, ops, fds, RestoreContext(std, lambda *key: memory.get(key), cwd))
-    for number in memory.values():
-        fds.close(number)
+    for number in handed:
+        if number in fds.used:
+            fds.close(number)
     null = os.open("/dev/null", os.O_RDWR)
 
     def body() -> None:
