@@ -9,14 +9,14 @@ import select
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import zstandard
 
-from lazyrestore.pager import BACKING_SHARED, BACKING_TEMPLATE, PagerClient, Range, wire
+from lazyrestore.pager import BACKING_SHARED, BACKING_TEMPLATE, PagerClient, PagerStats, Range, wire
 
 PAGE = 4096
 CHUNK = 64 << 10
@@ -192,6 +192,13 @@ class Victim:
         self.end_child()
         self._child_reader.close()
         os.close(self.pidfd)
+
+
+def stats_when(client: PagerClient, condition: Callable[[PagerStats], bool]) -> PagerStats:
+    """The first statistics that meet a condition: the pager counts after it has let the process go on."""
+    while not condition(stats := client.stats()):
+        os.sched_yield()
+    return stats
 
 
 def await_end(pid: int) -> None:

@@ -8,7 +8,6 @@ import socket
 import threading
 import zlib
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -153,7 +152,7 @@ def test_many_start_at_once_and_find_one_pager(image: Image, start: Start, runti
     assert len(set(found)) == 1
 
 
-def test_connect_races_with_exit(image: Image, runtime: Path, stack: ExitStack) -> None:
+def test_connect_races_with_exit(image: Image, runtime: Path) -> None:
     """A pager that leaves at once is met while it leaves: every connection still reaches one that answers."""
     pagers = set()
     for _ in range(60):

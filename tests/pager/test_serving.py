@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable
 
 import pytest
-from helpers_pager import CHUNK, PAGE, Image, Victim, crc_of_pages, pages
+from helpers_pager import CHUNK, PAGE, Image, Victim, crc_of_pages, pages, stats_when
 
 from lazyrestore.pager import PagerClient
 
@@ -54,7 +54,7 @@ def test_random_order(image: Image, clone: Victim, threads: int) -> None:
 
 def test_one_touch_fills_one_chunk(client: PagerClient, clone: Victim) -> None:
     clone.ask("touch", BASE + 3 * CHUNK + 5 * PAGE)
-    stats = client.stats()
+    stats = stats_when(client, lambda stats: stats.faults == 1)
     assert (stats.chunks_filled, stats.bytes_filled) == (1, CHUNK)
     assert stats.counters.pages == CHUNK // PAGE
 
@@ -167,9 +167,8 @@ def test_damaged_chunk(image: Image, client: PagerClient, clone: Victim, make_vi
         assert victim.ask("crc", BASE, CHUNK) == crc(image.raw(BASE, CHUNK))
         after = 2 * CHUNK
         assert victim.ask("crc", BASE + after, LENGTH - after) == crc(image.raw(BASE + after, LENGTH - after))
-    stats = client.stats()
+    stats = stats_when(client, lambda stats: stats.counters.poisoned == 2)
     assert stats.chunks_bad == 1
-    assert stats.counters.poisoned == 2
 
 
 def test_chunks_of_all_sizes(make_image: MakeImage, start: Start, make_victim: MakeVictim) -> None:
@@ -188,12 +187,12 @@ def test_chunks_of_all_sizes(make_image: MakeImage, start: Start, make_victim: M
 
 def test_stats_are_plausible(image: Image, client: PagerClient, clone: Victim) -> None:
     clone.ask("crc", BASE, LENGTH)
-    stats = client.stats()
+    stats = stats_when(client, lambda stats: stats.faults == stats.counters.missing + stats.counters.minor)
     (space,) = stats.spaces
     assert space.pid == clone.pid
     assert space.bytes_registered == LENGTH
     assert space.counters == stats.counters
-    assert stats.counters.missing + stats.counters.minor == stats.faults
+    assert stats.faults >= image.n_chunks
     assert stats.counters.pages == sum(map(len, image.chunks.values())) // PAGE
     assert stats.counters.pages + stats.counters.zero_pages == LENGTH // PAGE
     assert 0 < stats.service.p50_ns <= stats.service.p99_ns <= stats.service.max_ns <= stats.uptime_ns
