@@ -50,7 +50,9 @@ def print_table(features: list[Feature]) -> None:
             said = f"{said}\nstops: {feature.without}\nto do: {feature.advice}"
         table.add_row(feature.name, "needed" if feature.needed else "optional", result, said)
     console.print(table)
-    console.print(f"\n{verdict(features)}", style="green" if usable(features) else "red", highlight=False)
+    console.print(
+        f"\n{verdict(features)}", style="green" if usable(features) else "red", highlight=False, soft_wrap=True
+    )
 
 
 @click.command("doctor")
