@@ -23,8 +23,8 @@ UNSUPPORTED = {
     "deleted-file": "deleted",
     "pseudo-terminal": "terminal",
     "raw-socket": "socket",
-    "file-lock": "lock",
-    "perf-event": "perf",
+    "lease": "lease",
+    "perf-event": "descriptor",
 }
 
 

@@ -78,6 +78,9 @@ def files() -> None:
     os.write(names["append"], b"first line\n")
     add("sparse", os.open("sparse", os.O_RDWR | os.O_CREAT, 0o600))
     os.lseek(names["sparse"], 1 << 33, os.SEEK_SET)
+    fcntl.flock(add("locked", os.open("locked", os.O_RDWR | os.O_CREAT, 0o600)), fcntl.LOCK_EX)
+    add("range", os.open("locked", os.O_RDWR))
+    fcntl.lockf(names["range"], fcntl.LOCK_EX, 10, 5)
     at("high", os.open("text", os.O_RDONLY), 900)
     add("duplicate of high", os.dup(900))
     add("directory", os.open(".", os.O_RDONLY | os.O_DIRECTORY))
@@ -316,8 +319,17 @@ def read(name: str, size: int) -> str:
         return f"errno {error.errno}"
 
 
+def locked(operation: str) -> bool:
+    """Whether another process is refused the lock."""
+    code = "import fcntl, sys\nwith open('locked', 'r+') as file: "
+    return os.spawnl(os.P_WAIT, sys.executable, sys.executable, "-c", f"{code} {operation}") != 0
+
+
 def drain() -> str:
     seen: dict[str, object] = {}
+    seen["flock"] = locked("fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)")
+    for start in (9, 12, 15, 5):
+        seen[f"lockf {start}"] = locked(f"fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, {start})")
     buffer = ctypes.create_string_buffer(12 * 32)
     for name in ("epoll", "epoll inner", "epoll"):
         count = check(libc.epoll_wait(names[name], buffer, 32, 0))

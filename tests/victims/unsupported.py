@@ -54,9 +54,10 @@ def raw_socket() -> None:
     keep.append(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
 
 
-def file_lock() -> None:
-    keep.append(open("locked", "w"))  # noqa: SIM115
-    fcntl.flock(keep[-1], fcntl.LOCK_EX)  # type: ignore[call-overload]
+def lease() -> None:
+    file = open("leased", "w")  # noqa: SIM115
+    keep.append(file)
+    fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)
 
 
 def perf_event() -> None:
@@ -72,7 +73,7 @@ KINDS = {
     "deleted-file": deleted_file,
     "pseudo-terminal": pseudo_terminal,
     "raw-socket": raw_socket,
-    "file-lock": file_lock,
+    "lease": lease,
     "perf-event": perf_event,
 }
 for kind in sys.argv[2:]:
