@@ -397,7 +397,7 @@ def compile(table: FdTable, ops: OpList, fds: Descriptors, context: RestoreConte
 
 
 def is_reusable(table: FdTable) -> bool:
-    """Whether a compiled program may run more than once: a FIFO's bytes are written back only if nobody holds it by then."""
+    """Whether a program may run more than once: a FIFO's bytes are written back only if nobody holds it by then."""
     return not any(isinstance(record, Fifo) and record.messages for record in table.descriptions)
 
 

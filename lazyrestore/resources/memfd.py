@@ -78,9 +78,10 @@ def capture(view: View) -> Memfd | None:
         page_size = block if block > os.sysconf("SC_PAGE_SIZE") else 0
         contents: tuple[Extent, ...] | None = None
         if view.identity not in view.survey.mapped():
-            if status.st_size > (0 if page_size else INLINE_LIMIT):
+            held = status.st_blocks * 512  # what holes do not count in
+            if held > (0 if page_size else INLINE_LIMIT):
                 limit = f"up to {INLINE_LIMIT} would be kept"
-                raise Unsupported(f"holds {status.st_size} bytes that are not mapped; {limit}")
+                raise Unsupported(f"holds {held} bytes that are not mapped; {limit}")
             contents = _extents(number, status.st_size) if view.survey.contents else ()
     return Memfd(
         link[len(_PREFIX) : -len(_SUFFIX)],

@@ -5,17 +5,20 @@ kernel counts the expirations of a periodic timer only when somebody looks: unti
 time left. timerfd_gettime() brings the count up to date, which the process cannot notice. timerfd_settime() clears
 the ticks; the ioctl TFD_IOC_SET_TICKS (3.17, CONFIG_CHECKPOINT_RESTORE) sets them.
 
-Consequence. A periodic timer with ticks is asked through a duplicate before its fdinfo is believed. All timers are
-restored with the time they had left, so that the time between snapshot and restore does not exist for them.
+Consequence. A periodic timer with ticks is asked through a duplicate before its fdinfo is believed.
 
-Cost. An absolute wall-clock timer fires that much later than it was set for, and TFD_TIMER_CANCEL_ON_SET is not
-restored.
+Choice. Timers are restored with the time they had left, so that the time between snapshot and restore does not exist
+for them. But one that was set for a point of wall-clock time (TFD_TIMER_ABSTIME) keeps it, as an alarm does over a
+suspend, and fires at once if that has passed; TFD_TIMER_CANCEL_ON_SET is kept with it.
+
+Cost. An absolute time of another clock means nothing after a reboot: such a timer becomes a relative one.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+import time
 
 import msgspec
 
@@ -25,17 +28,23 @@ from lazyrestore.resources.descriptor import Build, Item, View
 
 lib = _core.lib
 
+SECOND = 1_000_000_000
+_WALL_CLOCKS = (time.CLOCK_REALTIME, 8)  # 8: CLOCK_REALTIME_ALARM
 _SET_TICKS = 1 << 30 | 8 << 16 | ord("T") << 8  # TFD_IOC_SET_TICKS: _IOW('T', 0, u64)
 
 
 class Timerfd(msgspec.Struct, frozen=True, tag="timerfd"):
-    """remaining and interval in nanoseconds; remaining 0: not armed. ticks: expirations not read yet."""
+    """Times in nanoseconds. remaining 0: not armed; ticks: expirations not read yet; expires: of the wall clock, for a
+    timer set with TFD_TIMER_ABSTIME on it, else 0; settime_flags: as they were given.
+    """
 
     flags: int
     clock: int
     remaining: int
     interval: int
     ticks: int
+    settime_flags: int
+    expires: int
 
 
 def describe(record: Timerfd) -> str:
@@ -53,7 +62,10 @@ def capture(view: View) -> Timerfd | None:
             remaining, _ = libc.timerfd_gettime(number)
             with open(f"/proc/self/fdinfo/{number}", "rb") as text:
                 found = fdinfo.timerfd(text.read())._replace(remaining=remaining)
-    return Timerfd(view.flags, found.clock, found.remaining, found.interval, found.ticks)
+    absolute = found.settime_flags & lib.TFD_TIMER_ABSTIME and found.clock in _WALL_CLOCKS and found.remaining
+    expires = time.time_ns() + found.remaining if absolute else 0
+    settime_flags = found.settime_flags if found.clock in _WALL_CLOCKS else 0
+    return Timerfd(view.flags, found.clock, found.remaining, found.interval, found.ticks, settime_flags, expires)
 
 
 def restore(items: list[Item[Timerfd]], build: Build) -> None:
@@ -62,9 +74,10 @@ def restore(items: list[Item[Timerfd]], build: Build) -> None:
         with build.serving(item):
             flags = lib.TFD_CLOEXEC | record.flags & os.O_NONBLOCK
             number = build.create(item, lib.SYS_timerfd_create, record.clock, flags)
-            if record.remaining or record.interval:
-                times = (*divmod(record.interval, 1_000_000_000), *divmod(record.remaining, 1_000_000_000))
-                build.ops.call(lib.SYS_timerfd_settime, number, 0, build.place(struct.pack("=4q", *times)), 0)
+            if record.remaining or record.interval or record.settime_flags:
+                value = record.expires or record.remaining
+                times = build.place(struct.pack("=4q", *divmod(record.interval, SECOND), *divmod(value, SECOND)))
+                build.ops.call(lib.SYS_timerfd_settime, number, record.settime_flags, times, 0)
             if record.ticks:
                 ticks = build.place(struct.pack("=Q", record.ticks))
                 build.ops.call(lib.SYS_ioctl, number, _SET_TICKS, ticks, note="TFD_IOC_SET_TICKS")
