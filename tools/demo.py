@@ -5,10 +5,10 @@ Everything it makes is in a temporary directory, which goes when it ends; so do 
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import json
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAZYRESTORE = ROOT / ".venv" / "bin" / "lazyrestore"
 WORKER = ROOT / "examples" / "numpy_worker.py"
 WARM_UP = 50  # requests
+PR_SET_CHILD_SUBREAPER = 36
 CLONES = 3  # restores in all
 
 
@@ -91,14 +92,17 @@ def worker() -> Iterator[tuple[subprocess.Popen[str], int]]:
 def restored(folder: Path) -> Iterator[tuple[int, float]]:
     """A restored worker: its process id, and the ms from the call to the running process. It is killed in the end."""
     report = json.loads(lazyrestore(folder, "restore", "worker", "--detach", "--json"))
-    pidfd = os.pidfd_open(report["pid"])
     try:
         yield report["pid"], report["restore_ms"]
     finally:
-        with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        select.select([pidfd], [], [])  # it is no child of ours: it cannot be waited for otherwise
-        os.close(pidfd)
+        os.kill(report["pid"], signal.SIGKILL)
+        os.waitpid(report["pid"], 0)  # until then its process id is in use
+
+
+def adopt_orphans() -> None:
+    """Become the parent of detached processes (prctl(2), PR_SET_CHILD_SUBREAPER), to be able to wait for their end."""
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
 
 
 def expect(condition: bool, what: str) -> None:
@@ -107,6 +111,7 @@ def expect(condition: bool, what: str) -> None:
 
 
 def main() -> None:
+    adopt_orphans()
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="lazyrestore-demo-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
