@@ -26,8 +26,13 @@ def describe() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "memory": f"{_meminfo('MemTotal') / GIB:.0f} GiB",
         "Python": platform.python_version(),
-        "load": f"{os.getloadavg()[0]:.2f}",
+        "load at the start": load(),
     }
+
+
+def load() -> str:
+    """The load average of the last minute: more than the bench itself makes is somebody else's noise."""
+    return f"{os.getloadavg()[0]:.1f}"
 
 
 def first_touch() -> int:

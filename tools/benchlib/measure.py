@@ -112,6 +112,18 @@ class Report:
     def write(self, path: Path) -> None:
         path.write_text(self.to_json() + "\n")
 
+    def to_markdown(self) -> str:
+        """Tables of the goals and of all figures, for docs/performance.md."""
+        lines = [", ".join(f"{key} {value}" for key, value in self.machine.items()), ""]
+        lines += ["| goal | value | limit | |", "|---|---|---|---|"]
+        for goal in self.goals:
+            value, limit = f"{_short(goal.value)} {goal.unit}".strip(), f"{goal.limit:g} {goal.unit}".strip()
+            lines.append(f"| {goal.what} | {value} | {'≥' if goal.floor else '≤'} {limit} | {goal.verdict()} |")
+        lines += ["", "| figure | median (min–max) | unit | n |", "|---|---|---|---|"]
+        lines += [f"| {f.name} | {f.text()} | {f.unit} | {len(f.values)} |" for f in self.figures.values()]
+        lines += ["", *(f"* {note}" for note in self.notes)]
+        return "\n".join(lines).rstrip() + "\n"
+
     def show(self, console: Console) -> None:
         console.print(", ".join(f"{k} {v}" for k, v in self.machine.items()), style="dim")
         table = Table("figure", "unit", "median (min–max)", "n", title="figures")

@@ -32,6 +32,7 @@ def worker(report: Report, victim: Victim, folder: Path, tmpfs: Path, answer: st
 
     Raises Unresponsive, LazyrestoreError.
     """
+    nothing = victim.ask("/empty")
     raw, packed = tmpfs / "raw", folder / "raw.zst"
     copied = rawcopy.copy(victim.pid, raw)
     zstd_s = rawcopy.zstd_seconds(raw, packed)
@@ -67,6 +68,12 @@ def worker(report: Report, victim: Victim, folder: Path, tmpfs: Path, answer: st
             _restore(report, "2nd restore", first, victim, answer, whole, rss)
             with store.get("worker") as other:
                 _restore(report, "restore by another caller", other, victim, answer, whole, rss)
+            gone = _stop_pager(first)
+        gone()
+        with store.get("worker") as again:
+            _resume(report, "1st restore, empty request", again, victim, "/empty", nothing)
+            stats = again.stats()
+            report.add("1st restore, empty request: faults", stats.faults if stats else 0, "")
 
 
 def size(report: Report, folder: Path) -> None:
@@ -94,7 +101,7 @@ def size(report: Report, folder: Path) -> None:
                     store.get("hoard") as snapshot,
                 ):
                     for kind in ("1st restore", "2nd restore"):
-                        _resume(report, f"{megabytes} MiB, {kind}", snapshot, victim, answer)
+                        _resume(report, f"{megabytes} MiB, {kind}", snapshot, victim, "/", answer)
                     gone = _stop_pager(snapshot)
                 gone()
 
@@ -172,11 +179,11 @@ def _restore(
         report.add(f"{name}: fault service, longest", after.service.max_ns / 1000, "us")
 
 
-def _resume(report: Report, name: str, snapshot: lazyrestore.Snapshot, victim: Victim, answer: str) -> None:
+def _resume(report: Report, name: str, snapshot: lazyrestore.Snapshot, victim: Victim, what: str, answer: str) -> None:
     """One restore with its first response."""
     process, wall = clock(snapshot.restore)
     try:
-        first, response = clock(victim.ask)
+        first, response = clock(lambda: victim.ask(what))
     finally:
         _finish(process)
     if first != answer:
@@ -218,5 +225,5 @@ def _resident(pid: int) -> int:
 def _run(command: list[str]) -> str:
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}: {done.stderr.strip()}")
+        raise RuntimeError(f"{' '.join(command)}: exit status {done.returncode}: {done.stderr.strip().splitlines()[-1:]}")
     return done.stdout

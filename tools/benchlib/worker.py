@@ -6,8 +6,8 @@ The benchmark uses a Unix socket: CRIU 4.1.1 cannot dump an Internet socket on L
 refuses SO_PASSCRED on them (kernel commit 7d8d93fdde50; CRIU issue 2718).
 
 It prints one line ("ready") when it listens. GET / answers with a digest that touches a small part of the data set;
-GET /all with one of the whole (the oracle of a restore); GET /fork is answered by a forked child, which then exits. The
-data set is computed with a fixed seed, so the digests are the same in every run.
+GET /all with one of the whole (the oracle of a restore); GET /empty touches none of it; GET /fork is answered by a
+forked child, which then exits. The data set is computed with a fixed seed, so the digests are the same in every run.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.reply(self.data.part())
             finally:
                 os._exit(0)
-        self.reply(self.data.whole() if self.path == "/all" else self.data.part())
+        answers = {"/all": self.data.whole, "/empty": str}
+        self.reply(answers.get(self.path, self.data.part)())
 
     def reply(self, digest: str) -> None:
         body = json.dumps({"digest": digest}).encode()
