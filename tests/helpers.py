@@ -161,7 +161,7 @@ class Victim:
         return until(condition, what, self.check)
 
     def listens(self, path: Path) -> None:
-        """Wait until the process listens on a Unix socket of that name, in whatever directory: its root may be another."""
+        """Wait until the process listens on a Unix socket of that name, in whatever directory (it may be chrooted)."""
 
         def listening() -> bool:
             own = sockets_of(self.pid)

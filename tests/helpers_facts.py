@@ -7,6 +7,8 @@ kernel writes.
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import hashlib
 import os
 import re
@@ -22,6 +24,9 @@ STATUS_FIELDS = [
 FLAGS_KEPT = {"rd", "wr", "ex", "sh", "gd", "lo", "dc", "dd", "wf"}  # of VmFlags; the rest depends on the backing
 PAGE = resource.getpagesize()
 BLOCK = 32  # an rseq area's size and alignment
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.process_vm_readv.restype = ctypes.c_ssize_t
 
 Facts = dict[str, object]
 
@@ -140,25 +145,43 @@ def differences(before: Facts, after: Facts) -> dict[str, object]:
     return found
 
 
+class Iovec(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+
+def read_memory(pid: int, address: int, length: int) -> bytes:
+    """The process's memory; process_vm_readv waits for pages that a pager must bring, /proc/PID/mem answers EIO.
+
+    Shorter than `length` where the rest of a file mapping lies behind the end of the file.
+    """
+    buffer = ctypes.create_string_buffer(length)
+    done = 0
+    while done < length:
+        local, remote = Iovec(ctypes.addressof(buffer) + done, length - done), Iovec(address + done, length - done)
+        got = libc.process_vm_readv(pid, ctypes.byref(local), 1, ctypes.byref(remote), 1, 0)
+        if got <= 0:
+            if done and ctypes.get_errno() == errno.EFAULT:
+                break
+            raise OSError(ctypes.get_errno(), f"process_vm_readv of {address + done:#x}")
+        done += got
+    return buffer.raw[:done]
+
+
 def memory_blocks(pid: int) -> dict[int, bytes]:
-    """The digest of every page of every readable mapping, by address; zero pages and holes left out.
+    """The bytes of every page of every readable mapping, by address; zero pages and holes left out.
 
     Only for processes that are blocked: nothing may write meanwhile. Read whole: not for reservations of GiBs.
     """
     pages: dict[int, bytes] = {}
-    with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            span, permissions = line.split()[:2]
-            start, end = (int(word, 16) for word in span.split("-"))
-            if "r" not in permissions or line.endswith(("[vvar]", "[vvar_vclock]", "[vsyscall]")):
-                continue
-            memory.seek(start)
-            data = b""
-            while len(data) < end - start and (part := memory.read(end - start - len(data))):
-                data += part
-            for offset in range(0, len(data), PAGE):
-                if any(page := data[offset : offset + PAGE]):
-                    pages[start + offset] = page
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        span, permissions = line.split()[:2]
+        start, end = (int(word, 16) for word in span.split("-"))
+        if "r" not in permissions or line.endswith(("[vvar]", "[vvar_vclock]", "[vsyscall]")):
+            continue
+        data = read_memory(pid, start, end - start)
+        for offset in range(0, len(data), PAGE):
+            if any(page := data[offset : offset + PAGE]):
+                pages[start + offset] = page
     return pages
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def compare(wanted: str, got: str) -> None:
     assert not different
 
 
-@pytest.mark.parametrize("oddity", ["", "half-pipes", "packets", "half-sockets", "path"])
+@pytest.mark.parametrize("oddity", ["", "half-pipes", "packets", "half-sockets", "path", "sparse"])
 def test_descriptors(run: Path, victims: Victims, copies: Copies, oddity: str) -> None:
     twin = start(victims, run / "twin", oddity)
     victim = start(victims, run / "zoo", oddity)
@@ -54,8 +55,14 @@ def test_no_descriptor_is_left(victims: Victims, copies: Copies) -> None:
     victim = victims.start(["sleep", "1000000"])
     snapshot = copies.snapshot(victim.pid, "x", kill=True)
     victim.gone()
-    copies.restore(snapshot).kill()
+
+    def once() -> None:
+        process = snapshot.restore()
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+
+    once()
     before = sorted(os.listdir("/proc/self/fd"))
     for _ in range(50):
-        copies.restore(snapshot).kill()
+        once()
     assert sorted(os.listdir("/proc/self/fd")) == before
