@@ -1,4 +1,4 @@
-"""Stores for tests: memory made of seeded pages, and child processes that use a store and are told what to do by line."""
+"""Stores for tests: memory made of seeded pages, and child processes that use a store and are told what to do."""
 
 from __future__ import annotations
 

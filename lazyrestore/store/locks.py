@@ -34,7 +34,7 @@ _held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
 def _forget_in_child() -> None:
     # The child shares the description, so it would keep the lock beyond the parent's death; closing unlocks nothing.
     for lock in list(_held):
-        lock.close()
+        lock.forget()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
@@ -78,7 +78,13 @@ class WriterLock:
         _held.add(self)
 
     def close(self) -> None:
-        """Release the lock; harmless when it is released already."""
+        """Release the lock, also for forked children; harmless when it is released already."""
+        if self in _held:
+            fcntl.flock(self._fd, fcntl.LOCK_UN)
+        self.forget()
+
+    def forget(self) -> None:
+        """Close the descriptor; the lock remains if another process has the same description."""
         descriptor, self._fd = self._fd, -1
         if descriptor >= 0:
             os.close(descriptor)

@@ -115,8 +115,11 @@ def test_the_same_address_twice_is_refused(store: ImageStore) -> None:
 
 @pytest.mark.parametrize(
     "runs",
-    [[(BASE + 1, 0, PAGE)], [(BASE, 0, 100)], [(BASE, 0, 5 * PAGE)], [(BASE, -PAGE, PAGE)]]
-    + [
+    [
+        [(BASE + 1, 0, PAGE)],
+        [(BASE, 0, 100)],
+        [(BASE, 0, 5 * PAGE)],
+        [(BASE, -PAGE, PAGE)],
         [(BASE + PAGE, 0, PAGE), (BASE, PAGE, PAGE)],
         [(BASE, 0, 2 * PAGE), (BASE + PAGE, 0, PAGE)],
         [((1 << 64) - PAGE, 0, 2 * PAGE)],
