@@ -177,15 +177,15 @@ def test_killed_restorer(run: Path, victims: Victims, copies: Copies, build: Bui
             answer = answer_or_death(control, pid)
             assert expected.startswith(answer)
             assert answer == expected or not alive(pid)
-            end(pid)
+            os.kill(pid, signal.SIGKILL)
+        vanished(victim.pid)
     restored = run_cli(run / "store", "restore", "x", "--detach", "--json")
     assert restored.returncode == 0, restored.stderr
     assert ask(control, "digest") == expected
-    end(victim.pid)
+    os.kill(victim.pid, signal.SIGKILL)
+    vanished(victim.pid)
 
 
-def end(pid: int) -> None:
-    """End a copy that is not our child."""
-    if alive(pid):
-        os.kill(pid, signal.SIGKILL)
-    until(lambda: not alive(pid), f"the end of {pid}")
+def vanished(pid: int) -> None:
+    """Wait until init has collected it: nothing half-made may keep the PID."""
+    until(lambda: not Path(f"/proc/{pid}").exists(), f"a free process id {pid}")
