@@ -232,6 +232,10 @@ class Victims:
         """Start tests/victims/NAME under this test run's own interpreter."""
         return self.start([sys.executable, VICTIMS / name, *arguments], **options)  # type: ignore[arg-type]
 
+    def log_of(self, pid: int) -> Path:
+        """The log of the victim that has or had that PID."""
+        return next(victim.log for victim in self._started if victim.pid == pid)
+
     def marked(self) -> Iterator[int]:
         """PIDs of all processes that carry the token, zombies aside."""
         needle = f"{TOKEN_NAME}={self.token}".encode()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from helpers import Victim, until
+from helpers import Victim, Victims, until
 from helpers_facts import differences, process_facts
 
 if TYPE_CHECKING:
@@ -18,15 +19,16 @@ T = TypeVar("T")
 class Copy:
     """A restored process under test."""
 
-    def __init__(self, process: lazyrestore.RestoredProcess, snapshot: lazyrestore.Snapshot) -> None:
+    def __init__(self, process: lazyrestore.RestoredProcess, snapshot: lazyrestore.Snapshot, log: Path) -> None:
         self.process = process
         self.snapshot = snapshot
         self.pid = process.pid
+        self.log = log
 
     def check(self) -> None:
         """Raise if the copy has ended."""
         if (status := self.process.poll()) is not None:
-            raise AssertionError(f"the copy ended with {status}")
+            raise AssertionError(f"the copy ended with {status}; {self.log.read_text()[-2000:]}")
 
     def until(self, condition: Callable[[], T | None], what: str) -> T:
         return until(condition, what, self.check)
@@ -40,14 +42,15 @@ class Copy:
 class Copies:
     """Makes copies and ends them."""
 
-    def __init__(self, store: lazyrestore.Store) -> None:
+    def __init__(self, store: lazyrestore.Store, victims: Victims) -> None:
         self.store = store
+        self._victims = victims
         self._made: list[Copy] = []
         self._snapshots: list[lazyrestore.Snapshot] = []
 
     def restore(self, snapshot: lazyrestore.Snapshot) -> Copy:
         """Restore one more time; the PID must be free."""
-        copy = Copy(snapshot.restore(), snapshot)
+        copy = Copy(snapshot.restore(), snapshot, self._victims.log_of(snapshot.pid))
         self._made.append(copy)
         return copy
 
@@ -63,7 +66,12 @@ class Copies:
         snapshot = self.snapshot(victim.pid, name, kill=True)
         victim.gone()
         copy = self.restore(snapshot)
-        after = process_facts(copy.pid)
+        try:
+            after = process_facts(copy.pid)
+        except OSError:
+            copy.process.wait(60)
+            copy.check()
+            raise
         changed = {what: how for what, how in differences(before, after).items() if what not in ignore}
         assert not changed, changed
         assert copy.pid == victim.pid

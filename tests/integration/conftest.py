@@ -51,7 +51,7 @@ def victims(run: Path) -> Iterator[Victims]:
 @pytest.fixture
 def copies(store: lazyrestore.Store, victims: Victims) -> Iterator[Copies]:
     """Snapshots and restores; asked before `victims` ends, so that copies are ended and reaped first."""
-    made = Copies(store)
+    made = Copies(store, victims)
     yield made
     made.end()
 
