@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers import Builder, Victims, until
+from helpers import Builder, Victims, ask, until
 from helpers_copies import Copies
 from helpers_threads import Threads64
 
@@ -55,4 +55,21 @@ def test_copies_of_copies(threads: Threads64, copies: Copies) -> None:
     threads.moved_on()
     report = threads.finish()
     assert report.errors == 0, report.messages
+    assert copy.process.wait(60) == 0
+
+
+def test_locks_in_memory_that_only_the_kernel_needs(
+    run: Path, victims: Victims, copies: Copies, build: Builder
+) -> None:
+    """A waiter's futex word has not arrived when the kernel reads it again: no wait may fail with EFAULT."""
+    victim = victims.start([build.c("farlocks"), run / "control"])
+    victim.listens(run / "control")
+
+    def all_wait() -> bool:
+        calls = [(task / "syscall").read_text().split()[0] for task in Path(f"/proc/{victim.pid}/task").iterdir()]
+        return sorted(calls) == sorted(["43"] + ["202"] * 4)  # accept, futex
+
+    victim.until(all_wait, "four waiting threads")
+    copy = copies.replace(victim)
+    assert ask(run / "control", "release") == "ok"
     assert copy.process.wait(60) == 0
