@@ -47,7 +47,16 @@ setup(
             sources=SOURCES,
             depends=sorted(glob("lazyrestore/_native/**/*.h", recursive=True)),
             libraries=["zstd"],
-            extra_compile_args=["-iquote", "lazyrestore/_native", "-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-pthread"],
+            extra_compile_args=[
+                "-iquote",
+                "lazyrestore/_native",
+                "-std=gnu11",
+                "-O2",
+                "-g",
+                "-Wall",
+                "-Wextra",
+                "-pthread",
+            ],
         )
     ]
     if SOURCES

@@ -12,6 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -20,7 +21,7 @@ from lazyrestore.errors import LazyrestoreError
 if TYPE_CHECKING:
     from lazyrestore.manifest import Manifest
     from lazyrestore.pager.client import PagerClient, PagerStats
-    from lazyrestore.restore import Prepared
+    from lazyrestore.restore import Prepared, Started
     from lazyrestore.store import ImageStore, Report, StoredImage, Summary
 
 Progress = Callable[[int, int], None]
@@ -51,7 +52,14 @@ class Store:
         self._images.close()
 
     def snapshot(
-        self, pid: int, *, name: str, kill: bool = False, replace: bool = False, level: int = 1, progress: Progress | None = None
+        self,
+        pid: int,
+        *,
+        name: str,
+        kill: bool = False,
+        replace: bool = False,
+        level: int = 1,
+        progress: Progress | None = None,
     ) -> Snapshot:
         """Snapshot a running process.
 
@@ -150,10 +158,11 @@ class Snapshot:
 
         return restore.explain(self._prepare())
 
-    def restore(self, *, streams: Sequence[int] = (0, 1, 2)) -> RestoredProcess:
+    def restore(self, *, new_pid: bool = False, streams: Sequence[int] = (0, 1, 2)) -> RestoredProcess:
         """Start a copy of the process under its old process id, as a child of this process.
 
-        `streams` are descriptors for its standard streams, used where these were terminals or pipes to other processes. Raises
+        `new_pid`: in a fresh PID namespace, where the old id is free; the `pid` of the result is then the one that the caller
+        sees. `streams` are descriptors for its standard streams, used where these were terminals or pipes to other processes. Raises
         RestoreError's subclasses; nothing is left of the new process then.
         """
         began = time.perf_counter()
@@ -164,19 +173,19 @@ class Snapshot:
         pager = self._connect()
         connected = time.perf_counter()
         try:
-            started = restore.run(prepared, pager, streams)
+            started = restore.run(prepared, pager, streams, new_pid=new_pid)
         except PagerGone:
             # It exited for want of work just as we came; a connected one stays.
             with self._lock:
                 if self._pager is pager:
                     self._pager = None
             pager = self._connect()
-            started = restore.run(prepared, pager, streams)
+            started = restore.run(prepared, pager, streams, new_pid=new_pid)
         started.phases = {"prepare": (connected - began) * 1e3, **started.phases}
         started.restore_ms = (time.perf_counter() - began) * 1e3
-        return RestoredProcess(self.name, started.pid, started.pidfd, started.restore_ms, started.phases, pager)
+        return RestoredProcess(self.name, started, pager)
 
-    def stats(self) -> PagerStats | None:
+    def pager_stats(self) -> PagerStats | None:
         """What the pager of this snapshot counted, None if there is none."""
         from lazyrestore.pager.launch import connect_existing
 
@@ -209,13 +218,14 @@ class RestoredProcess:
     restore_ms is the time from the call to the running process; phases tells where it went, in ms.
     """
 
-    def __init__(self, name: str, pid: int, pidfd: int, restore_ms: float, phases: dict[str, float], pager: PagerClient) -> None:
+    def __init__(self, name: str, started: Started, pager: PagerClient) -> None:
         self.name = name
-        self.pid = pid
-        self.restore_ms = restore_ms
-        self.phases = phases
+        self.pid = started.pid
+        self.restore_ms = started.restore_ms
+        self.phases = started.phases
         self.returncode: int | None = None
-        self._pidfd = pidfd
+        self._pidfd = started.pidfd
+        self._namespace = started.init
         self._pager = pager
         self._lock = threading.Lock()
 
@@ -250,17 +260,17 @@ class RestoredProcess:
                 raise subprocess.TimeoutExpired(["lazyrestore", self.name], timeout or 0.0)
             with self._lock:
                 if self.returncode is None:
-                    self._collect(0)
+                    self._collect(0)  # only this or another wait() ends it
         assert self.returncode is not None
         return self.returncode
 
     def send_signal(self, number: int) -> None:
         """Send a signal; does nothing if the process has ended."""
         if self.poll() is None:
-            try:
-                signal.pidfd_send_signal(self._pidfd, number)
-            except ProcessLookupError:
-                pass
+            with self._lock:
+                if self._pidfd >= 0:
+                    with suppress(ProcessLookupError):
+                        signal.pidfd_send_signal(self._pidfd, number)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
@@ -277,9 +287,14 @@ class RestoredProcess:
             result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | flags)
         except ChildProcessError:
             self.returncode = 0  # somebody else collected it, as with Popen
-            return
-        if result is not None:
+        else:
+            if result is None:
+                return
             self.returncode = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
+        os.close(self._pidfd)
+        self._pidfd = -1
+        if self._namespace is not None:
+            self._namespace.collect()
 
 
 __all__ = ["LazyrestoreError", "RestoredProcess", "Snapshot", "Store"]

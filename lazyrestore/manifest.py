@@ -65,7 +65,10 @@ def decode(data: bytes | memoryview, name: str) -> Manifest:
         version = msgspec.msgpack.decode(data, type=_Version).version
         if version > VERSION:
             raise StoreVersionError(
-                f"snapshot {name}", "open", f"its manifest has version {version}, this lazyrestore knows {VERSION}", "use a newer lazyrestore"
+                f"snapshot {name}",
+                "open",
+                f"its manifest has version {version}, this lazyrestore knows {VERSION}",
+                "use a newer lazyrestore",
             )
         return _decoder.decode(data)
     except msgspec.MsgspecError as error:

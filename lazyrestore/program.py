@@ -220,9 +220,7 @@ class Program:
         for where, target in self._relocations:
             struct.pack_into("<Q", data, where, data_at + target)
         image[data_at - base : data_at - base + len(data)] = data
-        tops = [
-            low + (THREAD_STACK if number else LEADER_STACK) for number, low in enumerate(stacks)
-        ]
+        tops = [low + (THREAD_STACK if number else LEADER_STACK) for number, low in enumerate(stacks)]
         return Linked(base, image, base + entry, lists, tops, op_addresses, data_at)
 
     @staticmethod

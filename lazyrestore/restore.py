@@ -7,6 +7,7 @@ Whatever fails, the new process is killed and reaped before the exception leaves
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import struct
@@ -15,30 +16,30 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from lazyrestore import spawn
 from lazyrestore._native import _core
 from lazyrestore.errors import CpuMismatch, KernelMismatch, MissingFeature, PidTaken, RestoreError
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import Registers
 from lazyrestore.manifest import Manifest
+from lazyrestore.pid_namespace import Namespace, new_namespace
 from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, PagerClient, Range
 from lazyrestore.program import Op, lib
 from lazyrestore.resources import attributes, descriptors, vma
 from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
-from lazyrestore.restore_program import Compiled, Layout, compile_program, layout_for
+from lazyrestore.restore_program import Compiled, compile_program, layout_for
 from lazyrestore.store import StoredImage
 
 ffi = _core.ffi
 
-STUB_ADDRESS = 0x0F_F000_0000  # where the first executable is linked: 64 GiB less 256 MiB, below every hole we choose
-STUB_CODE = b"\x0f\x05\xff\xe3"  # syscall; jmp *%rbx
-
 
 @dataclass(slots=True)
 class Started:
-    """A restored process that runs: pid, a pidfd that the caller owns, and what it took, in ms."""
+    """A restored process that runs: pid (ours, not its namespace's), pidfds that the caller owns, and what it took, in ms."""
 
     pid: int
     pidfd: int
+    init: Namespace | None
     restore_ms: float
     phases: dict[str, float]
 
@@ -51,7 +52,7 @@ class Prepared:
     manifest: Manifest
     image: StoredImage
     own: attributes.Credentials
-    compiled: Compiled | None = None
+    compiled: dict[bool, Compiled] = field(default_factory=dict)  # by: in a PID namespace of its own
     ranges: list[Range] = field(default_factory=list)
 
 
@@ -80,8 +81,11 @@ def explain(prepared: Prepared) -> list[str]:
     return list(compiled.program.explain())
 
 
-def run(prepared: Prepared, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)) -> Started:
-    """Restore once. `streams` are the caller's descriptors for the new process's standard streams, where it needs them."""
+def run(
+    prepared: Prepared, pager: PagerClient, streams: Sequence[int] = (0, 1, 2), *, new_pid: bool = False
+) -> Started:
+    """Restore once. `streams` are the caller's descriptors for the new process's standard streams, where it needs them;
+    new_pid: in a PID namespace of its own, where the old process id is free."""
     manifest, phases = prepared.manifest, _Phases()
     for identity in manifest.files:
         vma.check_file(identity)
@@ -92,19 +96,29 @@ def run(prepared: Prepared, pager: PagerClient, streams: Sequence[int] = (0, 1, 
         shared = {index: _shared_file(prepared, index, owned) for index in range(len(manifest.shared))}
         hugetlb = pager.hugetlb_fd
         template = pager.template_fd
-        if prepared.compiled is None or not _fits(prepared.compiled.layout, [template, *shared.values(), *streams]):
-            layout = layout_for(manifest, 1 + max([template, *shared.values(), *streams, 64]))
-            prepared.compiled = compile_program(manifest, layout, prepared.own)
-        compiled = prepared.compiled
+        streams = [stream if stream >= 0 else _nothing(owned) for stream in streams]
+        sources = [template, *shared.values(), *streams]
+        compiled = prepared.compiled.get(new_pid)
+        if compiled is None or max(sources) >= compiled.layout.program:
+            layout = layout_for(manifest, 1 + max(sources))
+            compiled = compile_program(manifest, layout, prepared.own, own_proc=new_pid)
+            if descriptors.is_reusable(manifest.descriptors):
+                prepared.compiled[new_pid] = compiled
         phases.done("compile")
         program = _memory_file("lazyrestore-program", owned)
         os.pwrite(program, compiled.linked.image, 0)
         handed = {program: compiled.layout.program, template: compiled.layout.template}
         pairs = [*handed.items(), *((shared[k], compiled.layout.shared[k]) for k in shared)]
-        pairs += [(streams[k], compiled.layout.streams[k]) for k in range(3) if streams[k] >= 0]
+        pairs += [(streams[k], compiled.layout.streams[k]) for k in range(3)]
         if hugetlb is not None:
             pairs.append((hugetlb, compiled.layout.hugetlb))
-        pid, pidfd = _spawn(prepared, pairs)
+        namespace = new_namespace(manifest.pid) if new_pid else None
+        try:
+            pid, pidfd = _spawn(prepared, pairs, namespace)
+        except BaseException:
+            if namespace:
+                namespace.end()
+            raise
         phases.done("spawn")
         try:
             child = _Child(prepared, compiled, pid)
@@ -122,11 +136,15 @@ def run(prepared: Prepared, pager: PagerClient, streams: Sequence[int] = (0, 1, 
             phases.done("write")
             child.run_to_end()
             child.let_go()
+            if namespace:
+                namespace.watch()
         except BaseException:
             _kill(pid, pidfd)
+            if namespace:
+                namespace.end()
             raise
     phases.done("finish")
-    return Started(pid, pidfd, (time.perf_counter() - phases.began) * 1e3, phases.ms)
+    return Started(pid, pidfd, namespace, (time.perf_counter() - phases.began) * 1e3, phases.ms)
 
 
 # -- checks ------------------------------------------------------------------------------------------------------------
@@ -161,12 +179,11 @@ def check_host(name: str, manifest: Manifest) -> None:
     missing = sorted(set(host.cpu_flags) - flags)
     if missing:
         raise CpuMismatch(
-            f"snapshot {name}", "check CPU", f"this CPU lacks {', '.join(missing)}", "restore on a CPU with these features"
+            f"snapshot {name}",
+            "check CPU",
+            f"this CPU lacks {', '.join(missing)}",
+            "restore on a CPU with these features",
         )
-
-
-def _fits(layout: Layout, sources: list[int]) -> bool:
-    return max(sources) < layout.program
 
 
 # -- pieces of one restore ---------------------------------------------------------------------------------------------
@@ -192,6 +209,13 @@ def _memory_file(name: str, owned: ExitStack, flags: int = 0) -> int:
     return descriptor
 
 
+def _nothing(owned: ExitStack) -> int:
+    """What stands for a standard stream that the caller does not have."""
+    descriptor = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    owned.callback(os.close, descriptor)
+    return descriptor
+
+
 def _shared_file(prepared: Prepared, index: int, owned: ExitStack) -> int:
     """The memory file of one shared object. A memfd can be read by descriptor, which never faults, so it is filled here."""
     shared = prepared.manifest.shared[index]
@@ -207,61 +231,33 @@ def _shared_file(prepared: Prepared, index: int, owned: ExitStack) -> int:
     return descriptor
 
 
-_executable: int | None = None
-
-
-def _stub_executable() -> int:
-    """A memory file with the smallest ELF executable: one page whose code makes one system call and jumps to rbx."""
-    global _executable
-    if _executable is None:
-        header = struct.pack(
-            "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, STUB_ADDRESS + 176, 64, 0, 0, 64, 56, 2, 0, 0, 0
-        )  # ET_EXEC, EM_X86_64
-        load = struct.pack("<IIQQQQQQ", 1, 5, 0, STUB_ADDRESS, STUB_ADDRESS, 180, 180, 4096)
-        stack = struct.pack("<IIQQQQQQ", 0x6474E551, 6, 0, 0, 0, 0, 0, 16)  # PT_GNU_STACK, not executable
-        descriptor = os.memfd_create("lazyrestore-start", os.MFD_CLOEXEC)
-        os.write(descriptor, header + load + stack + STUB_CODE)
-        _executable = descriptor
-    return _executable
-
-
-def _spawn(prepared: Prepared, pairs: list[tuple[int, int]]) -> tuple[int, int]:
+def _spawn(prepared: Prepared, pairs: list[tuple[int, int]], namespace: Namespace | None) -> tuple[int, int]:
     """The new process, stopped at its first instruction; returns (pid, pidfd)."""
     manifest = prepared.manifest
-    sources = ffi.new("int32_t[]", [source for source, _ in pairs])
-    targets = ffi.new("int32_t[]", [target for _, target in pairs])
-    spawn = ffi.new("struct lr_spawn *")
-    spawn.executable = _stub_executable()
-    spawn.count = len(pairs)
-    spawn.source, spawn.target = sources, targets
-    spawn.wanted_pid = manifest.pid
-    spawn.pid_namespace = -1
-    spawn.new_session = 1 if manifest.attributes.session_leader else 2 if manifest.attributes.group_leader else 0
-    spawn.descriptor_limit = max(target for _, target in pairs) + 64
-    spawn.trace = 1
-    error = lib.lr_spawn(spawn)
-    if error:
-        _explain_spawn_failure(prepared, -error, spawn.step)
-    return spawn.pid, spawn.pidfd
-
-
-def _explain_spawn_failure(prepared: Prepared, error: int, step: int) -> None:
-    import errno
-
-    pid = prepared.manifest.pid
-    if step == lib.LR_SPAWN_CLONE and error == errno.EEXIST:
-        raise PidTaken(
-            f"process id {pid}", "start process", "it is in use by another process or group", "end that one, or restore with --pid new", errno=error
+    try:
+        return spawn.start(
+            pairs,
+            wanted_pid=manifest.pid,
+            pid_namespace=namespace.descriptor if namespace else -1,
+            session=1 if manifest.attributes.session_leader else 2 if manifest.attributes.group_leader else 0,
         )
-    if step == lib.LR_SPAWN_CLONE and error == errno.EPERM:
-        raise MissingFeature(
-            f"process id {pid}", "start process", "choosing a process id takes CAP_CHECKPOINT_RESTORE", "run as root", errno=error
+    except OSError as error:
+        raise _spawn_failure(manifest.pid, error) from error
+
+
+def _spawn_failure(pid: int, error: OSError) -> RestoreError | MissingFeature:
+    step, number = error.filename, error.errno
+    if step == "clone3" and number == errno.EEXIST:
+        return PidTaken(
+            f"process id {pid}", "start process", "it is in use by another process or group",
+            "end that one, or restore with --pid new", errno=number,
+        )  # fmt: skip
+    if step == "clone3" and number == errno.EPERM:
+        advice = "run as root"
+        return MissingFeature(
+            f"process id {pid}", "start process", "choosing it takes CAP_CHECKPOINT_RESTORE", advice, errno=number
         )
-    names = {
-        lib.LR_SPAWN_CLONE: "clone3", lib.LR_SPAWN_DUP: "dup3", lib.LR_SPAWN_TRACEME: "ptrace", lib.LR_SPAWN_EXEC: "execveat",
-        lib.LR_SPAWN_SETNS: "setns", lib.LR_SPAWN_WAIT: "wait", lib.LR_SPAWN_SESSION: "setsid", lib.LR_SPAWN_LIMIT: "prlimit",
-    }  # fmt: skip
-    raise RestoreError(f"process {pid}", f"start: {names.get(step, 'clone3')}", errno=error)
+    return RestoreError(f"process {pid}", f"start: {step}", errno=number)
 
 
 class _Child:
@@ -271,24 +267,22 @@ class _Child:
         self.prepared = prepared
         self.compiled = compiled
         self.pid = pid
-        self.others = [thread.tid for thread in prepared.manifest.threads[1:]]
+        self.tids = [thread.tid for thread in prepared.manifest.threads]  # as we see them
         self._status, self._index = ffi.new("int32_t *"), ffi.new("uint64_t *")
         self._why, self._result = ffi.new("uint64_t *"), ffi.new("int64_t *")
 
     def start(self, program: int) -> None:
         """Tell the program where the vdso is, and let the first instruction map it and jump to the executor."""
-        kernel = {m.path: m.start for m in procfs.parse_maps(procfs.read(self.pid, "maps")) if m.path in KERNEL_MAPPINGS}
+        kernel = {
+            m.path: m.start for m in procfs.parse_maps(procfs.read(self.pid, "maps")) if m.path in KERNEL_MAPPINGS
+        }
         linked = self.compiled.linked
         for index, (name, _, _) in zip(self.compiled.kernel_moves, self.prepared.manifest.host.vdso, strict=True):
             os.pwrite(program, struct.pack("<Q", kernel[name]), linked.op_addresses[0] - linked.base + index * 80 + 16)
-        self._must(lib.lr_set_options(self.pid, lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD), "PTRACE_SETOPTIONS")
-        registers = self._registers(self.pid)
-        registers.update(
-            rax=lib.SYS_mmap, rdi=linked.base, rsi=len(linked.image), rdx=lib.PROT_READ | lib.PROT_WRITE | lib.PROT_EXEC,
-            r10=lib.MAP_SHARED | lib.MAP_FIXED_NOREPLACE, r8=self.compiled.layout.program, r9=0, rbx=linked.entry,
-            r12=linked.lists[0], rsp=linked.stacks[0], orig_rax=(1 << 64) - 1,
-        )  # fmt: skip
-        self._set(self.pid, registers)
+        try:
+            spawn.enter(self.pid, linked, self.compiled.layout.program)
+        except OSError as error:
+            raise RestoreError(f"process {self.pid}", "enter program", errno=error.errno) from error
 
     def run_to_stop(self) -> None:
         self._next(self.pid, 0, lib.LR_STOP_ASKED)
@@ -296,11 +290,22 @@ class _Child:
     def run_to_end(self) -> None:
         """The rest of the leader's list, then each thread's list."""
         self._next(self.pid, 0, lib.LR_STOP_END)
-        for tid in self.others:
+        self._find_threads()
+        for tid in self.tids[1:]:
             self._must(lib.lr_wait(tid, self._status), f"wait for thread {tid}")
             self._must(lib.lr_continue(tid, 0), f"start thread {tid}")
-        for number, tid in enumerate(self.others, 1):
+        for number, tid in enumerate(self.tids[1:], 1):
             self._next(tid, number, lib.LR_STOP_END, resume=False)
+
+    def _find_threads(self) -> None:
+        """In a PID namespace of its own, its threads have other ids for us."""
+        if self.pid == self.tids[0]:
+            return
+        inside = {}
+        for tid in procfs.threads(self.pid):
+            status = procfs.parse_status(procfs.read(self.pid, f"task/{tid}/status"))
+            inside[int(status["NSpid"].split()[-1])] = tid
+        self.tids = [inside[tid] for tid in self.tids]
 
     def take(self, pidfd: int, number: int) -> int:
         return self._must(lib.lr_pidfd_getfd(pidfd, number), "pidfd_getfd")
@@ -328,27 +333,29 @@ class _Child:
         """Remove what is ours from the address space, set every thread's state, detach."""
         linked = self.compiled.linked
         here = self._registers(self.pid)
-        syscall = linked.base + linked.image.index(STUB_CODE[:2])
+        syscall = linked.base + linked.image.index(spawn.SYSCALL)
         if self.compiled.trap_action:
             self._remote(here, syscall, lib.SYS_rt_sigaction, lib.SIGTRAP, self.compiled.trap_action, 0, 8)
         self._remote(here, syscall, lib.SYS_munmap, linked.base, self.compiled.end - linked.base)
         threads = self.prepared.manifest.threads
-        for thread in [*threads[1:], threads[0]]:
-            tid = thread.tid
+        order = [*self.tids[1:], self.tids[0]]
+        for tid, thread in zip(order, [*threads[1:], threads[0]], strict=True):
             registers = ffi.from_buffer("struct lr_registers *", thread.registers)
             self._must(lib.lr_set_registers(tid, registers), f"set registers of thread {tid}")
             error = lib.lr_set_xstate(tid, ffi.from_buffer(thread.xstate), len(thread.xstate))
             self._must(error, f"set extended state of thread {tid}")
             self._must(lib.lr_set_signal_mask(tid, thread.signal_mask), f"set signal mask of thread {tid}")
-        for thread in [*threads[1:], threads[0]]:
-            self._must(lib.lr_detach(thread.tid, 0), f"detach thread {thread.tid}")
+        for tid in order:
+            self._must(lib.lr_detach(tid, 0), f"detach thread {tid}")
 
     # -- underneath ----------------------------------------------------------------------------------------------------
 
     def _next(self, tid: int, number: int, want: int, *, resume: bool = True) -> None:
         error = lib.lr_next_stop(tid, resume, self._status, self._index, self._why, self._result)
         if error:
-            raise RestoreError(f"thread {tid}", "run program", f"unexpected stop (status {self._status[0]:#x})", errno=-error)
+            raise RestoreError(
+                f"thread {tid}", "run program", f"unexpected stop (status {self._status[0]:#x})", errno=-error
+            )
         if self._why[0] != want:
             self._surprise(number, self._index[0], self._result[0])
 
@@ -372,9 +379,6 @@ class _Child:
         self._must(lib.lr_get_registers(tid, registers), "read registers")
         return Registers.unpack(bytes(ffi.buffer(registers)))
 
-    def _set(self, tid: int, registers: Registers) -> None:
-        self._must(lib.lr_set_registers(tid, ffi.from_buffer("struct lr_registers *", registers.pack())), "set registers")
-
     def _must(self, result: int, step: str) -> int:
         if result < 0:
             raise RestoreError(f"process {self.pid}", step, errno=-result)
@@ -388,5 +392,3 @@ def _kill(pid: int, pidfd: int) -> None:
     while lib.lr_wait(pid, status) >= 0 and os.WIFSTOPPED(status[0]):
         continue
     os.close(pidfd)
-
-

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lazyrestore import pid_namespace
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import HOLE_GAP, find_hole
 from lazyrestore.manifest import Manifest
@@ -61,34 +62,46 @@ def layout_for(manifest: Manifest, minimum: int = 0) -> Layout:
     return Layout(base, base + 1, base + 2, shared, {stream: base + 3 + stream for stream in range(3)})
 
 
-def compile_program(manifest: Manifest, layout: Layout, own: Credentials) -> Compiled:
-    """The program that turns a fresh process into the snapshot's. Raises RestoreError if a kind refuses."""
+def compile_program(manifest: Manifest, layout: Layout, own: Credentials, *, own_proc: bool = False) -> Compiled:
+    """The program that turns a fresh process into the snapshot's. Raises RestoreError if a kind refuses.
+
+    own_proc: it runs in a PID namespace of its own, so it gets a mount namespace with a /proc that shows it.
+    """
     program = Program()
     ops = program.add_list()
     fds = Descriptors(ops, range(layout.program, layout.end), layout.end)
     mappings = _as_mappings(manifest)
     # The layout of addresses must be known before the size is: leave room generously, and check below.
     kernel_length = sum(length for _, _, length in manifest.host.vdso)
-    room = (4 << 20) + 4096 * (len(manifest.threads) + len(manifest.vmas)) + kernel_length
+    contents = descriptors.queued_bytes(manifest.descriptors)
+    room = (4 << 20) + 4096 * (len(manifest.threads) + len(manifest.vmas) + contents // 4096) + kernel_length
     base = find_hole(mappings, room)
     aside = base + room - kernel_length
 
+    if own_proc:
+        pid_namespace.mount_proc(program, ops)
     with ops.serving("vdso"):
         kernel_moves, at = [], aside
         for name, _, length in manifest.host.vdso:
             kernel_moves.append(
-                ops.call_expecting(at, lib.SYS_mremap, 0, length, length, lib.MREMAP_MAYMOVE | lib.MREMAP_FIXED, at, note=name).index
+                ops.call_expecting(
+                    at, lib.SYS_mremap, 0, length, length, lib.MREMAP_MAYMOVE | lib.MREMAP_FIXED, at, note=name
+                ).index
             )
             at += length
     with ops.serving("old address space"):
         ops.call(lib.SYS_munmap, 0, base)
         ops.call(lib.SYS_munmap, base + room, TASK_END - base - room)
     writable = {v.file for v in manifest.vmas if v.kind == "file" and v.shared and v.protection & lib.PROT_WRITE}
-    vma.restore(manifest.vmas, manifest.files, writable, program, ops, fds, layout.template, layout.hugetlb, layout.shared)
+    vma.restore(
+        manifest.vmas, manifest.files, writable, program, ops, fds, layout.template, layout.hugetlb, layout.shared
+    )
     with ops.serving("vdso"):
         at = aside
         for name, start, length in manifest.host.vdso:
-            ops.call_expecting(start, lib.SYS_mremap, at, length, length, lib.MREMAP_MAYMOVE | lib.MREMAP_FIXED, start, note=name)
+            ops.call_expecting(
+                start, lib.SYS_mremap, at, length, length, lib.MREMAP_MAYMOVE | lib.MREMAP_FIXED, start, note=name
+            )
             at += length
     attributes.restore_memory(manifest.attributes, program, ops, fds)
     context = RestoreContext(layout.streams, _shared_lookup(manifest, layout), manifest.attributes.cwd)
@@ -122,7 +135,15 @@ def compile_program(manifest: Manifest, layout: Layout, own: Credentials) -> Com
     linked = program.link(base)
     if len(linked.image) > room - kernel_length:
         raise AssertionError("the program outgrew its room")
-    return Compiled(program, linked, layout, kernel_moves, userfaultfd, base + room, linked.data + trap_pointer.offset if trap_pointer else 0)
+    return Compiled(
+        program,
+        linked,
+        layout,
+        kernel_moves,
+        userfaultfd,
+        base + room,
+        linked.data + trap_pointer.offset if trap_pointer else 0,
+    )
 
 
 def _shared_lookup(manifest: Manifest, layout: Layout) -> Callable[[int, int], int | None]:

@@ -53,7 +53,14 @@ class Taken:
 
 
 def take(
-    store: ImageStore, pid: int, name: str, *, kill: bool = False, replace: bool = False, level: int = 1, progress: Progress | None = None
+    store: ImageStore,
+    pid: int,
+    name: str,
+    *,
+    kill: bool = False,
+    replace: bool = False,
+    level: int = 1,
+    progress: Progress | None = None,
 ) -> Taken:
     """Snapshot process `pid` into `store` under `name`. Raises what `errors` lists for processes and stores."""
     began = time.monotonic()
@@ -103,7 +110,9 @@ def _check_target(pid: int) -> None:
     stat = procfs.parse_stat(procfs.read(pid, "stat"))
     status = procfs.parse_status(procfs.read(pid, "status"))
     if int(status["Tgid"]) != pid:
-        raise NoSuchProcess(what, "snapshot", f"it is a thread of process {status['Tgid']}", f"snapshot {status['Tgid']}")
+        raise NoSuchProcess(
+            what, "snapshot", f"it is a thread of process {status['Tgid']}", f"snapshot {status['Tgid']}"
+        )
     if pid == os.getpid():
         raise OwnProcess(what, "snapshot", "a process cannot snapshot itself", "run lazyrestore from another process")
     if stat.kernel_thread:
@@ -118,7 +127,10 @@ def _check_target(pid: int) -> None:
             head = file.read(20)
     except PermissionError as error:
         raise NotPermitted(
-            what, "snapshot", f"it belongs to user {status['Uid'].split()[0]}", "run as root or as that user with CAP_SYS_PTRACE"
+            what,
+            "snapshot",
+            f"it belongs to user {status['Uid'].split()[0]}",
+            "run as root or as that user with CAP_SYS_PTRACE",
         ) from error
     except FileNotFoundError as error:
         raise NoSuchProcess(what, "snapshot", "it is ending") from error
@@ -127,7 +139,9 @@ def _check_target(pid: int) -> None:
     try:
         os.close(os.open(f"/proc/{pid}/mem", os.O_RDWR | os.O_CLOEXEC))
     except PermissionError as error:
-        raise NotPermitted(what, "snapshot", "its memory may not be read", "run as root or as its owner with CAP_SYS_PTRACE") from error
+        raise NotPermitted(
+            what, "snapshot", "its memory may not be read", "run as root or as its owner with CAP_SYS_PTRACE"
+        ) from error
 
 
 def _refuse_unsupported(pid: int, pidfd: int) -> None:
@@ -169,7 +183,11 @@ def _unsupported_attributes(pid: int) -> list[str]:
 
 
 def _identify_files(pid: int) -> dict[str, vma.FileIdentity]:
-    paths = {mapping.path for mapping in procfs.parse_maps(procfs.read(pid, "maps")) if mapping.path.startswith("/") and not mapping.deleted}
+    paths = {
+        mapping.path
+        for mapping in procfs.parse_maps(procfs.read(pid, "maps"))
+        if mapping.path.startswith("/") and not mapping.deleted
+    }
     found = {path: vma.identify(path, "") for path in paths if not path.startswith("/memfd:")}
     return {path: identity for path, identity in found.items() if identity is not None}
 
@@ -272,7 +290,11 @@ def _batches(runs: list[Run]) -> Iterator[list[Run]]:
         while at < end:
             stop = min(end, (at + STREAM) & -border)
             piece = Run(at, run.address + at - run.image, stop - at, run.descriptor, run.forced)
-            if size + piece.length > STREAM and batch and at // border != (batch[-1].image + batch[-1].length - 1) // border:
+            if (
+                size + piece.length > STREAM
+                and batch
+                and at // border != (batch[-1].image + batch[-1].length - 1) // border
+            ):
                 yield batch
                 batch, size = [], 0
             batch.append(piece)
@@ -327,7 +349,9 @@ class _Buffer:
         for run in runs:
             placed.append((run.image, offset, run.length))
             if run.descriptor >= 0 or run.forced:
-                _read_fully(run.descriptor if run.descriptor >= 0 else memory, view[offset : offset + run.length], run.address)
+                _read_fully(
+                    run.descriptor if run.descriptor >= 0 else memory, view[offset : offset + run.length], run.address
+                )
             else:
                 for at in range(0, run.length, PIECE):
                     pieces.extend((run.address + at, offset + at, min(PIECE, run.length - at)))
@@ -335,7 +359,12 @@ class _Buffer:
         failed = ffi.new("uint64_t *")
         count = len(pieces) // 3
         error = lib.lr_copy_runs(
-            pid, ffi.from_buffer("struct lr_run[]", pieces) if count else ffi.NULL, count, ffi.from_buffer(view), os.cpu_count() or 1, failed
+            pid,
+            ffi.from_buffer("struct lr_run[]", pieces) if count else ffi.NULL,
+            count,
+            ffi.from_buffer(view),
+            os.cpu_count() or 1,
+            failed,
         )
         if error:
             raise SnapshotFailed(f"process {pid}", f"read memory at {failed[0]:#x}", errno=-error)
@@ -358,5 +387,3 @@ def _available_memory() -> int:
             if line.startswith(b"MemAvailable:"):
                 return int(line.split()[1]) * 1024
     return 1 << 30
-
-

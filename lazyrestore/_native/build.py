@@ -100,5 +100,15 @@ ffibuilder.set_source(
     "lazyrestore._native._core",
     PREAMBLE + "\n".join(f'#include "{header}"' for header in present),
     sources=[f"lazyrestore/_native/{source}" for source in SOURCES],
-    extra_compile_args=["-iquote", "lazyrestore/_native", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers", "-pthread"],
+    extra_compile_args=[
+        "-iquote",
+        "lazyrestore/_native",
+        "-std=gnu11",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+        "-Wno-missing-field-initializers",
+        "-pthread",
+    ],
 )

@@ -120,7 +120,7 @@ lr_spawn(struct lr_spawn *spawn)
 	if (stack == MAP_FAILED)
 		return -errno;
 	struct clone_args args = {
-		.flags = CLONE_VM | CLONE_VFORK | CLONE_PIDFD,
+		.flags = CLONE_VM | CLONE_VFORK | CLONE_PIDFD | (spawn->new_pid_namespace ? CLONE_NEWPID : 0),
 		.pidfd = (uint64_t)(uintptr_t)&pidfd,
 		.exit_signal = SIGCHLD,
 		.stack = (uint64_t)(uintptr_t)stack,

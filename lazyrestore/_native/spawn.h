@@ -15,6 +15,7 @@ struct lr_spawn {
 	const int32_t *target;
 	int32_t wanted_pid;      /* 0: any */
 	int32_t pid_namespace;   /* a descriptor for setns(), -1: none; applies to the new process only */
+	int32_t new_pid_namespace; /* 1: the new process is the init of a PID namespace of its own */
 	int32_t new_session;     /* 1: setsid(), 2: setpgid(0, 0), 0: neither */
 	uint64_t descriptor_limit; /* the soft RLIMIT_NOFILE needed while descriptors are placed; 0: leave it */
 	int32_t trace;           /* 1: PTRACE_TRACEME, and wait for the stop at exec */

@@ -75,7 +75,12 @@ def default_store() -> str:
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--store", metavar="DIR", envvar="LAZYRESTORE_STORE", help="The store; default $LAZYRESTORE_STORE, else one per user.")
+@click.option(
+    "--store",
+    metavar="DIR",
+    envvar="LAZYRESTORE_STORE",
+    help="The store; default $LAZYRESTORE_STORE, else one per user.",
+)
 @click.option("--debug", is_flag=True, help="On errors, print the traceback.")
 @click.version_option(package_name="lazyrestore", prog_name="lazyrestore")
 @click.pass_context

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lazyrestore.cli.words import complete_name
+
 if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot
 
@@ -23,12 +25,16 @@ SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the
 
 
 @click.command("restore")
-@click.argument("name")
+@click.argument("name", shell_complete=complete_name)
 @click.option("--detach", is_flag=True, help="Print the process id and return; the process runs on by itself.")
+@click.option(
+    "--pid", "pid_choice", type=click.Choice(["same", "new"]), default="same", show_default=True,
+    help="same: the old process id, which must be free. new: a fresh PID namespace in which it is.",
+)  # fmt: skip
 @click.option("--explain", is_flag=True, help="Print the restore program without running it.")
 @click.option("--json", "json_output", is_flag=True, help="Print JSON (to standard error in the foreground).")
 @click.pass_obj
-def restore_command(store: str, name: str, detach: bool, explain: bool, json_output: bool) -> None:
+def restore_command(store: str, name: str, detach: bool, pid_choice: str, explain: bool, json_output: bool) -> None:
     """Restore the snapshot NAME.
 
     In the foreground, lazyrestore is the parent of the process: it passes signals and the terminal on, and exits with the
@@ -37,6 +43,7 @@ def restore_command(store: str, name: str, detach: bool, explain: bool, json_out
     \b
     lazyrestore restore worker
     lazyrestore restore worker --detach --json
+    lazyrestore restore worker --pid new
     lazyrestore restore worker --explain | less
     """
     from lazyrestore.api import Store
@@ -46,23 +53,29 @@ def restore_command(store: str, name: str, detach: bool, explain: bool, json_out
             lines = snapshot.explain()
             click.echo(json.dumps(lines) if json_output else "\n".join(lines))
         elif detach:
-            process = snapshot.restore()
-            click.echo(_as_json(process) if json_output else f"{name}: process {process.pid}, restored in {process.restore_ms:.1f} ms")
+            process = snapshot.restore(new_pid=pid_choice == "new")
+            click.echo(
+                _as_json(process)
+                if json_output
+                else f"{name}: process {process.pid}, restored in {process.restore_ms:.1f} ms"
+            )
         else:
-            sys.exit(_foreground(snapshot, json_output))
+            sys.exit(_foreground(snapshot, pid_choice == "new", json_output))
 
 
 def _as_json(process: RestoredProcess) -> str:
     phases = {phase: round(ms, 3) for phase, ms in process.phases.items()}
-    return json.dumps({"name": process.name, "pid": process.pid, "restore_ms": round(process.restore_ms, 3), "phases": phases})
+    return json.dumps(
+        {"name": process.name, "pid": process.pid, "restore_ms": round(process.restore_ms, 3), "phases": phases}
+    )
 
 
-def _foreground(snapshot: Snapshot, json_output: bool) -> int:
+def _foreground(snapshot: Snapshot, new_pid: bool, json_output: bool) -> int:
     """Restore, be a good parent, return the exit status."""
     awaited = {*FORWARDED, signal.SIGCHLD}
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     try:
-        process = snapshot.restore()
+        process = snapshot.restore(new_pid=new_pid)
         if json_output:
             click.echo(_as_json(process), err=True)
         with _terminal_given_to(process.pid):
@@ -81,7 +94,12 @@ def _foreground(snapshot: Snapshot, json_output: bool) -> int:
 def _terminal_given_to(pid: int) -> Iterator[None]:
     """If the process leads a group of its own in our session, it becomes the terminal's foreground group meanwhile."""
     try:
-        terminal = os.isatty(0) and os.getsid(pid) == os.getsid(0) and os.getpgid(pid) == pid and os.tcgetpgrp(0) == os.getpgrp()
+        terminal = (
+            os.isatty(0)
+            and os.getsid(pid) == os.getsid(0)
+            and os.getpgid(pid) == pid
+            and os.tcgetpgrp(0) == os.getpgrp()
+        )
     except OSError:
         terminal = False
     if not terminal:

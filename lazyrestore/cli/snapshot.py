@@ -21,7 +21,9 @@ from lazyrestore.cli.words import size
 @click.option("--level", type=click.IntRange(1, 19), default=1, show_default=True, help="Compression level (zstd).")
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 @click.pass_obj
-def snapshot_command(store: str, pid: int, name: str, tree: bool, kill: bool, replace: bool, level: int, json_output: bool) -> None:
+def snapshot_command(
+    store: str, pid: int, name: str, tree: bool, kill: bool, replace: bool, level: int, json_output: bool
+) -> None:
     """Snapshot the running process PID.
 
     The process runs on as if nothing had happened, unless --kill is given. What cannot be restored (an established
@@ -60,6 +62,13 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None] | None]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
-    with Progress("[progress.description]{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=Console(stderr=True), transient=True) as bar:
+    with Progress(
+        "[progress.description]{task.description}",
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    ) as bar:
         task = bar.add_task(f"storing {name}", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

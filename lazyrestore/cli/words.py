@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+
+import click
 
 
 def size(count: float) -> str:
@@ -18,6 +21,24 @@ def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) 
     """Rows of words as aligned lines; the columns in `right` are aligned to the right."""
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     return [
-        "  ".join(word.rjust(width) if index in right else word.ljust(width) for index, (word, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            word.rjust(width) if index in right else word.ljust(width)
+            for index, (word, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]
+
+
+def complete_name(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
+    """The store's snapshot names that begin with what was typed."""
+    from lazyrestore.cli import default_store
+    from lazyrestore.errors import LazyrestoreError
+    from lazyrestore.store import ImageStore
+
+    root = ctx.find_root()
+    store = root.params.get("store") or os.environ.get("LAZYRESTORE_STORE") or default_store()
+    try:
+        with ImageStore.open(store, create=False) as images:
+            return [each.name for each in images.ls() if each.name.startswith(incomplete)]
+    except LazyrestoreError:
+        return []

@@ -118,7 +118,10 @@ def parse_stat(text: bytes) -> Stat:
 
 def parse_status(text: bytes) -> dict[str, str]:
     """/proc/PID/status as a dictionary of its lines."""
-    return {key: value.strip() for key, _, value in (line.partition(":") for line in text.decode(errors="surrogateescape").splitlines())}
+    return {
+        key: value.strip()
+        for key, _, value in (line.partition(":") for line in text.decode(errors="surrogateescape").splitlines())
+    }
 
 
 def read(pid: int, name: str) -> bytes:

@@ -103,7 +103,9 @@ def check(result: int, process: int, step: str) -> int:
     if -result == errno.ESRCH:
         raise NoSuchProcess(f"process {process}", step, "the process or thread is gone")
     if -result in (errno.EPERM, errno.EACCES):
-        raise NotPermitted(f"process {process}", step, "", "run as root or as the owner with CAP_SYS_PTRACE", errno=-result)
+        raise NotPermitted(
+            f"process {process}", step, "", "run as root or as the owner with CAP_SYS_PTRACE", errno=-result
+        )
     raise SnapshotFailed(f"process {process}", step, errno=-result)
 
 
@@ -186,7 +188,10 @@ class Frozen:
                     continue
                 if result < 0 and self._tracer():
                     raise AlreadyTraced(
-                        f"process {self.pid}", "attach", f"already traced by process {self._tracer()}", "detach that tracer first"
+                        f"process {self.pid}",
+                        "attach",
+                        f"already traced by process {self._tracer()}",
+                        "detach that tracer first",
                     )
                 check(result, self.pid, "attach")
                 self._seized.add(tid)
@@ -213,7 +218,10 @@ class Frozen:
                 if spins > 2000:
                     if time.monotonic() > deadline:
                         raise SnapshotFailed(
-                            f"thread {tid}", "freeze", f"did not stop within {FREEZE_SECONDS:.0f} s", "it may be in an uninterruptible wait"
+                            f"thread {tid}",
+                            "freeze",
+                            f"did not stop within {FREEZE_SECONDS:.0f} s",
+                            "it may be in an uninterruptible wait",
                         )
                     time.sleep(0.0005)
                 continue
@@ -292,13 +300,20 @@ class Frozen:
         mappings = procfs.parse_maps(procfs.read(self.pid, "maps"))
         mappings.sort(key=lambda mapping: mapping.path != "[vdso]")
         for mapping in mappings:
-            if mapping.execute and not mapping.shared and not mapping.write and (mapping.path == "[vdso]" or mapping.path.startswith("/")):
+            if (
+                mapping.execute
+                and not mapping.shared
+                and not mapping.write
+                and (mapping.path == "[vdso]" or mapping.path.startswith("/"))
+            ):
                 start = mapping.end - STUB_LENGTH
                 content = os.pread(self.memory, 2 * STUB_LENGTH, mapping.end - 2 * STUB_LENGTH)
                 if content == bytes(2 * STUB_LENGTH):
                     self._stub_original = content[STUB_LENGTH:]
                     return start
-        raise SnapshotFailed(f"process {self.pid}", "prepare", "no executable mapping has room behind its code", "see lazyrestore doctor")
+        raise SnapshotFailed(
+            f"process {self.pid}", "prepare", "no executable mapping has room behind its code", "see lazyrestore doctor"
+        )
 
 
 class _Diverted:
@@ -355,7 +370,9 @@ def _stub_code(registers: Registers, mask: int, scratch: int) -> bytes:
     syscall = b"\x0f\x05"
     code = bytearray(syscall)
     # munmap(scratch, 4096)
-    code += b"\x48\xbf" + quad(scratch) + b"\xbe" + word(4096 if scratch else 0) + b"\xb8" + word(lib.SYS_munmap) + syscall
+    code += (
+        b"\x48\xbf" + quad(scratch) + b"\xbe" + word(4096 if scratch else 0) + b"\xb8" + word(lib.SYS_munmap) + syscall
+    )
     # rt_sigprocmask(SIG_SETMASK, &mask, NULL, 8); mov leaves the flags alone
     code += b"\xbf" + word(lib.SIG_SETMASK) + b"\x48\x8d\x35"
     mask_reference = len(code)

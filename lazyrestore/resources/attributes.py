@@ -131,7 +131,9 @@ def capture(frozen: Frozen) -> Attributes:
 def restore_memory(attributes: Attributes, program: Program, ops: OpList, fds: Descriptors) -> None:
     m = attributes.memory
     with ops.serving(f"executable {attributes.executable}"):
-        executable = fds.create(lib.SYS_openat, lib.AT_FDCWD, program.string(attributes.executable), os.O_RDONLY | os.O_CLOEXEC)
+        executable = fds.create(
+            lib.SYS_openat, lib.AT_FDCWD, program.string(attributes.executable), os.O_RDONLY | os.O_CLOEXEC
+        )
         auxv = program.place(m.auxv)
         fields = (
             m.start_code, m.end_code, m.start_data, m.end_data, m.start_brk, m.brk, m.start_stack, m.arg_start, m.arg_end, m.env_start,
@@ -172,7 +174,12 @@ def restore_credentials(attributes: Attributes, own: Credentials, program: Progr
     """Append to one thread's list what turns the restorer's credentials (`own`) into the process's."""
     want = attributes.credentials
     with ops.serving("credentials"):
-        changed = (want.uids, want.gids, want.groups, want.capabilities) != (own.uids, own.gids, own.groups, own.capabilities)
+        changed = (want.uids, want.gids, want.groups, want.capabilities) != (
+            own.uids,
+            own.gids,
+            own.groups,
+            own.capabilities,
+        )
         if changed:
             for capability in range(64):
                 if own.capabilities[3] >> capability & 1 and not want.capabilities[3] >> capability & 1:
@@ -193,7 +200,13 @@ def restore_credentials(attributes: Attributes, own: Credentials, program: Progr
             header = program.place(struct.pack("<Ii", 0x20080522, 0))  # _LINUX_CAPABILITY_VERSION_3
             low = 0xFFFFFFFF
             words = struct.pack(
-                "<6I", effective & low, permitted & low, inheritable & low, effective >> 32, permitted >> 32, inheritable >> 32
+                "<6I",
+                effective & low,
+                permitted & low,
+                inheritable & low,
+                effective >> 32,
+                permitted >> 32,
+                inheritable >> 32,
             )
             ops.call(lib.SYS_capset, header, program.place(words))
             for capability in range(64):

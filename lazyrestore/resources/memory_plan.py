@@ -17,6 +17,7 @@ from lazyrestore.errors import SnapshotFailed
 from lazyrestore.kernel.procfs import Mapping
 from lazyrestore.resources.vma import (
     ANONYMOUS_SHARED_NAME, LARGE_FILE_MAPPING, PAGE, FileIdentity, Kind, SharedObject, Vma, identify, is_template, protection_of,
+    shared_identity,
 )  # fmt: skip
 
 lib, ffi = _core.lib, _core.ffi
@@ -94,7 +95,14 @@ class Planner:
         return self._file(m)
 
     def _make(
-        self, m: Mapping, kind: Kind, stored: int = 0, *, file: int = -1, shared_object: int = -1, written: Ranges | None = None
+        self,
+        m: Mapping,
+        kind: Kind,
+        stored: int = 0,
+        *,
+        file: int = -1,
+        shared_object: int = -1,
+        written: Ranges | None = None,
     ) -> Vma:
         return Vma(
             m.start, m.end, protection_of(m), kind, m.path, m.offset, m.flags, file, shared_object, m.shared, stored,
@@ -117,6 +125,8 @@ class Planner:
     def _file(self, m: Mapping) -> Vma:
         index = self._file_index(m.path)
         if m.shared:
+            if m.write and not self.plan.files[index].shared:
+                self.plan.files[index] = shared_identity(self.plan.files[index])
             return self._make(m, "file", file=index)
         written = self._populated(m.start, m.end, anonymous=True)
         if not written:
@@ -198,7 +208,9 @@ class Planner:
     def _populated_before_6_7(self, start: int, end: int, *, anonymous: bool) -> Ranges:
         found: list[tuple[int, int]] = []
         for base in range(start, end, PAGE << 16):
-            entries = memoryview(os.pread(self._pagemap, min(end - base, PAGE << 16) // PAGE * 8, base // PAGE * 8)).cast("Q")
+            entries = memoryview(
+                os.pread(self._pagemap, min(end - base, PAGE << 16) // PAGE * 8, base // PAGE * 8)
+            ).cast("Q")
             for index, entry in enumerate(entries):
                 if not entry >> 62 or (anonymous and entry >> 61 & 1):
                     continue

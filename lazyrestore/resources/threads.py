@@ -138,7 +138,9 @@ def restore_own(thread: Thread, program: Program, ops: OpList, *, leader: bool) 
             ops.call(lib.SYS_set_robust_list, thread.robust_list, thread.robust_length)
         stack = thread.signal_stack
         if stack.address and not stack.flags & 2:  # SS_DISABLE
-            ops.call(lib.SYS_sigaltstack, program.place(struct.pack("<QixxxxQ", stack.address, stack.flags, stack.size)), 0)
+            ops.call(
+                lib.SYS_sigaltstack, program.place(struct.pack("<QixxxxQ", stack.address, stack.flags, stack.size)), 0
+            )
         address, length, signature = thread.rseq
         if address:
             ops.call(lib.SYS_rseq, address, length, 0, signature)

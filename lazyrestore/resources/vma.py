@@ -23,6 +23,7 @@ from lazyrestore.program import Descriptors, OpList, Program, lib
 
 PAGE = 4096
 LARGE_FILE_MAPPING = 64 << 20  # bytes; a larger file mapping of which less than 1/8 was written stays a file mapping
+SMALL_SHARED_FILE = 1 << 20  # bytes; the content of no larger one is kept in the manifest
 TEMPLATE_NAME = "/memfd:lazyrestore"
 ANONYMOUS_SHARED_NAME = "/memfd:lazyrestore-shared"  # what a restored anonymous MAP_SHARED mapping is called
 
@@ -32,12 +33,19 @@ Kind = Literal["lazy", "anonymous", "eager", "file", "shared", "hugetlb", "kerne
 
 
 class FileIdentity(msgspec.Struct, frozen=True):
-    """What a mapped file must still be when it is mapped again; mtime in ns; build_id of an ELF file, hexadecimal."""
+    """What a mapped file must still be when it is mapped again; mtime in ns; build_id of an ELF file, hexadecimal.
+
+    A file that is mapped MAP_SHARED and writable belongs to whoever writes it: `shared`, and only its size must hold. If it is
+    small, its `content` is kept, so that it can be made again when it is gone (a JVM removes the perf data of dead ones).
+    """
 
     path: str
     size: int
     mtime: int
     build_id: str = ""
+    shared: bool = False
+    mode: int = 0o600
+    content: bytes | None = None
 
 
 class Vma(msgspec.Struct, frozen=True):
@@ -78,7 +86,11 @@ class SharedObject(msgspec.Struct, frozen=True):
 
 
 def protection_of(mapping: Mapping) -> int:
-    return (lib.PROT_READ if mapping.read else 0) | (lib.PROT_WRITE if mapping.write else 0) | (lib.PROT_EXEC if mapping.execute else 0)
+    return (
+        (lib.PROT_READ if mapping.read else 0)
+        | (lib.PROT_WRITE if mapping.write else 0)
+        | (lib.PROT_EXEC if mapping.execute else 0)
+    )
 
 
 def is_template(mapping: Mapping) -> bool:
@@ -102,7 +114,9 @@ def unsupported(mappings: Iterable[Mapping]) -> list[str]:
             lines.append(f"{where}: device {path}")
         elif {"io", "pf", "mm"} & set(mapping.flags) and path not in ("[vvar]", "[vvar_vclock]", "[vdso]", "[timens]"):
             lines.append(f"{where}: device memory {path}")
-        elif {"um", "ui", "uw"} & set(mapping.flags) and not is_template(mapping) and not path.startswith(TEMPLATE_NAME):
+        elif (
+            {"um", "ui", "uw"} & set(mapping.flags) and not is_template(mapping) and not path.startswith(TEMPLATE_NAME)
+        ):
             lines.append(f"{where}: registered with a userfaultfd of the process")
         elif "ss" in mapping.flags:
             lines.append(f"{where}: a shadow stack")
@@ -121,21 +135,59 @@ def identify(path: str, root: str) -> FileIdentity | None:
 
 
 def check_file(identity: FileIdentity) -> None:
-    """FileChanged unless the file is still what it was: same size, and same mtime or same build-id."""
+    """FileChanged unless the file is still what it was: same size, and same mtime or same build-id. Makes a small shared one again."""
     try:
         status = os.stat(identity.path)
     except OSError as error:
+        if identity.content is not None and _make_again(identity):
+            return
         raise FileChanged(
-            f"file {identity.path}", "map", "it was mapped at the snapshot and is gone", "put it back or snapshot again", errno=error.errno
+            f"file {identity.path}",
+            "map",
+            "it was mapped at the snapshot and is gone",
+            "put it back or snapshot again",
+            errno=error.errno,
         ) from error
     if status.st_size != identity.size:
         raise FileChanged(
-            f"file {identity.path}", "map", f"its size was {identity.size} bytes and is {status.st_size}", "put the old file back or snapshot again"
+            f"file {identity.path}",
+            "map",
+            f"its size was {identity.size} bytes and is {status.st_size}",
+            "put the old file back or snapshot again",
         )
-    if status.st_mtime_ns != identity.mtime and (not identity.build_id or _build_id(identity.path) != identity.build_id):
+    if (
+        not identity.shared
+        and status.st_mtime_ns != identity.mtime
+        and (not identity.build_id or _build_id(identity.path) != identity.build_id)
+    ):
         raise FileChanged(
-            f"file {identity.path}", "map", "it was modified since the snapshot (mtime differs)", "put the old file back or snapshot again"
+            f"file {identity.path}",
+            "map",
+            "it was modified since the snapshot (mtime differs)",
+            "put the old file back or snapshot again",
         )
+
+
+def shared_identity(identity: FileIdentity) -> FileIdentity:
+    """The same file, mapped MAP_SHARED and writable: with its content if it is small."""
+    content = None
+    if identity.size <= SMALL_SHARED_FILE:
+        with open(identity.path, "rb") as file:
+            content = file.read()
+    mode = os.stat(identity.path).st_mode & 0o7777
+    return FileIdentity(identity.path, identity.size, identity.mtime, identity.build_id, True, mode, content)
+
+
+def _make_again(identity: FileIdentity) -> bool:
+    try:
+        descriptor = os.open(
+            identity.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, identity.mode
+        )
+    except OSError:
+        return False
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(identity.content or b"")
+    return True
 
 
 def _build_id(path: str) -> str:
@@ -160,13 +212,22 @@ ADVICE = {  # VmFlags of smaps (Documentation/filesystems/proc.rst) → madvise
 
 
 def restore(
-    vmas: list[Vma], files: list[FileIdentity], writable: set[int], program: Program, ops: OpList, fds: Descriptors, template: int,
-    hugetlb: int, shared: dict[int, int],
+    vmas: list[Vma],
+    files: list[FileIdentity],
+    writable: set[int],
+    program: Program,
+    ops: OpList,
+    fds: Descriptors,
+    template: int,
+    hugetlb: int,
+    shared: dict[int, int],
 ) -> None:
     """Append the mapping of all VMAs but the kernel's. `template`, `hugetlb` and `shared[object]` are descriptor numbers in the
     new process; `writable` the files that must be opened for writing."""
     opened: dict[int, int] = {}
-    uses = {index: max(n for n, vma in enumerate(vmas) if vma.file == index) for index in {vma.file for vma in vmas} - {-1}}
+    uses = {
+        index: max(n for n, vma in enumerate(vmas) if vma.file == index) for index in {vma.file for vma in vmas} - {-1}
+    }
     for number, vma in enumerate(vmas):
         if vma.kind == "kernel":
             continue
@@ -186,7 +247,9 @@ def restore(
                 case "file":
                     if vma.file not in opened:
                         mode = os.O_RDWR if vma.file in writable else os.O_RDONLY
-                        opened[vma.file] = fds.create(lib.SYS_openat, lib.AT_FDCWD, program.string(files[vma.file].path), mode | os.O_CLOEXEC)
+                        opened[vma.file] = fds.create(
+                            lib.SYS_openat, lib.AT_FDCWD, program.string(files[vma.file].path), mode | os.O_CLOEXEC
+                        )
                     fd, offset = opened[vma.file], vma.offset
                     flags |= lib.MAP_SHARED if vma.shared else lib.MAP_PRIVATE
                 case _:
@@ -195,7 +258,9 @@ def restore(
                         flags |= lib.MAP_GROWSDOWN
                     if "nr" in vma.flags or not vma.protection:
                         flags |= lib.MAP_NORESERVE
-            ops.call_expecting(vma.start, lib.SYS_mmap, vma.start, vma.size, vma.protection, flags, fd, offset, note=vma.kind)
+            ops.call_expecting(
+                vma.start, lib.SYS_mmap, vma.start, vma.size, vma.protection, flags, fd, offset, note=vma.kind
+            )
             for name, advice in ADVICE.items():
                 if name in vma.flags and not (name == "wf" and vma.kind != "eager" and vma.kind != "anonymous"):
                     ops.try_call(lib.SYS_madvise, vma.start, vma.size, advice, note=f"VmFlags {name}")

@@ -1,0 +1,123 @@
+"""`lazyrestore stats`: what the pagers of a store count."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from lazyrestore.cli.words import columns, size
+
+if TYPE_CHECKING:
+    from lazyrestore.pager.client import PagerStats, ServiceTimes, SpaceStats
+
+PAGE = 4096
+
+
+@click.command("stats")
+@click.argument("pid", type=click.IntRange(min=1), required=False)
+@click.option("--json", "json_output", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def stats_command(store: str, pid: int | None, json_output: bool) -> None:
+    """Show what the pagers count: chunks filled, faults by kind, service times; per restored process (of PID only, if given).
+
+    \b
+    lazyrestore stats
+    lazyrestore stats 4242 --json
+    """
+    from lazyrestore.errors import NoSuchProcess
+    from lazyrestore.pager.launch import connect_existing
+    from lazyrestore.store import ImageStore
+
+    found = []
+    with ImageStore.open(store, create=False) as images:
+        for summary in images.ls():
+            with images.open_image(summary.name) as image:
+                client = connect_existing(image.key, summary.name)
+            if client is None:
+                continue
+            with client:
+                stats = client.stats()
+            if pid is None or any(space.pid == pid for space in stats.spaces):
+                found.append(_fields(summary.name, stats, pid))
+    if pid is not None and not found:
+        raise NoSuchProcess(
+            f"process {pid}",
+            "stats",
+            f"no pager of {store} serves it",
+            "`lazyrestore stats` shows those that are served",
+        )
+    if json_output:
+        click.echo(json.dumps(found))
+        return
+    if not found:
+        click.echo("no restored process is served")
+    for each in found:
+        click.echo("\n".join(_lines(each)))
+
+
+def _fields(name: str, stats: PagerStats, pid: int | None) -> dict[str, Any]:
+    counters = stats.counters
+    return {
+        "snapshot": name,
+        "uptime_s": stats.uptime_ns / 1e9,
+        "chunks": stats.chunks_total,
+        "chunks_filled": stats.chunks_filled,
+        "chunks_bad": stats.chunks_bad,
+        "resident_share": stats.chunks_filled / stats.chunks_total if stats.chunks_total else 0.0,
+        "bytes_decompressed": stats.bytes_filled,
+        "bytes_read": stats.bytes_read,
+        "faults": counters.missing + counters.minor,
+        "faults_missing": counters.missing,
+        "faults_minor": counters.minor,
+        "faults_write": counters.write,
+        "faults_zero": counters.zero_faults,
+        "service": _service(stats.service),
+        "processes": [_space(space) for space in stats.spaces if pid is None or space.pid == pid],
+    }
+
+
+def _service(times: ServiceTimes) -> dict[str, float]:
+    return {"p50_us": times.p50_ns / 1e3, "p99_us": times.p99_ns / 1e3, "max_us": times.max_ns / 1e3}
+
+
+def _space(space: SpaceStats) -> dict[str, Any]:
+    counters = space.counters
+    installed = (counters.pages + counters.zero_pages) * PAGE
+    return {
+        "pid": space.pid,
+        "generation": space.generation,
+        "faults": counters.missing + counters.minor,
+        "faults_missing": counters.missing,
+        "faults_minor": counters.minor,
+        "faults_write": counters.write,
+        "pages_installed": counters.pages,
+        "zero_pages_installed": counters.zero_pages,
+        "bytes_lazy": space.bytes_registered,
+        "resident_share": min(1.0, installed / space.bytes_registered) if space.bytes_registered else 0.0,
+        "intervals": space.intervals,
+        "service": _service(space.service),
+    }
+
+
+def _lines(each: dict[str, Any]) -> list[str]:
+    service = each["service"]
+    head = (
+        f"{each['snapshot']}: {each['chunks_filled']} of {each['chunks']} chunks filled ({each['resident_share']:.1%}), "
+        f"{size(each['bytes_decompressed'])} decompressed, {each['faults']} faults "
+        f"(p50 {service['p50_us']:.0f} µs, p99 {service['p99_us']:.0f} µs, max {service['max_us']:.0f} µs), up since "
+        f"{time.strftime('%H:%M:%S', time.localtime(time.time() - each['uptime_s']))}"
+    )
+    rows = [("  PID", "KIND", "FAULTS", "MISSING", "MINOR", "WRITE", "PAGES", "ZERO", "RESIDENT", "P50", "P99")]
+    for space in each["processes"]:
+        rows.append(
+            (
+                f"  {space['pid'] or '?'}", "restored" if not space["generation"] else f"forked ({space['generation']})", str(space["faults"]),
+                str(space["faults_missing"]), str(space["faults_minor"]), str(space["faults_write"]), str(space["pages_installed"]),
+                str(space["zero_pages_installed"]), f"{space['resident_share']:.1%}", f"{space['service']['p50_us']:.0f} µs",
+                f"{space['service']['p99_us']:.0f} µs",
+            )
+        )  # fmt: skip
+    return [head, *columns(rows, frozenset(range(2, 11)))]

@@ -1,0 +1,92 @@
+"""Starting a new process at its first instruction: the smallest executable there is, traced, ready to be told what to do.
+
+Facts. The new process is an ELF file of one page in a memory file: its code makes one system call and jumps to rbx. The tracer
+sets the registers, so this one call maps a linked program (`program.Linked`), and the jump enters its executor. So a new process costs the same
+from any caller, however large.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+
+from lazyrestore._native import _core
+from lazyrestore.kernel.tracee import Registers
+from lazyrestore.program import Linked, lib
+
+ffi = _core.ffi
+
+ADDRESS = 0x0F_F000_0000  # where the executable is linked: 64 GiB less 256 MiB, below every hole that we choose
+SYSCALL = b"\x0f\x05"
+CODE = SYSCALL + b"\xff\xe3"  # jmp *%rbx
+STEPS = {
+    lib.LR_SPAWN_CLONE: "clone3", lib.LR_SPAWN_DUP: "dup3", lib.LR_SPAWN_TRACEME: "ptrace", lib.LR_SPAWN_EXEC: "execveat",
+    lib.LR_SPAWN_SETNS: "setns", lib.LR_SPAWN_WAIT: "wait", lib.LR_SPAWN_SESSION: "setsid", lib.LR_SPAWN_LIMIT: "prlimit",
+}  # fmt: skip
+
+_executable: int | None = None
+
+
+def start(
+    pairs: list[tuple[int, int]],
+    *,
+    wanted_pid: int = 0,
+    pid_namespace: int = -1,
+    new_pid_namespace: bool = False,
+    session: int = 0,
+) -> tuple[int, int]:
+    """A new process, stopped and traced by this thread. Returns (pid, pidfd); OSError with the step as its filename.
+
+    pairs: (our descriptor, its number there); all other descriptors are closed. wanted_pid: 0 for any. pid_namespace: a
+    descriptor of one to start in. session: 1 for setsid(), 2 for setpgid(0, 0).
+    """
+    sources = ffi.new("int32_t[]", [source for source, _ in pairs])
+    targets = ffi.new("int32_t[]", [target for _, target in pairs])
+    request = ffi.new("struct lr_spawn *")
+    request.executable = _stub_executable()
+    request.count = len(pairs)
+    request.source, request.target = sources, targets
+    request.wanted_pid = wanted_pid
+    request.pid_namespace = pid_namespace
+    request.new_pid_namespace = new_pid_namespace
+    request.new_session = session
+    request.descriptor_limit = max(target for _, target in pairs) + 64
+    request.trace = 1
+    error = lib.lr_spawn(request)
+    if error:
+        raise OSError(-error, os.strerror(-error), STEPS.get(request.step, "clone3"))
+    return request.pid, request.pidfd
+
+
+def enter(pid: int, linked: Linked, descriptor: int) -> None:
+    """Set the registers of a process from start() so that, once continued, it maps `linked` from its descriptor and runs the first list."""
+    current = ffi.new("struct lr_registers *")
+    _check(lib.lr_set_options(pid, lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD))
+    _check(lib.lr_get_registers(pid, current))
+    registers = Registers.unpack(bytes(ffi.buffer(current)))
+    registers.update(
+        rax=lib.SYS_mmap, rdi=linked.base, rsi=len(linked.image), rdx=lib.PROT_READ | lib.PROT_WRITE | lib.PROT_EXEC,
+        r10=lib.MAP_SHARED | lib.MAP_FIXED_NOREPLACE, r8=descriptor, r9=0, rbx=linked.entry, r12=linked.lists[0],
+        rsp=linked.stacks[0], orig_rax=(1 << 64) - 1,
+    )  # fmt: skip
+    _check(lib.lr_set_registers(pid, ffi.from_buffer("struct lr_registers *", registers.pack())))
+
+
+def _check(result: int) -> None:
+    if result < 0:
+        raise OSError(-result, os.strerror(-result), "ptrace")
+
+
+def _stub_executable() -> int:
+    """The memory file with the executable, made once."""
+    global _executable
+    if _executable is None:
+        header = struct.pack(
+            "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, ADDRESS + 176, 64, 0, 0, 64, 56, 2, 0, 0, 0
+        )  # ET_EXEC, EM_X86_64
+        load = struct.pack("<IIQQQQQQ", 1, 5, 0, ADDRESS, ADDRESS, 180, 180, 4096)
+        stack = struct.pack("<IIQQQQQQ", 0x6474E551, 6, 0, 0, 0, 0, 0, 16)  # PT_GNU_STACK, not executable
+        descriptor = os.memfd_create("lazyrestore-start", os.MFD_CLOEXEC)
+        os.write(descriptor, header + load + stack + CODE)
+        _executable = descriptor
+    return _executable
