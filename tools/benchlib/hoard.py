@@ -1,9 +1,10 @@
 """A victim that holds a given amount of memory: for "a restore costs O(VMAs)" and "zeros cost nothing".
 
-usage: hoard.py SOCKET MEGABYTES {filled|zero}
+usage: hoard.py SOCKET MEGABYTES {filled|zeros|untouched}
 
-filled: every page differs from every other and compresses like ordinary data (about 4:1). zero: half of the memory is
-written with zeros, half is never touched. It answers each connection to the Unix socket with the sum over a few pages.
+filled: every page differs from every other and compresses like ordinary data (about 4:1). zeros: the memory is
+written with zeros. untouched: it is only mapped. Each connection to the Unix socket is answered with the sum over a few
+pages.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def main() -> None:
     memory = np.empty(megabytes << 17, dtype=np.int64)
     if mode == "filled":
         fill(memory)
-    else:
-        memory[: len(memory) // 2] = 0
+    elif mode == "zeros":
+        memory[:] = 0
     step = len(memory) // PAGES_TOUCHED
     server = socket.socket(socket.AF_UNIX)
     server.bind(path)

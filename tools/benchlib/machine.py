@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 GIB = 1 << 30
@@ -26,6 +27,7 @@ def describe() -> dict[str, str]:
         "cores": str(os.cpu_count()),
         "memory": f"{_meminfo('MemTotal') / GIB:.0f} GiB",
         "Python": platform.python_version(),
+        "commit": _commit(),
         "load at the start": load(),
     }
 
@@ -44,6 +46,13 @@ def first_touch() -> int:
     with mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE):
         pass
     return size
+
+
+def _commit() -> str:
+    """What was measured; "-dirty" if files differ from the commit."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=10"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def _meminfo(field: str) -> int:

@@ -35,7 +35,10 @@ def worker(report: Report, victim: Victim, folder: Path, tmpfs: Path, answer: st
     nothing = victim.ask("/empty")
     raw, packed = tmpfs / "raw", folder / "raw.zst"
     copied = rawcopy.copy(victim.pid, raw)
-    zstd_s = rawcopy.zstd_seconds(raw, packed)
+    zstd_s, zstd_cpu = rawcopy.zstd_seconds(raw, packed)
+    report.add("zstd -1 -T0: CPU", zstd_cpu * 1000, "ms")
+    for step, cpu in rawcopy.cpu_by_step(raw).items():
+        report.add(f"{step} the same bytes in chunks, one thread: CPU", cpu * 1000, "ms")
     report.add("zstd -1 -T0 on the same bytes", copied / zstd_s / 1e6, "MB/s")
     report.add("zstd -1 -T0: stored", packed.stat().st_size / 1e6, "MB")
     raw.unlink()
@@ -52,9 +55,12 @@ def worker(report: Report, victim: Victim, folder: Path, tmpfs: Path, answer: st
         report.add("snapshot, worker goes on: all", live.seconds * 1000, "ms")
 
     with lazyrestore.Store.open(folder / "store") as store:
+        cpu = time.process_time()
         taken, wall = clock(lambda: store.snapshot(victim.pid, name="worker", kill=True))
+        cpu = time.process_time() - cpu
         end(victim.pid)
         report.add("snapshot: call", wall, "ms")
+        report.add("snapshot: CPU", cpu * 1000, "ms")
         report.add("snapshot: raw", taken.raw_bytes / 1e6, "MB")
         report.add("snapshot: stored", taken.stored_bytes / 1e6, "MB")
         report.add("snapshot: throughput", taken.raw_bytes / taken.seconds / 1e6, "MB/s")
@@ -72,7 +78,7 @@ def worker(report: Report, victim: Victim, folder: Path, tmpfs: Path, answer: st
         gone()
         with store.get("worker") as again:
             _resume(report, "1st restore, empty request", again, victim, "/empty", nothing)
-            stats = again.stats()
+            stats = again.pager_stats()
             report.add("1st restore, empty request: faults", stats.faults if stats else 0, "")
 
 
@@ -108,15 +114,19 @@ def size(report: Report, folder: Path) -> None:
 
 def zeros(report: Report, folder: Path) -> None:
     """Snapshot a process with much memory that is zero or was never touched. Raises as `worker`."""
-    for megabytes, mode in ((1, "zero"), (ZEROS, "zero")):
+    for name, megabytes, mode in (
+        ("nothing", 1, "untouched"),
+        ("untouched", ZEROS, "untouched"),
+        ("zeros", ZEROS, "zeros"),
+    ):
         with running("hoard.py", folder / "zeros.sock", str(megabytes), mode) as victim:
             answer = victim.ask()
-            store = lazyrestore.Store.open(folder / f"zeros-{megabytes}")
+            store = lazyrestore.Store.open(folder / f"store-{name}")
             snapshot = store.snapshot(victim.pid, name="zeros", kill=True)
             end(victim.pid)
-            report.add(f"zeros, {megabytes} MiB: stored", snapshot.stored_bytes / 1e6, "MB")
-            report.add(f"zeros, {megabytes} MiB: snapshot", snapshot.seconds, "s")
-            report.add(f"zeros, {megabytes} MiB: paused", snapshot.pause_ms, "ms")
+            report.add(f"{name}, {megabytes} MiB: stored", snapshot.stored_bytes / 1e6, "MB")
+            report.add(f"{name}, {megabytes} MiB: snapshot", snapshot.seconds, "s")
+            report.add(f"{name}, {megabytes} MiB: paused", snapshot.pause_ms, "ms")
             process = snapshot.restore()
             try:
                 if victim.ask() != answer:
@@ -152,7 +162,7 @@ def _restore(
     report: Report, name: str, snapshot: lazyrestore.Snapshot, victim: Victim, answer: str, whole: str, rss: int
 ) -> None:
     """One restore with its first response; the whole data set is compared afterwards."""
-    before = snapshot.stats()
+    before = snapshot.pager_stats()
     started = time.perf_counter()
     process = snapshot.restore()
     resumed = time.perf_counter()

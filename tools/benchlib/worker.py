@@ -27,6 +27,7 @@ import ssl
 import sys
 import unicodedata
 import xml.etree.ElementTree
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.reply(self.data.part())
             finally:
                 os._exit(0)
-        answers = {"/all": self.data.whole, "/empty": str}
+        answers: dict[str, Callable[[], str]] = {"/all": self.data.whole, "/empty": str}
         self.reply(answers.get(self.path, self.data.part)())
 
     def reply(self, digest: str) -> None:
