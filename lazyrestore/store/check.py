@@ -13,6 +13,7 @@ from lazyrestore.errors import ChunkInvalid, StoreBusy, StoreReadOnly
 from lazyrestore.store import format, locks
 from lazyrestore.store.environment import Environment
 from lazyrestore.store.image import Entry, StoredImage, open_image
+from lazyrestore.store.report import names as names_of
 
 BATCH = 4 << 20  # raw bytes per task
 TREE_ATTEMPTS = 3  # readings of the tree during which somebody committed, before the check of the tree is given up
@@ -41,26 +42,36 @@ class Report:
     damage: list[Damage] = field(default_factory=list)
 
 
-def verify(environment: Environment, names: list[str], *, whole: bool) -> Report:
-    """Test the snapshots `names`, and with `whole` the store's own structure first; damage is reported, not raised.
+def verify(environment: Environment, name: str | None) -> Report:
+    """Test one snapshot, or, without a name, all of them and the store's own structure; damage is reported, not raised.
 
     Of each chunk: its place in the index and in its pack, zstd's checksum, its raw length and its BLAKE3. Raises
     SnapshotNotFound, StoreError.
     """
     report = Report()
-    if whole and not _check_tree(environment, report):
+    if name is None and not _check_tree(environment, report):
         return report  # LMDB itself would trip over it
+    try:
+        names = [name] if name is not None else _names(environment)
+    except ChunkInvalid as error:
+        report.damage.append(Damage("", None, str(error)))
+        return report
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "lazyrestore-verify") as pool:
-        for name in names:
+        for each in names:
             report.snapshots += 1
             try:
-                with open_image(environment, name) as image:
+                with open_image(environment, each) as image:
                     _check_image(environment, image, pool, report)
             except ChunkInvalid as error:
-                report.damage.append(Damage(name, None, str(error)))
-    if whole:
+                report.damage.append(Damage(each, None, str(error)))
+    if name is None:
         _check_locations(environment, report)
     return report
+
+
+def _names(environment: Environment) -> list[str]:
+    with environment.read() as txn:
+        return list(names_of(environment, txn))
 
 
 def _check_tree(environment: Environment, report: Report) -> bool:

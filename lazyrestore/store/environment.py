@@ -216,6 +216,11 @@ class Environment:
                     result = operation(txn)
                     self._make_room(room // self.page + 1)
                 return result
+            except StoreError as error:
+                if error.errno == errno.EIO and self._disk_is_full(room):  # LMDB's word for a write cut short
+                    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                    raise locks.os_error(self.resource, "write", full) from error
+                raise
             except lmdb.MapFullError:
                 self._resize(2 * int(self._env.info()["map_size"]))
             except lmdb.MapResizedError:
@@ -226,14 +231,12 @@ class Environment:
         if not self.writable:
             raise locks.os_error(self.resource, "write", OSError(errno.EROFS, os.strerror(errno.EROFS)))
 
-    def exclusively(self, number: int, operation: Callable[[], None]) -> None:
-        """Run `operation` while nobody can write, if write transaction `number` is the next one, that is, if none has
-        come in between; otherwise do nothing."""
+    def alone(self, operation: Callable[[], None]) -> None:
+        """Run `operation`, which writes no record, while no process can write one."""
         with self._translated("write"), self._counted():
             txn = self._env.begin(write=True)
             try:
-                if txn.id() == number:
-                    operation()
+                operation()
             finally:
                 txn.abort()
 
@@ -244,6 +247,10 @@ class Environment:
         due = (last + 1 + pages + last // 32 + 1024) * self.page
         if os.stat(self.data_path).st_size < due:
             os.truncate(self.data_path, due)
+
+    def _disk_is_full(self, room: int) -> bool:
+        status = os.statvfs(self.data_path)
+        return status.f_bavail * status.f_frsize < room + (1 << 20)
 
     def sync(self) -> None:
         """Everything committed is on disk when this returns."""
@@ -292,7 +299,7 @@ class Environment:
     # -- values in the data file ---------------------------------------------------------------------------------------
 
     def file_offset(self, value: memoryview) -> int:
-        """Where in data.mdb a value of a running transaction stands. Raises StoreError rather than be wrong."""
+        """Where in data.mdb a value of a running transaction stands. Raises ChunkInvalid rather than be wrong."""
         address = address_of(value)
         if self._origin is None:
             self._origin = self._find_origin(address)
@@ -305,12 +312,17 @@ class Environment:
             room = pages * self.page - PAGE_HEADER.size
             if number * self.page == head and flags == OVERFLOW and len(value) <= room:
                 return offset
-        raise StoreError(self.resource, "locate a value", f"file offset {offset} does not hold it", "see `verify`")
+        raise ChunkInvalid(self.resource, "locate a value", f"file offset {offset} does not hold it", "see `verify`")
 
-    def page_span(self, offset: int, length: int) -> tuple[int, int]:
-        """File offsets, end exclusive, of the pages that a value at `offset` occupies, with their header."""
-        start = offset - PAGE_HEADER.size
-        return start, start + -(-(PAGE_HEADER.size + length) // self.page) * self.page
+    def pages_of(self, value: memoryview) -> tuple[int, int]:
+        """File offsets, end exclusive, of the pages that a long value of a running transaction occupies, header
+        included."""
+        start = self.file_offset(value) - PAGE_HEADER.size
+        return start, start + -(-(PAGE_HEADER.size + len(value)) // self.page) * self.page
+
+    def unused_tail(self) -> tuple[int, int]:
+        """File offsets, end exclusive, of what lies behind the last page that any transaction has used."""
+        return (int(self._env.info()["last_pgno"]) + 1) * self.page, os.fstat(self.fd).st_size
 
     def _find_origin(self, address: int) -> int:
         with open("/proc/self/maps", "rb") as maps:

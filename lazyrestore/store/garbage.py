@@ -2,13 +2,14 @@
 
 Facts. A snapshot that no name points to is *doomed*; its packs are freed once nobody pins it. A pack that no snapshot,
 visible or doomed, lists is garbage: left by a writer that was killed, or by a snapshot just freed. LMDB keeps freed
-pages for itself and never shortens its file. Pages that transaction N frees are not used again before transaction N + 2
-(mdb_page_alloc takes lists older than the oldest reader, and N + 1 counts N as read).
-Consequence. The disk space of a freed pack can be given back by punching a hole into the file, if the removal is on
-disk, and if no transaction has come in between.
-Choice. Remove packs in groups, sync, then begin the next write transaction; punch only if it is number N + 1, and end
-it without change. Otherwise the space stays in LMDB's list and serves the next snapshot.
-Cost. One sync per group.
+pages for itself and never shortens its file; it writes to a freed page again no matter whether the file has a hole
+there, so on a full disk that fails. To delete a value it reads the header at the start of the value's first page.
+Consequence. The disk space of garbage can be given back by punching a hole into the file, as long as it is still in the
+tree, since nobody else can be given its pages then; and must be, before the transaction that deletes it needs room.
+Choice. Make durable that no snapshot lists the packs; punch all but each one's first page; then delete them, in groups.
+Killed in between, there is a pack of zeros that nobody reads, and the next writer, before it looks anything up, starts
+again. What a failed commit wrote behind the last page in use is punched too, while no transaction can come in.
+Cost. 4 KiB per freed pack, and the sparse file's length, until they are used again.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Freed:
 
 def collect(environment: Environment) -> Freed:
     """Free doomed snapshots that nobody pins, and packs that no snapshot lists. Raises StoreError; may be run again."""
+    environment.alone(lambda: _punch(environment, [environment.unused_tail()]))
     snapshots, still_pinned = _free_doomed(environment)
     with environment.read() as txn:
         garbage = sorted(set(environment.keys(txn, format.PACKS)) - _listed_packs(environment, txn))
@@ -78,13 +80,18 @@ def _listed_packs(environment: Environment, txn: Transaction) -> set[int]:
 
 def _free_packs(environment: Environment, packs: list[int]) -> int:
     """Remove packs and what leads to them; returns their bytes."""
-    ranges = []
+    stored = 0
+    holes = []
     with environment.read() as txn:
         for pack in packs:
             value = environment.need(txn, format.key(format.PACKS, pack))
-            ranges.append((environment.file_offset(value), len(value)))
+            start, end = environment.pages_of(value)
+            holes.append((start + environment.page, end))
+            stored += len(value)
+    environment.sync()
+    _punch(environment, holes)
 
-    def remove(txn: Transaction) -> int:
+    def remove(txn: Transaction) -> None:
         for pack in packs:
             contents = bytes(txn.get(format.key(format.CONTENTS, pack), b""))
             for at in range(0, len(contents) - format.HASH + 1, format.HASH):
@@ -94,21 +101,17 @@ def _free_packs(environment: Environment, packs: list[int]) -> int:
                     txn.delete(chunk)
             txn.delete(format.key(format.CONTENTS, pack))
             txn.delete(format.key(format.PACKS, pack))
-        return int(txn.id())
 
-    removed_in = environment.update(remove)
-    environment.sync()
-    environment.exclusively(removed_in + 1, lambda: _punch(environment, ranges))
-    return sum(length for _, length in ranges)
+    environment.update(remove)
+    return stored
 
 
-def _punch(environment: Environment, ranges: list[tuple[int, int]]) -> None:
-    """Give the pages of removed values back to the file system, if it knows how."""
+def _punch(environment: Environment, holes: list[tuple[int, int]]) -> None:
+    """Give parts of the file (offsets, end exclusive) back to the file system, if it knows how."""
     descriptor = os.open(environment.data_path, os.O_RDWR | os.O_CLOEXEC)
     try:
-        for offset, length in ranges:
-            start, end = environment.page_span(offset, length)
-            if _libc.fallocate(descriptor, KEEP_SIZE | PUNCH_HOLE, start, end - start):
+        for start, end in holes:
+            if start < end and _libc.fallocate(descriptor, KEEP_SIZE | PUNCH_HOLE, start, end - start):
                 return  # EOPNOTSUPP: the space is still LMDB's to use again
     finally:
         os.close(descriptor)

@@ -60,16 +60,23 @@ class StoredImage:
     def contents(self, start: int, end: int) -> Iterator[tuple[int, bytes]]:
         """(image address, bytes) of what is stored between `start` and `end`, in order; the rest is zero. Raises
         ChunkInvalid."""
+        first = self._first_after(start)
         previous = 0
-        for number in range(self._first_after(start), self.n_chunks):
+        for number in range(max(0, first - 2), self.n_chunks):
+            # Two entries before the first, and one behind the last, are checked too: a single wrong entry cannot
+            # mislead the search without being out of order with a neighbour of where it ended.
             entry = self.entry(number, previous)
             address, length = entry[:2]
+            previous = address + length
+            if number < first:
+                continue
             if address >= end:
+                if number + 1 < self.n_chunks:
+                    self.entry(number + 1, previous)
                 break
             raw = self.decompress(entry)
             low, high = max(address, start), min(address + length, end)
             yield low, raw[low - address : high - address]
-            previous = address + length
 
     def entry(self, number: int, previous: int = 0) -> Entry:
         """Chunk `number` of the index, checked; previous: image address where the one before ends. Raises
@@ -150,10 +157,7 @@ def open_image(environment: Environment, name: str) -> StoredImage:
         data = -1
         try:
             with environment.read() as txn:
-                if (
-                    txn.get(key) == format.KEY.pack(snapshot)
-                    and txn.get(format.key(format.SNAPSHOTS, snapshot)) is not None
-                ):
+                if txn.get(key) == format.KEY.pack(snapshot):
                     data = os.dup(environment.fd)
                     image = _locate(environment, txn, name, snapshot, data, pin)
                     pin = data = -1

@@ -98,8 +98,7 @@ class ImageStore:
         with environment.read() as txn:
             if name is not None:
                 image.find(environment, txn, name)
-            names = list(report.names(environment, txn)) if name is None else [name]
-        return check.verify(environment, names, whole=name is None)
+        return check.verify(environment, name)
 
     def totals(self) -> report.Totals:
         """Sizes of the whole and of each snapshot; O(chunks)."""
