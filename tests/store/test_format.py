@@ -1,0 +1,75 @@
+"""The format on disk: old stores stay readable, and docs/format.md tells the truth."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from tests.store import golden
+
+from lazyrestore.store import ImageStore, format
+from lazyrestore.store.writer import BATCH
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ImageStore:
+    copy = tmp_path / "golden"
+    shutil.copytree(golden.FOLDER, copy)
+    return ImageStore.open(copy, create=False)
+
+
+def test_the_golden_store_is_readable(store: ImageStore) -> None:
+    assert [each.name for each in store.ls()] == ["golden", "second-1.0:@+_"]
+    report = store.verify()
+    assert not report.damage and report.snapshots == 2
+    assert store.manifest("golden") == golden.MANIFEST
+    with store.open_image("golden") as first, store.open_image("second-1.0:@+_") as second:
+        assert first.hugetlb
+        for address, content in golden.PIECES.items():
+            assert first.read(address, len(content)) == content
+            assert second.read(address, len(content)) == b"changed" + content[7:]
+    shown = store.show("second-1.0:@+_")
+    assert shown.added_bytes < shown.stored_bytes
+    assert shown.raw_bytes == sum(map(len, golden.PIECES.values()))
+    store.close()
+
+
+def test_the_golden_store_is_writable(store: ImageStore) -> None:
+    content = golden.PIECES[golden.PRIVATE]
+    with store.writer("new") as writer:
+        writer.add(memoryview(content), [(golden.PRIVATE, 0, len(content))])
+        writer.commit(b"")
+    assert store.show("new").added_bytes == 0
+    store.rm("golden")
+    assert not store.verify().damage
+    store.close()
+
+
+def test_the_documented_layouts() -> None:
+    text = Path("docs/format.md").read_text()
+    assert f"version {format.VERSION}" in text
+    letters = {"u64": "Q", "u32": "I"}
+    for name, layout in (("struct lr_chunk {", format.ENTRY), ("location {", format.LOCATION)):
+        block = text.split(name, 1)[1].split("}", 1)[0]
+        assert "<" + "".join(letters[kind] for kind in re.findall(r"\b(u64|u32) ", block)) == layout.format
+        assert f"{layout.size} bytes" in block
+    for value in (format.IDENTITY, format.COUNTERS):
+        assert f'"{value.decode()}"' in text
+    for table in (
+        value for name, value in vars(format).items() if name.isupper() and isinstance(value, bytes) and len(value) == 1
+    ):
+        assert f"`{table.decode()}` +" in text
+    for number in (format.CHUNK, format.HUGE_CHUNK, format.PACK_MAX):
+        assert f"{number} " in text
+
+
+def test_importing_the_store_is_cheap() -> None:
+    """What only writing and verifying need is loaded when they need it."""
+    import subprocess
+
+    code = "import sys, lazyrestore.store; print([m for m in ('zstandard', 'blake3', 'numpy') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    assert BATCH % format.HUGE_CHUNK == 0
