@@ -1,6 +1,6 @@
 """The golden store: version 1 of the format, as the first release wrote it. It must stay readable for ever.
 
-`python tests/store/golden.py` made tests/store/golden/; it is not to be made again for version 1.
+`python tests/store/make_golden.py` made tests/store/golden/; it is not to be made again for version 1.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def main() -> None:
     with ImageStore.open(FOLDER) as store:
         for name, changed in (("golden", b""), ("second-1.0:@+_", b"changed")):
             with store.writer(name) as writer:
-                for address, content in PIECES.items():
-                    content = bytearray(content)
+                for address, piece in PIECES.items():
+                    content = bytearray(piece)
                     content[: len(changed)] = changed
                     chunk = HUGE_CHUNK if address == HUGE else 1 << 16
                     writer.add(memoryview(content), [(address, 0, len(content))], chunk_size=chunk)
