@@ -7,17 +7,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import helpers_golden
 import pytest
 
 from lazyrestore.store import ImageStore, format
 from lazyrestore.store.writer import BATCH
-from tests.store import make_golden
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> ImageStore:
     copy = tmp_path / "golden"
-    shutil.copytree(make_golden.FOLDER, copy)
+    shutil.copytree(helpers_golden.FOLDER, copy)
     return ImageStore.open(copy, create=False)
 
 
@@ -25,22 +25,22 @@ def test_the_golden_store_is_readable(store: ImageStore) -> None:
     assert [each.name for each in store.ls()] == ["golden", "second-1.0:@+_"]
     report = store.verify()
     assert not report.damage and report.snapshots == 2
-    assert store.manifest("golden") == make_golden.MANIFEST
+    assert store.manifest("golden") == helpers_golden.MANIFEST
     with store.open_image("golden") as first, store.open_image("second-1.0:@+_") as second:
         assert first.hugetlb
-        for address, content in make_golden.PIECES.items():
+        for address, content in helpers_golden.PIECES.items():
             assert first.read(address, len(content)) == content
             assert second.read(address, len(content)) == b"changed" + content[7:]
     shown = store.show("second-1.0:@+_")
     assert shown.added_bytes < shown.stored_bytes
-    assert shown.raw_bytes == sum(map(len, make_golden.PIECES.values()))
+    assert shown.raw_bytes == sum(map(len, helpers_golden.PIECES.values()))
     store.close()
 
 
 def test_the_golden_store_is_writable(store: ImageStore) -> None:
-    content = make_golden.PIECES[make_golden.PRIVATE]
+    content = helpers_golden.PIECES[helpers_golden.PRIVATE]
     with store.writer("new") as writer:
-        writer.add(memoryview(content), [(make_golden.PRIVATE, 0, len(content))])
+        writer.add(memoryview(content), [(helpers_golden.PRIVATE, 0, len(content))])
         writer.commit(b"")
     assert store.show("new").added_bytes == 0
     store.rm("golden")

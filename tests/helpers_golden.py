@@ -1,6 +1,6 @@
 """The golden store: version 1 of the format, as the first release wrote it. It must stay readable for ever.
 
-`python tests/store/make_golden.py` made tests/store/golden/; it is not to be made again for version 1.
+`python tests/helpers_golden.py` made tests/store/golden/; it is not to be made again for version 1.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lazyrestore.store import HUGE_CHUNK, ImageStore
 
-FOLDER = Path(__file__).with_name("golden")
+FOLDER = Path(__file__).parent / "store" / "golden"
 PAGE = 4096
 PRIVATE, SHARED, HUGE = 0x5555_0000_0000, 1 << 47, 0x7F00_0000_0000
 MANIFEST = bytes(range(256))
