@@ -18,14 +18,14 @@ from dataclasses import dataclass, field
 
 from lazyrestore import spawn
 from lazyrestore._native import _core
-from lazyrestore.errors import CpuMismatch, KernelMismatch, MissingFeature, PidTaken, RestoreError
+from lazyrestore.errors import CpuMismatch, KernelMismatch, MissingFeature, NoSuchProcess, PidTaken, RestoreError
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import Registers
 from lazyrestore.manifest import Manifest
 from lazyrestore.pid_namespace import Namespace, new_namespace
 from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, PagerClient, Range
 from lazyrestore.program import Op, lib
-from lazyrestore.resources import attributes, descriptors, vma
+from lazyrestore.resources import attributes, descriptors, threads, vma
 from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
 from lazyrestore.restore_program import Compiled, compile_program, layout_for
 from lazyrestore.store import StoredImage
@@ -54,6 +54,9 @@ class Prepared:
     own: attributes.Credentials
     compiled: dict[bool, Compiled] = field(default_factory=dict)  # by: in a PID namespace of its own
     ranges: list[Range] = field(default_factory=list)
+    checked: dict[str, tuple[int, ...] | None] = field(
+        default_factory=dict
+    )  # path → what stat() said of a file found unchanged
 
 
 class _Phases:
@@ -87,8 +90,12 @@ def run(
     """Restore once. `streams` are the caller's descriptors for the new process's standard streams, where it needs them;
     new_pid: in a PID namespace of its own, where the old process id is free."""
     manifest, phases = prepared.manifest, _Phases()
+    if not new_pid:
+        _check_pid_free(manifest.pid)
     for identity in manifest.files:
-        vma.check_file(identity)
+        if vma.file_signature(identity) != prepared.checked.get(identity.path):
+            vma.check_file(identity)
+            prepared.checked[identity.path] = vma.file_signature(identity)
     descriptors.check_files(manifest.descriptors)
     descriptors.prepare(manifest.descriptors)
     phases.done("check")
@@ -184,6 +191,21 @@ def check_host(name: str, manifest: Manifest) -> None:
             f"this CPU lacks {', '.join(missing)}",
             "restore on a CPU with these features",
         )
+
+
+def _check_pid_free(pid: int) -> None:
+    """PidTaken if the process id is in use; before sockets are bound, as the one in use may be the original."""
+    try:
+        comm = procfs.read(pid, "comm").decode(errors="replace").strip()
+    except NoSuchProcess:
+        return
+    raise PidTaken(
+        f"process id {pid}",
+        "start process",
+        f"it is in use by {comm}",
+        "end that process, or restore with --pid new",
+        errno=errno.EEXIST,
+    )
 
 
 # -- pieces of one restore ---------------------------------------------------------------------------------------------
@@ -324,22 +346,20 @@ class _Child:
             raise RestoreError(f"process {self.pid}", "write contents", errno=error.errno) from error
         finally:
             os.close(memory)
-        adjust = manifest.attributes.oom_score_adjust
-        if adjust:
-            with open(f"/proc/{self.pid}/oom_score_adj", "w") as file:
-                file.write(str(adjust))
+        attributes.restore_outside(manifest.attributes, self.pid)
 
     def let_go(self) -> None:
         """Remove what is ours from the address space, set every thread's state, detach."""
+        self._fetch_futex_words()
         linked = self.compiled.linked
         here = self._registers(self.pid)
         syscall = linked.base + linked.image.index(spawn.SYSCALL)
         if self.compiled.trap_action:
             self._remote(here, syscall, lib.SYS_rt_sigaction, lib.SIGTRAP, self.compiled.trap_action, 0, 8)
         self._remote(here, syscall, lib.SYS_munmap, linked.base, self.compiled.end - linked.base)
-        threads = self.prepared.manifest.threads
+        leader, *others = self.prepared.manifest.threads
         order = [*self.tids[1:], self.tids[0]]
-        for tid, thread in zip(order, [*threads[1:], threads[0]], strict=True):
+        for tid, thread in zip(order, [*others, leader], strict=True):
             registers = ffi.from_buffer("struct lr_registers *", thread.registers)
             self._must(lib.lr_set_registers(tid, registers), f"set registers of thread {tid}")
             error = lib.lr_set_xstate(tid, ffi.from_buffer(thread.xstate), len(thread.xstate))
@@ -347,6 +367,13 @@ class _Child:
             self._must(lib.lr_set_signal_mask(tid, thread.signal_mask), f"set signal mask of thread {tid}")
         for tid in order:
             self._must(lib.lr_detach(tid, 0), f"detach thread {tid}")
+
+    def _fetch_futex_words(self) -> None:
+        """The kernel changes some futex words in a way that cannot wait for a pager: bring their pages first."""
+        buffer, failed = ffi.new("char[4]"), ffi.new("uint64_t *")
+        for thread in self.prepared.manifest.threads:
+            for address in threads.futex_words(thread):
+                lib.lr_copy_runs(self.pid, ffi.new("struct lr_run *", (address, 0, 4)), 1, buffer, 1, failed)
 
     # -- underneath ----------------------------------------------------------------------------------------------------
 

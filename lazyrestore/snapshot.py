@@ -16,7 +16,7 @@ import struct
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -221,6 +221,7 @@ def _capture(frozen: Frozen, pidfd: int, identities: dict[str, vma.FileIdentity]
         captured = [threads.capture(frozen, tid) for tid in frozen.tids]
         handlers = signals.capture(frozen)
         whole = attributes.capture(frozen)
+        plan.runs = [_read_unreadable(frozen, run) if run.forced and run.lazy else run for run in plan.runs]
         frozen.end_calls()
     except BaseException:
         planner.close()
@@ -245,6 +246,16 @@ def _capture(frozen: Frozen, pidfd: int, identities: dict[str, vma.FileIdentity]
         pause_ms=0.0,
     )
     return _Capture(planner, plan, manifest)
+
+
+def _read_unreadable(frozen: Frozen, run: Run) -> Run:
+    """Content of a restored process that is behind PROT_NONE and may not have arrived: only a page fault brings it, so the range is
+    made readable for a moment. /proc/PID/mem, which ignores protection, does not wait for a pager."""
+    with frozen.calls(frozen.pid) as call:
+        check(call(lib.SYS_mprotect, run.address, run.length, lib.PROT_READ), frozen.pid, "mprotect")
+        data = frozen.read(run.address, run.length)
+        check(call(lib.SYS_mprotect, run.address, run.length, run.protection), frozen.pid, "mprotect")
+    return replace(run, data=data)
 
 
 def _finish(capture: _Capture, pause: float) -> Manifest:
@@ -275,7 +286,7 @@ def _without_overlap(runs: list[Run]) -> list[Run]:
         skip = max(0, end - run.image)
         if skip >= run.length:
             continue
-        result.append(Run(run.image + skip, run.address + skip, run.length - skip, run.descriptor, run.forced))
+        result.append(replace(run, image=run.image + skip, address=run.address + skip, length=run.length - skip))
         end = run.image + run.length
     return result
 
@@ -289,7 +300,9 @@ def _batches(runs: list[Run]) -> Iterator[list[Run]]:
         at, end = run.image, run.image + run.length
         while at < end:
             stop = min(end, (at + STREAM) & -border)
-            piece = Run(at, run.address + at - run.image, stop - at, run.descriptor, run.forced)
+            into = at - run.image
+            data = run.data[into : into + stop - at] if run.data is not None else None
+            piece = replace(run, image=at, address=run.address + into, length=stop - at, data=data)
             if (
                 size + piece.length > STREAM
                 and batch
@@ -348,7 +361,9 @@ class _Buffer:
         view = memoryview(self._map)
         for run in runs:
             placed.append((run.image, offset, run.length))
-            if run.descriptor >= 0 or run.forced:
+            if run.data is not None:
+                view[offset : offset + run.length] = run.data
+            elif run.descriptor >= 0 or run.forced:
                 _read_fully(
                     run.descriptor if run.descriptor >= 0 else memory, view[offset : offset + run.length], run.address
                 )

@@ -124,6 +124,15 @@ def parse_status(text: bytes) -> dict[str, str]:
     }
 
 
+def parse_limits(text: bytes) -> list[tuple[int, int]]:
+    """/proc/PID/limits as (soft, hard) by resource number, -1 for unlimited; the lines are in that order (fs/proc/base.c)."""
+    limits = []
+    for line in text.decode().splitlines()[1:]:
+        soft, hard = line[26:46].strip(), line[47:67].strip()
+        limits.append((-1 if soft == "unlimited" else int(soft), -1 if hard == "unlimited" else int(hard)))
+    return limits
+
+
 def read(pid: int, name: str) -> bytes:
     """The contents of /proc/PID/name; NoSuchProcess when the process is gone."""
     try:

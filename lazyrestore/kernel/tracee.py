@@ -16,6 +16,7 @@ The cost: a private copy of one vdso page remains in the target, its bytes as be
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import struct
@@ -98,8 +99,6 @@ def check(result: int, process: int, step: str) -> int:
     """A native function's result; negative ones become the exception that fits."""
     if result >= 0:
         return int(result)
-    import errno
-
     if -result == errno.ESRCH:
         raise NoSuchProcess(f"process {process}", step, "the process or thread is gone")
     if -result in (errno.EPERM, errno.EACCES):
@@ -128,14 +127,8 @@ class Frozen:
 
     def __enter__(self) -> Frozen:
         try:
-            self._freeze()
             self.memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
-            registers, mask = ffi.new("struct lr_registers *"), ffi.new("uint64_t *")
-            for tid in self.tids:
-                check(lib.lr_get_registers(tid, registers), self.pid, "read registers")
-                self.registers[tid] = Registers.unpack(bytes(ffi.buffer(registers)))
-                check(lib.lr_get_signal_mask(tid, mask), self.pid, "read signal mask")
-                self.masks[tid] = mask[0]
+            self._freeze()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -146,8 +139,6 @@ class Frozen:
     ) -> None:
         try:
             self.end_calls()
-            for tid in self.tids:
-                self._mend_interrupted(tid)
         except NoSuchProcess:
             pass  # it was killed meanwhile: nothing to put back
         finally:
@@ -181,38 +172,33 @@ class Frozen:
             new = [tid for tid in procfs.threads(self.pid) if tid not in self._seized]
             if not new:
                 break
-            stopping = []
             for tid in new:
                 result = lib.lr_seize(tid, lib.PTRACE_O_TRACESYSGOOD)
-                if result == -3:  # ESRCH: the thread ended between the listing and now
+                if result == -errno.ESRCH:  # the thread ended between the listing and now
                     continue
                 if result < 0 and self._tracer():
-                    raise AlreadyTraced(
-                        f"process {self.pid}",
-                        "attach",
-                        f"already traced by process {self._tracer()}",
-                        "detach that tracer first",
-                    )
+                    by = f"already traced by process {self._tracer()}"
+                    raise AlreadyTraced(f"process {self.pid}", "attach", by, "detach that tracer first")
                 check(result, self.pid, "attach")
                 self._seized.add(tid)
                 lib.lr_interrupt(tid)
-                stopping.append(tid)
-            for tid in stopping:
-                self._await_stop(tid, deadline)
-            if not stopping and not self._seized:
+                if self._await_stop(tid, deadline):
+                    self._mend(tid)
+            if not self._seized:
                 raise NoSuchProcess(f"process {self.pid}", "attach", "it ended")
         self.tids = [self.pid, *sorted(self._seized - {self.pid})]
         if self.pid not in self._seized:
             raise SnapshotFailed(f"process {self.pid}", "freeze", "its main thread has exited, which is not supported")
 
-    def _await_stop(self, tid: int, deadline: float) -> None:
+    def _await_stop(self, tid: int, deadline: float) -> bool:
+        """Whether the thread stopped; it may end instead."""
         spins = 0
         while True:
             try:
                 got, status = os.waitpid(tid, os.WNOHANG | 0x40000000)  # __WALL
             except ChildProcessError:
                 self._seized.discard(tid)
-                return
+                return False
             if not got:
                 spins += 1
                 if spins > 2000:
@@ -227,21 +213,50 @@ class Frozen:
                 continue
             if not os.WIFSTOPPED(status):
                 self._seized.discard(tid)  # it ended
-                return
+                return False
             if status >> 16 == lib.PTRACE_EVENT_STOP:
-                return
+                return True
             # A signal was on its way before the interrupt: let it be delivered as it would have been.
             lib.lr_continue(tid, os.WSTOPSIG(status))
 
     def _tracer(self) -> int:
         return int(procfs.parse_status(procfs.read(self.pid, "status")).get("TracerPid", "0"))
 
-    def _mend_interrupted(self, tid: int) -> None:
-        """A call that a mere stop turned into -EINTR is made again; everything else the kernel restarts by itself."""
-        registers = self.registers[tid]
-        if registers.in_syscall and registers.result == -EINTR and registers["orig_rax"] in NOT_RESTARTED:
-            if not self._signal_pending(tid):
-                self._set(tid, call_again(registers))
+    def _mend(self, tid: int) -> None:
+        """Read a thread's state, and at once put right what our stop did to it, so that a tracer that dies leaves nothing to do.
+
+        A call that a mere stop turned into -EINTR is made again. A thread in an rseq critical section goes to its abort handler, as after any
+        preemption: it is about to run other code, which ends the section's protection.
+        """
+        registers, mask = ffi.new("struct lr_registers *"), ffi.new("uint64_t *")
+        check(lib.lr_get_registers(tid, registers), self.pid, "read registers")
+        state = Registers.unpack(bytes(ffi.buffer(registers)))
+        check(lib.lr_get_signal_mask(tid, mask), self.pid, "read signal mask")
+        self.masks[tid] = mask[0]
+        if state.in_syscall:
+            if state.result == -EINTR and state["orig_rax"] in NOT_RESTARTED and not self._signal_pending(tid):
+                state = call_again(state)
+                self._set(tid, state)
+        else:
+            abort = self._rseq_abort(tid, state["rip"])
+            if abort:
+                state["rip"] = abort
+                self._set(tid, state)
+        self.registers[tid] = state
+
+    def _rseq_abort(self, tid: int, rip: int) -> int:
+        """The abort handler of the rseq critical section that `rip` is in, 0 if it is in none; the section is left."""
+        rseq = ffi.new("struct lr_rseq *")
+        if lib.lr_get_rseq(tid, rseq) < 0 or not rseq.pointer:
+            return 0
+        section = struct.unpack("<Q", self.read(rseq.pointer + 8, 8))[0]
+        if not section:
+            return 0
+        _, _, start, length, abort = struct.unpack("<IIQQQ", self.read(section, 32))
+        if not start <= rip < start + length:
+            return 0
+        os.pwrite(self.memory, bytes(8), rseq.pointer + 8)
+        return int(abort)
 
     def _signal_pending(self, tid: int) -> bool:
         status = procfs.parse_status(procfs.read(self.pid, f"task/{tid}/status"))
@@ -293,6 +308,11 @@ class Frozen:
         return self._scratch, self._scratch + 4096
 
     def read(self, address: int, length: int) -> bytes:
+        """Bytes of the process's memory. It waits for a pager, if that is where they come from; /proc/PID/mem would not."""
+        buffer, failed = ffi.new("char[]", length), ffi.new("uint64_t *")
+        run = ffi.new("struct lr_run *", (address, 0, length))
+        if lib.lr_copy_runs(self.pid, run, 1, buffer, 1, failed) == 0:
+            return bytes(ffi.buffer(buffer))
         return os.pread(self.memory, length, address)
 
     def _find_stub(self) -> int:

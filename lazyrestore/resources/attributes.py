@@ -10,7 +10,6 @@ Source: prctl(2), capabilities(7), kernel/sys.c.
 from __future__ import annotations
 
 import os
-import resource
 import struct
 
 import msgspec
@@ -69,7 +68,7 @@ class Attributes(msgspec.Struct, frozen=True):
     oom_score_adjust: int
     session_leader: bool
     group_leader: bool
-    stopped: bool
+    core_dump_filter: int
 
 
 def credentials_of(pid: int, tid: int) -> Credentials:
@@ -112,7 +111,7 @@ def capture(frozen: Frozen) -> Attributes:
         root=os.readlink(f"/proc/{pid}/root"),
         umask=int(status["Umask"], 8),
         personality=int(procfs.read(pid, "personality"), 16),
-        limits=[resource.prlimit(pid, which) for which in RLIMITS],
+        limits=procfs.parse_limits(procfs.read(pid, "limits")),
         dumpable=dumpable,
         keep_capabilities=keep,
         parent_death_signal=death,
@@ -121,7 +120,7 @@ def capture(frozen: Frozen) -> Attributes:
         oom_score_adjust=int(procfs.read(pid, "oom_score_adj")),
         session_leader=stat.session == pid,
         group_leader=stat.pgrp == pid,
-        stopped=False,
+        core_dump_filter=int(procfs.read(pid, "coredump_filter") or b"0", 16),
     )
 
 
@@ -147,11 +146,11 @@ def restore_memory(attributes: Attributes, program: Program, ops: OpList, fds: D
 
 def restore_place(attributes: Attributes, program: Program, ops: OpList) -> None:
     """Root, working directory and umask; paths are opened before this."""
-    if attributes.root != "/":
-        with ops.serving("root directory"):
-            ops.call(lib.SYS_chroot, program.string(attributes.root))
     with ops.serving(f"working directory {attributes.cwd}"):
         ops.call(lib.SYS_chdir, program.string(attributes.cwd))
+    if attributes.root != "/":  # both paths are the outside's, so this comes second
+        with ops.serving(f"root directory {attributes.root}"):
+            ops.call(lib.SYS_chroot, program.string(attributes.root))
     ops.call(lib.SYS_umask, attributes.umask)
 
 
@@ -162,10 +161,13 @@ def restore_flags(attributes: Attributes, program: Program, ops: OpList) -> None
             ops.call(lib.SYS_prctl, lib.PR_SET_THP_DISABLE, 1, 0, 0, 0)
         if attributes.child_subreaper:
             ops.call(lib.SYS_prctl, lib.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        if attributes.oom_score_adjust:
-            pass  # written by the restorer, through /proc
+    own = procfs.parse_limits(procfs.read(os.getpid(), "limits"))
     with ops.serving("resource limits"):
         for which, limit in zip(RLIMITS, attributes.limits, strict=True):
+            if (
+                limit == own[which] and which != lib.RLIMIT_NOFILE
+            ):  # that one was raised for the handed-over descriptors
+                continue
             words = struct.pack("<QQ", *(value & (1 << 64) - 1 for value in limit))
             ops.call(lib.SYS_prlimit64, 0, which, program.place(words), 0, note=f"limit {which}")
 
@@ -216,6 +218,18 @@ def restore_credentials(attributes: Attributes, own: Credentials, program: Progr
             ops.call(lib.SYS_prctl, lib.PR_SET_KEEPCAPS, attributes.keep_capabilities, 0, 0, 0)
         if want.no_new_privileges:
             ops.call(lib.SYS_prctl, lib.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+
+
+def restore_outside(attributes: Attributes, pid: int) -> None:
+    """What is set through /proc/PID by the restorer."""
+    for name, value in (
+        ("oom_score_adj", str(attributes.oom_score_adjust)),
+        ("coredump_filter", f"{attributes.core_dump_filter:#x}"),
+    ):
+        with open(f"/proc/{pid}/{name}", "r+") as file:
+            if int(file.read(), 10 if name == "oom_score_adj" else 16) != int(value, 0):
+                file.seek(0)
+                file.write(value)
 
 
 def restore_after_credentials(attributes: Attributes, ops: OpList) -> None:

@@ -37,7 +37,14 @@ class Run:
     address: int
     length: int
     descriptor: int = -1
-    forced: bool = False  # not readable by the process itself: through /proc/PID/mem
+    protection: int = lib.PROT_READ
+    lazy: bool = False  # of a restored process's template: reading it may have to wait for the pager
+    data: bytes | None = None  # already read
+
+    @property
+    def forced(self) -> bool:
+        """Not readable by the process itself: only through /proc/PID/mem."""
+        return not self.protection & lib.PROT_READ
 
 
 @dataclass(slots=True)
@@ -113,7 +120,7 @@ class Planner:
         """Store these address ranges of the process; returns the bytes."""
         shift = 0 if image is None else image - m.start
         for start, end in ranges:
-            self.plan.runs.append(Run(start + shift, start, end - start, forced=not m.read))
+            self.plan.runs.append(Run(start + shift, start, end - start, protection=protection_of(m), lazy=is_template(m)))
         return sum(end - start for start, end in ranges)
 
     def _hugetlb(self, m: Mapping) -> Vma:

@@ -5,7 +5,7 @@ fs base. The rest only the thread itself can set. A thread inside an interruptib
 number and rax = a restart code; the copy has no restart block, so a call that the kernel would resume from one is made anew:
 nanosleep and clock_nanosleep with the remaining time (which the kernel has just written, if the caller gave it a place),
 the others (poll, a futex wait with a relative time, a sleep without a place) with their full time, so they are never cut short.
-A thread inside an rseq critical section goes to its abort handler, as after any preemption. Source: signal(7), kernel/rseq.c.
+A futex call that needs to write the word (FUTEX_LOCK_PI, …) gets EFAULT where only a pager could bring the page, so those pages are brought before. Source: signal(7), kernel/futex.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ THREAD_FLAGS = (
     lib.CLONE_VM | lib.CLONE_FS | lib.CLONE_FILES | lib.CLONE_SIGHAND | lib.CLONE_THREAD | lib.CLONE_SYSVSEM | lib.CLONE_SETTLS
     | lib.CLONE_CHILD_CLEARTID | lib.CLONE_PTRACE
 )  # fmt: skip
+FUTEX_TWO_WORDS = (3, 4, 5, 11, 12)  # REQUEUE, CMP_REQUEUE, WAKE_OP, WAIT_REQUEUE_PI, CMP_REQUEUE_PI: linux/futex.h
 _CLONE_ARGS = struct.Struct("<11Q")
 
 
@@ -80,7 +81,7 @@ def capture(frozen: Frozen, tid: int) -> Thread:
     return Thread(
         tid=tid,
         name=procfs.read(pid, f"task/{tid}/comm").rstrip(b"\n"),
-        registers=_resumable(frozen, tid, rseq.pointer).pack(),
+        registers=_resumable(frozen, tid).pack(),
         xstate=bytes(ffi.buffer(room, used[0])),
         signal_mask=frozen.masks[tid],
         tid_address=tid_address,
@@ -103,7 +104,7 @@ def pending_signals(tid: int, *, shared: bool) -> list[bytes]:
     return [bytes(ffi.buffer(room + index * SIGINFO, SIGINFO)) for index in range(max(count, 0))]
 
 
-def _resumable(frozen: Frozen, tid: int, rseq: int) -> Registers:
+def _resumable(frozen: Frozen, tid: int) -> Registers:
     """The registers with which the copy goes on."""
     registers = Registers(frozen.registers[tid])
     if registers.in_syscall:
@@ -117,13 +118,15 @@ def _resumable(frozen: Frozen, tid: int, rseq: int) -> Registers:
             elif number == lib.SYS_clock_nanosleep and registers["r10"]:
                 registers["rdx"] = registers["r10"]
         registers["orig_rax"] = (1 << 64) - 1
-    if rseq:
-        section = struct.unpack("<Q", frozen.read(rseq + 8, 8))[0]
-        if section:
-            _, _, start, length, abort = struct.unpack("<IIQQQ", frozen.read(section, 32))
-            if start <= registers["rip"] < start + length:
-                registers["rip"] = abort
     return registers
+
+
+def futex_words(thread: Thread) -> list[int]:
+    """The addresses that the thread's interrupted futex call names."""
+    registers = Registers.unpack(thread.registers)
+    if registers["rax"] != lib.SYS_futex:
+        return []
+    return [registers["rdi"], *([registers["r8"]] if (registers["rsi"] & 0x7F) in FUTEX_TWO_WORDS else [])]
 
 
 # -- restore -----------------------------------------------------------------------------------------------------------

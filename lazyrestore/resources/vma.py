@@ -134,8 +134,18 @@ def identify(path: str, root: str) -> FileIdentity | None:
     return FileIdentity(path, status.st_size, status.st_mtime_ns, _build_id(root + path))
 
 
+def file_signature(identity: FileIdentity) -> tuple[int, ...] | None:
+    """What stat() says of the file now: unchanged as long as this is unchanged. None if it is gone."""
+    try:
+        status = os.stat(identity.path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def check_file(identity: FileIdentity) -> None:
-    """FileChanged unless the file is still what it was: same size, and same mtime or same build-id. Makes a small shared one again."""
+    """FileChanged unless the file is still what it was: same size, and same build-id or, without one, same mtime. Makes a
+    small shared one again."""
     try:
         status = os.stat(identity.path)
     except OSError as error:
@@ -155,17 +165,17 @@ def check_file(identity: FileIdentity) -> None:
             f"its size was {identity.size} bytes and is {status.st_size}",
             "put the old file back or snapshot again",
         )
-    if (
-        not identity.shared
-        and status.st_mtime_ns != identity.mtime
-        and (not identity.build_id or _build_id(identity.path) != identity.build_id)
-    ):
-        raise FileChanged(
-            f"file {identity.path}",
-            "map",
-            "it was modified since the snapshot (mtime differs)",
-            "put the old file back or snapshot again",
-        )
+    if identity.shared:
+        return
+    if identity.build_id:  # tells more than a time, which image builders set as they like
+        if _build_id(identity.path) == identity.build_id:
+            return
+        changed = "it was rebuilt since the snapshot (build-id differs)"
+    elif status.st_mtime_ns == identity.mtime:
+        return
+    else:
+        changed = "it was modified since the snapshot (mtime differs)"
+    raise FileChanged(f"file {identity.path}", "map", changed, "put the old file back or snapshot again")
 
 
 def shared_identity(identity: FileIdentity) -> FileIdentity:

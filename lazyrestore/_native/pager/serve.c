@@ -7,7 +7,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { ZERO_RUN = 64 * 1024, ZERO_RUN_MAX = 2 * 1024 * 1024 };
+enum { ZERO_BLOCK = 64 * 1024, ZERO_RUN_MAX = 2 * 1024 * 1024, MAX_SKIPS = 4 };
 
 enum install { INSTALL_CONTINUE, INSTALL_ZERO, INSTALL_COPY_ZERO, INSTALL_POISON };
 
@@ -161,21 +161,76 @@ static struct interval locate(struct space *space, uint64_t address) {
 	return grown;
 }
 
+static uint64_t later(uint64_t a, uint64_t b) {
+	return a > b ? a : b;
+}
+
+static uint64_t earlier(uint64_t a, uint64_t b) {
+	return a < b ? a : b;
+}
+
+/* Narrows the job to what to fill for this fault: twice as much as the last time, in the direction of a stream that goes
+ * on at either end of its last run, or else the aligned block around the fault. */
+static struct zero_stream *choose_run(struct space *space, struct job *job) {
+	for (unsigned i = 0; i < ZERO_STREAMS; i++) {
+		struct zero_stream *stream = &space->streams[i];
+		uint64_t run = earlier(2 * (stream->end - stream->start), ZERO_RUN_MAX);
+		if (!run || (job->at != stream->end && job->at + job->page != stream->start))
+			continue;
+		run = later(run, ZERO_BLOCK);
+		if (job->at == stream->end) {
+			job->start = job->at;
+			job->end = earlier(job->end, job->at + run);
+		} else {
+			job->start = later(job->start, later(job->at + job->page, run) - run);
+			job->end = job->at + job->page;
+		}
+		return stream;
+	}
+	uint64_t block = job->at & ~(uint64_t)(ZERO_BLOCK - 1);
+	job->start = later(job->start, block);
+	job->end = earlier(job->end, block + ZERO_BLOCK);
+	return &space->streams[space->next_stream++ % ZERO_STREAMS];
+}
+
+/* Zeros below the page that was asked for: a favour, given up at the first surprise. Returns where they begin. */
+static uint64_t zero_below(struct space *space, uint64_t start, uint64_t end) {
+	for (unsigned skips = 0; start < end;) {
+		struct uffd_result result = uffd_zero(space->uffd, start, end);
+		count_pages(space, INSTALL_ZERO, result.done);
+		start += result.done;
+		if (result.done || !result.code)
+			continue;
+		if (result.code != EEXIST || ++skips > MAX_SKIPS)
+			return end;
+		stats_add(&space->stats, LR_COUNT_EEXIST, 1);
+		start += LR_PAGE;
+	}
+	return start;
+}
+
 static enum verdict serve_zero(struct space *space, struct job job) {
-	job.what = job.page == LR_HUGE ? INSTALL_COPY_ZERO : INSTALL_ZERO;
-	if (job.page == LR_HUGE)
-		space->zero_run = job.page;
-	else if (job.at == space->zero_end && space->zero_run && !job.shared)
-		space->zero_run = space->zero_run * 2 < ZERO_RUN_MAX ? space->zero_run * 2 : ZERO_RUN_MAX;
-	else
-		space->zero_run = ZERO_RUN;
-	if (job.end - job.at > space->zero_run)
-		job.end = job.at + space->zero_run;
-	space->zero_end = job.end;
+	struct zero_stream *stream = NULL;
+	uint64_t start = job.at;
+	if (job.page == LR_HUGE) {
+		job.what = INSTALL_COPY_ZERO;
+		job.start = job.at;
+		job.end = job.at + LR_HUGE;
+	} else {
+		job.what = INSTALL_ZERO;
+		stream = choose_run(space, &job);
+		start = job.start;
+		job.start = job.at;
+	}
 	enum verdict verdict = install(space, job);
-	if (verdict == SERVED)
-		stats_add(&space->stats, LR_COUNT_ZERO, 1);
-	return verdict;
+	if (verdict != SERVED)
+		return verdict;
+	stats_add(&space->stats, LR_COUNT_ZERO, 1);
+	if (stream) {
+		*stream = (struct zero_stream){.start = start, .end = job.end};
+		zero_below(space, start, job.at);
+	}
+	return SERVED;
 }
 
 enum verdict serve_fault(struct space *space, uint64_t address) {
@@ -184,7 +239,7 @@ enum verdict serve_fault(struct space *space, uint64_t address) {
 	struct backing *backing = space_backing(space, interval.backing);
 	struct job job = {.page = backing->page, .shared = interval.backing >= LR_BACKING_SHARED};
 	job.at = address & ~(uint64_t)(job.page - 1);
-	job.start = job.at;
+	job.start = later(interval.start, interval.start % job.page ? LR_PAGE : interval.start);
 	job.end = interval.end;
 	if (interval.flags & INTERVAL_ZERO)
 		return serve_zero(space, job);
