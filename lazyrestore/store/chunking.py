@@ -7,8 +7,7 @@ import ctypes
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import _cffi_backend
-
+from lazyrestore.store.address import address_of
 from lazyrestore.store.format import HUGE_CHUNK, PAGE
 
 Run = tuple[int, int, int]  # image address, offset in the buffer, length; bytes, multiples of PAGE
@@ -111,14 +110,3 @@ class Source:
 
     def __exit__(self, *_: object) -> None:
         self._view.release()
-
-
-_ffi = _cffi_backend.FFI()
-
-
-def address_of(view: memoryview) -> int:
-    """Where a buffer's bytes are in this process; writable or not. 0 for an empty one."""
-    if not len(view):
-        return 0
-    with _ffi.from_buffer("char[]", view) as held:
-        return int(_ffi.cast("uintptr_t", held))

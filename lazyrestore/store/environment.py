@@ -27,7 +27,6 @@ import os
 import struct
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -43,7 +42,7 @@ from lazyrestore.errors import (
     StoreVersionError,
 )
 from lazyrestore.store import format, locks
-from lazyrestore.store.chunking import address_of
+from lazyrestore.store.address import address_of
 
 MAP_BYTES = 1 << 40  # of address space; more than any store, less than the 47 bits that a process has
 MAP_LEAST = 64 << 20  # where a limit on address space leaves less than this, opening fails
@@ -137,7 +136,7 @@ class Environment:
             if self._empty():
                 locks.create_pins(self.directory)
                 with self._env.begin(write=True) as txn:
-                    identity = format.Identity(format.MAGIC, format.VERSION, uuid.uuid4().hex, time.time())
+                    identity = format.Identity(format.MAGIC, format.VERSION, os.urandom(16).hex(), time.time())
                     txn.put(format.IDENTITY, format.encode(identity))
                     txn.put(format.COUNTERS, format.encode(format.Counters()))
                     self._make_room(0)

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from lazyrestore.errors import StoreBusy
-from lazyrestore.store import check, format, garbage, image, locks, registry, report
+from lazyrestore.store import format, image, locks, registry
 from lazyrestore.store.environment import Environment, Transaction
-from lazyrestore.store.image import StoredImage
-from lazyrestore.store.writer import ImageWriter, Progress
+
+if TYPE_CHECKING:
+    from lazyrestore.store.check import Report
+    from lazyrestore.store.garbage import Freed
+    from lazyrestore.store.image import StoredImage
+    from lazyrestore.store.report import Summary, Totals
+    from lazyrestore.store.writer import ImageWriter, Progress
 
 
 class ImageStore:
@@ -43,20 +49,26 @@ class ImageStore:
         replace: take the place of one that has the name; level: zstd's, 1 to 19; progress: called with (raw bytes done,
         raw bytes known of); wait: for another writer, instead of StoreBusy. Raises SnapshotExists at once.
         """
+        from lazyrestore.store.writer import ImageWriter
+
         return ImageWriter(self._environment, name, replace=replace, level=level, progress=progress, wait=wait)
 
     def open_image(self, name: str) -> StoredImage:
         """The snapshot `name`, pinned: it stays readable, even if it is removed, until closed. Cost: O(packs)."""
         return image.open_image(self._environment, name)
 
-    def ls(self) -> list[report.Summary]:
+    def ls(self) -> list[Summary]:
         """All snapshots, by name."""
+        from lazyrestore.store import report
+
         environment = self._environment
         with environment.read() as txn:
             return [report.info(environment, txn, *item) for item in report.names(environment, txn).items()]
 
-    def show(self, name: str) -> report.Summary:
+    def show(self, name: str) -> Summary:
         """What is known of one snapshot without its manifest."""
+        from lazyrestore.store import report
+
         environment = self._environment
         with environment.read() as txn:
             return report.info(environment, txn, name, image.find(environment, txn, name))
@@ -68,9 +80,11 @@ class ImageStore:
             snapshot = image.find(environment, txn, name)
             return bytes(environment.need(txn, format.key(format.MANIFESTS, snapshot)))
 
-    def rm(self, name: str) -> garbage.Freed:
+    def rm(self, name: str) -> Freed:
         """Remove the name at once, and free what only this snapshot needed: later, by a writer, if it is in use or
         another writer is at work."""
+        from lazyrestore.store.garbage import Freed
+
         environment = self._environment
 
         def remove(txn: Transaction) -> None:
@@ -82,26 +96,32 @@ class ImageStore:
         try:
             return self.gc()
         except StoreBusy:
-            return garbage.Freed(still_pinned=1)
+            return Freed(still_pinned=1)
 
-    def gc(self) -> garbage.Freed:
+    def gc(self) -> Freed:
         """Free removed snapshots that are no longer in use, and what killed writers left."""
+        from lazyrestore.store import garbage
+
         environment = self._environment
         environment.check_writable()
         with locks.WriterLock(environment.directory):
             environment.forget_dead_readers()
             return garbage.collect(environment)
 
-    def verify(self, name: str | None = None) -> check.Report:
+    def verify(self, name: str | None = None) -> Report:
         """Test every chunk of one snapshot, or of all, and the store itself. Damage is in the report, not raised."""
+        from lazyrestore.store import check
+
         environment = self._environment
         with environment.read() as txn:
             if name is not None:
                 image.find(environment, txn, name)
         return check.verify(environment, name)
 
-    def totals(self) -> report.Totals:
+    def totals(self) -> Totals:
         """Sizes of the whole and of each snapshot; O(chunks)."""
+        from lazyrestore.store import report
+
         return report.totals(self._environment)
 
     def close(self) -> None:

@@ -1,0 +1,15 @@
+"""Where a buffer's bytes are in this process."""
+
+from __future__ import annotations
+
+import _cffi_backend
+
+_ffi = _cffi_backend.FFI()
+
+
+def address_of(view: memoryview) -> int:
+    """The address of the first byte, whether it may be written or not; 0 for an empty buffer."""
+    if not len(view):
+        return 0
+    with _ffi.from_buffer("char[]", view) as held:
+        return int(_ffi.cast("uintptr_t", held))
