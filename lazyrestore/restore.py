@@ -8,7 +8,6 @@ Whatever fails, the new process is killed and reaped before the exception leaves
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import struct
 import time
@@ -20,7 +19,7 @@ from lazyrestore import spawn
 from lazyrestore._native import _core
 from lazyrestore.errors import CpuMismatch, KernelMismatch, MissingFeature, NoSuchProcess, PidTaken, RestoreError
 from lazyrestore.kernel import procfs
-from lazyrestore.kernel.tracee import Registers
+from lazyrestore.kernel.tracee import Registers, vdso_hash
 from lazyrestore.manifest import Manifest
 from lazyrestore.pid_namespace import Namespace, new_namespace
 from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, PagerClient, Range
@@ -93,7 +92,8 @@ def run(
     if not new_pid:
         _check_pid_free(manifest.pid)
     for identity in manifest.files:
-        if vma.file_signature(identity) != prepared.checked.get(identity.path):
+        signature = vma.file_signature(identity)
+        if signature is None or signature != prepared.checked.get(identity.path):
             vma.check_file(identity)
             prepared.checked[identity.path] = vma.file_signature(identity)
     descriptors.check_files(manifest.descriptors)
@@ -169,16 +169,16 @@ def _this_host() -> tuple[str, list[tuple[str, int]], frozenset[str]]:
             raise KernelMismatch("kernel", "check", "it gives processes no vdso", "boot without vdso=0")
         content = bytes(ffi.buffer(ffi.cast("char *", vdso.start), vdso.size))
         _own_host = (
-            hashlib.blake2b(content, digest_size=16).hexdigest(), [(m.path, m.size) for m in kernel], procfs.cpu_flags()
+            vdso_hash(content), [(m.path, m.size) for m in kernel], procfs.cpu_flags()
         )  # fmt: skip
     return _own_host
 
 
 def check_host(name: str, manifest: Manifest) -> None:
     """Raises CpuMismatch or KernelMismatch unless a process of this snapshot can run here."""
-    vdso_hash, layout, flags = _this_host()
+    own_hash, layout, flags = _this_host()
     host = manifest.host
-    if host.vdso_hash != vdso_hash or [(entry[0], entry[2]) for entry in host.vdso] != layout:
+    if host.vdso_hash != own_hash or [(entry[0], entry[2]) for entry in host.vdso] != layout:
         raise KernelMismatch(
             f"snapshot {name}", "check kernel", f"it was taken on kernel {host.kernel}, whose vdso differs from this kernel's ({os.uname().release})",
             "restore on the same kernel build",

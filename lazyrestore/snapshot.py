@@ -8,7 +8,6 @@ Whatever fails, leaving the `Frozen` block lets the process go on, and the store
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 import os
 import platform
@@ -27,11 +26,11 @@ from lazyrestore.errors import (
     WrongArchitecture, ZombieProcess,
 )  # fmt: skip
 from lazyrestore.kernel import procfs
-from lazyrestore.kernel.tracee import Frozen, check
+from lazyrestore.kernel.tracee import Frozen, check, vdso_hash
 from lazyrestore.manifest import Host, Manifest
 from lazyrestore.resources import attributes, descriptors, signals, threads, vma
 from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS, Plan, Planner, Run
-from lazyrestore.store import ImageStore
+from lazyrestore.store import HUGE_CHUNK, ImageStore, ImageWriter
 
 lib, ffi = _core.lib, _core.ffi
 
@@ -80,19 +79,19 @@ def take(
                     for batch in [capture.plan.runs] if fits else _batches(capture.plan.runs):
                         runs = buffer.fill(pid, frozen.memory, batch)
                         if not fits:
-                            writer.add(buffer.memory, runs)
+                            buffer.store(writer, runs)
                 finally:
                     capture.planner.close()
                 if kill:
                     if fits:
-                        writer.add(buffer.memory, runs)
+                        buffer.store(writer, runs)
                     manifest = _finish(capture, (time.monotonic() - paused) * 1e3)
                     writer.commit(manifests.encode(manifest))
                     frozen.kill()
             pause = (time.monotonic() - paused) * 1e3
             if not kill:
                 if fits:
-                    writer.add(buffer.memory, runs)
+                    buffer.store(writer, runs)
                 manifest = _finish(capture, pause)
                 writer.commit(manifests.encode(manifest))
         return Taken(manifest.pages, manifest.raw_bytes, pause, time.monotonic() - began)
@@ -271,7 +270,7 @@ def _host(frozen: Frozen, mappings: list[procfs.Mapping]) -> Host:
         kernel=platform.release(),
         machine=platform.machine(),
         vdso=[(mapping.path, mapping.start, mapping.size) for mapping in kernel],
-        vdso_hash=hashlib.blake2b(frozen.read(vdso.start, vdso.size), digest_size=16).hexdigest(),
+        vdso_hash=vdso_hash(frozen.read(vdso.start, vdso.size)),
         cpu_model="",
         cpu_flags=sorted(procfs.cpu_flags()),
         xfeatures=0,
@@ -317,6 +316,9 @@ def _batches(runs: list[Run]) -> Iterator[list[Run]]:
         yield batch
 
 
+_Placed = tuple[tuple[int, int, int], bool]  # (image address, offset in the buffer, length), whether of huge pages
+
+
 class _Buffer:
     """Memory for copies, populated before the freeze so that the freeze does not pay for its page faults."""
 
@@ -352,15 +354,15 @@ class _Buffer:
         self._allocate(max(needed, 1) if fits else STREAM + (4 << 20))
         return fits
 
-    def fill(self, pid: int, memory: int, runs: list[Run]) -> list[tuple[int, int, int]]:
-        """Copy the runs; returns (image address, offset in the buffer, length) of each."""
+    def fill(self, pid: int, memory: int, runs: list[Run]) -> list[_Placed]:
+        """Copy the runs; returns where each lies in the buffer."""
         placed = []
         pieces = array("Q")
         offset = 0
         assert self._map is not None
         view = memoryview(self._map)
         for run in runs:
-            placed.append((run.image, offset, run.length))
+            placed.append(((run.image, offset, run.length), run.huge))
             if run.data is not None:
                 view[offset : offset + run.length] = run.data
             elif run.descriptor >= 0 or run.forced:
@@ -384,6 +386,12 @@ class _Buffer:
         if error:
             raise SnapshotFailed(f"process {pid}", f"read memory at {failed[0]:#x}", errno=-error)
         return placed
+
+    def store(self, writer: ImageWriter, placed: list[_Placed]) -> None:
+        """Hand the copies to the store: huge pages in chunks of their size."""
+        writer.add(self.memory, [run for run, huge in placed if not huge])
+        if any(huge for _, huge in placed):
+            writer.add(self.memory, [run for run, huge in placed if huge], chunk_size=HUGE_CHUNK)
 
 
 def _read_fully(descriptor: int, target: memoryview, address: int) -> None:

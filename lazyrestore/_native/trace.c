@@ -9,8 +9,11 @@
 #include <elf.h>
 #include <errno.h>
 #include <linux/kcmp.h>
+#include <sched.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <string.h>
+#include <time.h>
 #include <sys/ptrace.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
@@ -195,4 +198,74 @@ lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, u
 	error = lr_get_registers(tid, &registers);
 	*result = (int64_t)registers.rax;
 	return error;
+}
+
+/* Whether a signal that the thread would take now waits for it. */
+static bool
+signal_waits(int32_t tid, uint64_t mask)
+{
+	enum { ROOM = 32 };
+	static _Thread_local siginfo_t infos[ROOM];
+	for (int shared = 0; shared < 2; shared++) {
+		int count = lr_peek_signals(tid, shared, infos, ROOM);
+		for (int i = 0; i < count; i++)
+			if (!(mask >> (infos[i].si_signo - 1) & 1))
+				return true;
+	}
+	return false;
+}
+
+/* 1: in the stop that was asked for; 0: it ended; -errno. Signals that were on their way are delivered. */
+static int
+await_stop(int32_t tid, int32_t timeout_ms)
+{
+	struct timespec pause = {0, 200000};
+	int32_t status;
+	for (int64_t tries = 0;; tries++) {
+		pid_t got = waitpid(tid, &status, __WALL | WNOHANG);
+		if (got < 0 && errno != EINTR)
+			return errno == ECHILD ? 0 : -errno;
+		if (got > 0) {
+			if (!WIFSTOPPED(status))
+				return 0;
+			if (status >> 16 == PTRACE_EVENT_STOP)
+				return 1;
+			ptrace(PTRACE_CONT, tid, 0, (long)WSTOPSIG(status));
+		} else if (tries > 20000) { /* some ms of looking: it is in an uninterruptible wait */
+			if ((tries - 20000) / 5 > timeout_ms)
+				return -ETIMEDOUT;
+			nanosleep(&pause, NULL);
+		} else if (tries > 100) {
+			sched_yield();
+		}
+	}
+}
+
+int
+lr_stop_thread(int32_t tid, uint64_t options, const int32_t *again, int32_t count, int32_t timeout_ms, struct lr_registers *registers,
+	       uint64_t *mask)
+{
+	int error = lr_seize(tid, options);
+	if (error < 0)
+		return error;
+	if (ptrace(PTRACE_INTERRUPT, tid, 0, 0) < 0)
+		return errno == ESRCH ? 0 : -errno;
+	int stopped = await_stop(tid, timeout_ms);
+	if (stopped <= 0)
+		return stopped;
+	error = lr_get_registers(tid, registers);
+	if (!error)
+		error = lr_get_signal_mask(tid, mask);
+	if (error || (int64_t)registers->orig_rax < 0 || (int64_t)registers->rax != -EINTR)
+		return error ? error : 1;
+	for (int i = 0; i < count; i++) {
+		if ((int32_t)registers->orig_rax != again[i] || signal_waits(tid, *mask))
+			continue;
+		registers->rax = registers->orig_rax;
+		registers->orig_rax = ~0ull;
+		registers->rip -= 2; /* the syscall instruction */
+		error = lr_set_registers(tid, registers);
+		break;
+	}
+	return error ? error : 1;
 }

@@ -17,10 +17,10 @@ The cost: a private copy of one vdso page remains in the target, its bytes as be
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import signal
 import struct
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -39,7 +39,8 @@ _REGISTERS = struct.Struct(f"<{len(REGISTERS)}Q")
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK, EINTR = 512, 513, 514, 516, 4
 SYSCALL_LENGTH = 2  # bytes of the syscall instruction
 STUB_LENGTH = 256
-FREEZE_SECONDS = 10.0
+STUB_PREFIX = b"\x0f\x05\x48\xbf"  # syscall; movabs …, %rdi
+FREEZE_MS = 10000
 
 # Calls that return -EINTR to a thread that was only stopped and continued; each may be made again.
 NOT_RESTARTED = frozenset(
@@ -50,6 +51,8 @@ NOT_RESTARTED = frozenset(
     )
 )  # fmt: skip
 
+
+_AGAIN = ffi.new("int32_t[]", sorted(NOT_RESTARTED))
 
 HOLE_START = 0x10_0000_0000  # 64 GiB: above what is linked at fixed addresses, below where the kernel places mappings
 HOLE_GAP = 1 << 20
@@ -121,9 +124,9 @@ class Frozen:
         self.masks: dict[int, int] = {}
         self.memory = -1
         self._stub: int | None = None
-        self._stub_original = b""
         self._scratch = 0
         self._seized: set[int] = set()
+        self._registers, self._mask = ffi.new("struct lr_registers *"), ffi.new("uint64_t *")
 
     def __enter__(self) -> Frozen:
         try:
@@ -167,82 +170,49 @@ class Frozen:
     # -- stopping ------------------------------------------------------------------------------------------------------
 
     def _freeze(self) -> None:
-        deadline = time.monotonic() + FREEZE_SECONDS
         while True:
             new = [tid for tid in procfs.threads(self.pid) if tid not in self._seized]
             if not new:
                 break
             for tid in new:
-                result = lib.lr_seize(tid, lib.PTRACE_O_TRACESYSGOOD)
-                if result == -errno.ESRCH:  # the thread ended between the listing and now
-                    continue
-                if result < 0 and self._tracer():
-                    by = f"already traced by process {self._tracer()}"
-                    raise AlreadyTraced(f"process {self.pid}", "attach", by, "detach that tracer first")
-                check(result, self.pid, "attach")
-                self._seized.add(tid)
-                lib.lr_interrupt(tid)
-                if self._await_stop(tid, deadline):
-                    self._mend(tid)
+                self._stop(tid)
             if not self._seized:
                 raise NoSuchProcess(f"process {self.pid}", "attach", "it ended")
         self.tids = [self.pid, *sorted(self._seized - {self.pid})]
         if self.pid not in self._seized:
             raise SnapshotFailed(f"process {self.pid}", "freeze", "its main thread has exited, which is not supported")
 
-    def _await_stop(self, tid: int, deadline: float) -> bool:
-        """Whether the thread stopped; it may end instead."""
-        spins = 0
-        while True:
-            try:
-                got, status = os.waitpid(tid, os.WNOHANG | 0x40000000)  # __WALL
-            except ChildProcessError:
-                self._seized.discard(tid)
-                return False
-            if not got:
-                spins += 1
-                if spins > 2000:
-                    if time.monotonic() > deadline:
-                        raise SnapshotFailed(
-                            f"thread {tid}",
-                            "freeze",
-                            f"did not stop within {FREEZE_SECONDS:.0f} s",
-                            "it may be in an uninterruptible wait",
-                        )
-                    time.sleep(0.0005)
-                continue
-            if not os.WIFSTOPPED(status):
-                self._seized.discard(tid)  # it ended
-                return False
-            if status >> 16 == lib.PTRACE_EVENT_STOP:
-                return True
-            # A signal was on its way before the interrupt: let it be delivered as it would have been.
-            lib.lr_continue(tid, os.WSTOPSIG(status))
+    def _stop(self, tid: int) -> None:
+        """Seize and stop one thread, and at once put right what the stop did to it, so that a tracer that dies leaves nothing to do.
 
-    def _tracer(self) -> int:
-        return int(procfs.parse_status(procfs.read(self.pid, "status")).get("TracerPid", "0"))
-
-    def _mend(self, tid: int) -> None:
-        """Read a thread's state, and at once put right what our stop did to it, so that a tracer that dies leaves nothing to do.
-
-        A call that a mere stop turned into -EINTR is made again. A thread in an rseq critical section goes to its abort handler, as after any
-        preemption: it is about to run other code, which ends the section's protection.
+        A thread in an rseq critical section goes to its abort handler, as after any preemption: it is about to run other code, which ends
+        the section's protection.
         """
-        registers, mask = ffi.new("struct lr_registers *"), ffi.new("uint64_t *")
-        check(lib.lr_get_registers(tid, registers), self.pid, "read registers")
-        state = Registers.unpack(bytes(ffi.buffer(registers)))
-        check(lib.lr_get_signal_mask(tid, mask), self.pid, "read signal mask")
-        self.masks[tid] = mask[0]
-        if state.in_syscall:
-            if state.result == -EINTR and state["orig_rax"] in NOT_RESTARTED and not self._signal_pending(tid):
-                state = call_again(state)
-                self._set(tid, state)
-        else:
+        result = lib.lr_stop_thread(
+            tid, lib.PTRACE_O_TRACESYSGOOD, _AGAIN, len(_AGAIN), FREEZE_MS, self._registers, self._mask
+        )
+        if result in (0, -errno.ESRCH):  # it ended between the listing and now
+            return
+        if result == -errno.ETIMEDOUT:
+            self._seized.add(tid)
+            advice = "it may be in an uninterruptible wait"
+            raise SnapshotFailed(f"thread {tid}", "freeze", f"did not stop within {FREEZE_MS / 1000:.0f} s", advice)
+        if result < 0 and self._tracer():
+            by = f"already traced by process {self._tracer()}"
+            raise AlreadyTraced(f"process {self.pid}", "attach", by, "detach that tracer first")
+        check(result, self.pid, "attach")
+        self._seized.add(tid)
+        state = Registers.unpack(bytes(ffi.buffer(self._registers)))
+        self.masks[tid] = self._mask[0]
+        if not state.in_syscall:
             abort = self._rseq_abort(tid, state["rip"])
             if abort:
                 state["rip"] = abort
                 self._set(tid, state)
         self.registers[tid] = state
+
+    def _tracer(self) -> int:
+        return int(procfs.parse_status(procfs.read(self.pid, "status")).get("TracerPid", "0"))
 
     def _rseq_abort(self, tid: int, rip: int) -> int:
         """The abort handler of the rseq critical section that `rip` is in, 0 if it is in none; the section is left."""
@@ -257,11 +227,6 @@ class Frozen:
             return 0
         os.pwrite(self.memory, bytes(8), rseq.pointer + 8)
         return int(abort)
-
-    def _signal_pending(self, tid: int) -> bool:
-        status = procfs.parse_status(procfs.read(self.pid, f"task/{tid}/status"))
-        pending = int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
-        return bool(pending & ~self.masks[tid])
 
     def _set(self, tid: int, registers: Registers) -> None:
         packed = ffi.from_buffer("struct lr_registers *", registers.pack())
@@ -290,7 +255,7 @@ class Frozen:
             with _Diverted(self, self.pid) as call:
                 call(lib.SYS_munmap, self._scratch, 4096)
             self._scratch = 0
-        os.pwrite(self.memory, self._stub_original, self._stub)
+        os.pwrite(self.memory, bytes(STUB_LENGTH), self._stub)
         self._stub = None
 
     def calls(self, tid: int) -> _Diverted:
@@ -316,24 +281,31 @@ class Frozen:
         return os.pread(self.memory, length, address)
 
     def _find_stub(self) -> int:
-        """The last STUB_LENGTH bytes of an executable private mapping, if nothing but zeros is there: padding behind code."""
+        """The last STUB_LENGTH bytes of an executable private mapping that are padding behind its code: nothing but zeros, or a stub that
+        a killed snapshotter left there and that no thread is in."""
         mappings = procfs.parse_maps(procfs.read(self.pid, "maps"))
         mappings.sort(key=lambda mapping: mapping.path != "[vdso]")
         for mapping in mappings:
-            if (
-                mapping.execute
-                and not mapping.shared
-                and not mapping.write
-                and (mapping.path == "[vdso]" or mapping.path.startswith("/"))
-            ):
-                start = mapping.end - STUB_LENGTH
-                content = os.pread(self.memory, 2 * STUB_LENGTH, mapping.end - 2 * STUB_LENGTH)
-                if content == bytes(2 * STUB_LENGTH):
-                    self._stub_original = content[STUB_LENGTH:]
-                    return start
+            if not mapping.execute or mapping.shared or mapping.write or not mapping.path.startswith(("[vdso]", "/")):
+                continue
+            start = mapping.end - STUB_LENGTH
+            before, there = (
+                os.pread(self.memory, STUB_LENGTH, start - STUB_LENGTH),
+                os.pread(self.memory, STUB_LENGTH, start),
+            )
+            abandoned = there.startswith(STUB_PREFIX) and all(
+                not start <= r["rip"] < mapping.end for r in self.registers.values()
+            )
+            if not any(before) and (not any(there) or abandoned):
+                return start
         raise SnapshotFailed(
             f"process {self.pid}", "prepare", "no executable mapping has room behind its code", "see lazyrestore doctor"
         )
+
+
+def vdso_hash(content: bytes) -> str:
+    """Identifies a vdso: all of it but the padding at its end, where a stub may stand."""
+    return hashlib.blake2b(content[:-STUB_LENGTH], digest_size=16).hexdigest()
 
 
 class _Diverted:

@@ -40,6 +40,7 @@ class Run:
     protection: int = lib.PROT_READ
     lazy: bool = False  # of a restored process's template: reading it may have to wait for the pager
     data: bytes | None = None  # already read
+    huge: bool = False  # of a hugetlb mapping
 
     @property
     def forced(self) -> bool:
@@ -120,7 +121,16 @@ class Planner:
         """Store these address ranges of the process; returns the bytes."""
         shift = 0 if image is None else image - m.start
         for start, end in ranges:
-            self.plan.runs.append(Run(start + shift, start, end - start, protection=protection_of(m), lazy=is_template(m)))
+            self.plan.runs.append(
+                Run(
+                    start + shift,
+                    start,
+                    end - start,
+                    protection=protection_of(m),
+                    lazy=is_template(m),
+                    huge="ht" in m.flags,
+                )
+            )
         return sum(end - start for start, end in ranges)
 
     def _hugetlb(self, m: Mapping) -> Vma:

@@ -193,8 +193,8 @@ static struct zero_stream *choose_run(struct space *space, struct job *job) {
 	return &space->streams[space->next_stream++ % ZERO_STREAMS];
 }
 
-/* Zeros below the page that was asked for: a favour, given up at the first surprise. Returns where they begin. */
-static uint64_t zero_below(struct space *space, uint64_t start, uint64_t end) {
+/* Zeros below the page that was asked for: a favour, given up at the first surprise. */
+static void zero_below(struct space *space, uint64_t start, uint64_t end) {
 	for (unsigned skips = 0; start < end;) {
 		struct uffd_result result = uffd_zero(space->uffd, start, end);
 		count_pages(space, INSTALL_ZERO, result.done);
@@ -202,11 +202,10 @@ static uint64_t zero_below(struct space *space, uint64_t start, uint64_t end) {
 		if (result.done || !result.code)
 			continue;
 		if (result.code != EEXIST || ++skips > MAX_SKIPS)
-			return end;
+			return;
 		stats_add(&space->stats, LR_COUNT_EEXIST, 1);
 		start += LR_PAGE;
 	}
-	return start;
 }
 
 static enum verdict serve_zero(struct space *space, struct job job) {
@@ -239,7 +238,7 @@ enum verdict serve_fault(struct space *space, uint64_t address) {
 	struct backing *backing = space_backing(space, interval.backing);
 	struct job job = {.page = backing->page, .shared = interval.backing >= LR_BACKING_SHARED};
 	job.at = address & ~(uint64_t)(job.page - 1);
-	job.start = later(interval.start, interval.start % job.page ? LR_PAGE : interval.start);
+	job.start = interval.start;
 	job.end = interval.end;
 	if (interval.flags & INTERVAL_ZERO)
 		return serve_zero(space, job);
@@ -248,12 +247,10 @@ enum verdict serve_fault(struct space *space, uint64_t address) {
 	struct image_place place = image_find(image, wanted);
 	if (job.end - job.at > place.end - wanted)
 		job.end = job.at + (place.end - wanted);
-	if (place.hole)
-		return serve_zero(space, job);
 	if (wanted - place.start < job.at - interval.start)
 		job.start = job.at - (wanted - place.start);
-	else
-		job.start = interval.start;
+	if (place.hole)
+		return serve_zero(space, job);
 	job.what = INSTALL_CONTINUE;
 	if (backing_fill(backing, image, place.chunk, &space->unpacker) != CHUNK_FILLED)
 		return poison(space, job);

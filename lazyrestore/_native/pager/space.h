@@ -20,6 +20,14 @@
 
 enum { INTERVAL_ZERO = 1 }; /* interval.flags */
 
+enum { ZERO_STREAMS = 8 };
+
+/* The last run of zeros of one of the threads that walk through memory, up or down: the next one will be longer. */
+struct zero_stream {
+	uint64_t start;
+	uint64_t end;
+};
+
 struct fault {
 	uint64_t address;
 	uint64_t read_ns;
@@ -43,8 +51,8 @@ struct space {
 	struct stats stats;
 	struct fault *faults; /* read, not yet served: [first, n_faults) */
 	uint32_t first_fault, n_faults, faults_capacity;
-	uint64_t zero_end; /* where the last run of zeros ended, and its length: runs of a sequential reader grow */
-	uint64_t zero_run;
+	struct zero_stream streams[ZERO_STREAMS];
+	unsigned next_stream;
 };
 
 /* Allocates; owns nothing yet. NULL: no memory. */
