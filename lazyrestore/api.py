@@ -170,7 +170,7 @@ class Snapshot:
         from lazyrestore.pager.client import PagerGone
 
         prepared = self._prepare()
-        pager = self._connect()
+        pager = self._connect_while(lambda: restore.compiled_for(prepared, new_pid=new_pid))
         connected = time.perf_counter()
         try:
             started = restore.run(prepared, pager, streams, new_pid=new_pid)
@@ -202,6 +202,28 @@ class Snapshot:
             if self._prepared is None:
                 self._prepared = restore.prepare(self.name, self.manifest, self._image)
             return self._prepared
+
+    def _connect_while(self, work: Callable[[], object]) -> PagerClient:
+        """The pager; where it must first be found or started, `work` is done meanwhile."""
+        if self._pager is not None:
+            return self._pager
+        failed: list[BaseException] = []
+
+        def connect() -> None:
+            try:
+                self._connect()
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=connect, name="lazyrestore-connect")
+        thread.start()
+        try:
+            work()
+        finally:
+            thread.join()
+        if failed:
+            raise failed[0]
+        return self._connect()
 
     def _connect(self) -> PagerClient:
         from lazyrestore.pager.launch import connect_or_start

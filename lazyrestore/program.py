@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 from lazyrestore._native import _core
 
@@ -27,13 +27,21 @@ assert _OP.size == ffi.sizeof("struct lr_op")
 _LIST = struct.Struct("<QQ")
 _MASK = (1 << 64) - 1
 
+_NO_KINDS = (0, 0, 0, 0, 0, 0)
+_PADDING = [(0,) * (6 - count) for count in range(7)]
+
 PAGE = 4096
 LEADER_STACK = 4096
 THREAD_STACK = 1024
 
-NAMES: dict[int, str] = {getattr(lib, name): name[4:] for name in dir(lib) if name.startswith("SYS_")}
-NAMES[lib.LR_OP_STOP] = "stop"
-NAMES[lib.LR_OP_THREAD] = "start_thread"
+
+@cache
+def call_names() -> dict[int, str]:
+    """System call numbers and the executor's special ones → their names, for people."""
+    names: dict[int, str] = {getattr(lib, name): name[4:] for name in dir(lib) if name.startswith("SYS_")}
+    names[lib.LR_OP_STOP] = "stop"
+    names[lib.LR_OP_THREAD] = "start_thread"
+    return names
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +91,22 @@ class Op:
 
     @property
     def name(self) -> str:
-        return NAMES.get(self.number, f"syscall {self.number}")
+        return call_names().get(self.number, f"syscall {self.number}")
+
+
+class _Serving:
+    """Names the resource of the operations that are appended inside its block."""
+
+    __slots__ = ("_ops", "_outer", "_resource")
+
+    def __init__(self, ops: OpList, resource: str) -> None:
+        self._ops, self._resource, self._outer = ops, resource, ops.resource
+
+    def __enter__(self) -> None:
+        self._ops.resource = self._resource
+
+    def __exit__(self, *_: object) -> None:
+        self._ops.resource = self._outer
 
 
 class OpList:
@@ -93,15 +116,10 @@ class OpList:
         self.program = program
         self.number = number
         self.ops: list[Op] = []
-        self._resource = ""
+        self.resource = ""
 
-    @contextmanager
-    def serving(self, resource: str) -> Iterator[None]:
-        outer, self._resource = self._resource, resource
-        try:
-            yield
-        finally:
-            self._resource = outer
+    def serving(self, resource: str) -> _Serving:
+        return _Serving(self, resource)
 
     def call(self, number: int, *arguments: Argument, note: str = "") -> Result:
         """Append a call that must not fail."""
@@ -125,7 +143,7 @@ class OpList:
         )
 
     def _append(self, number: int, arguments: tuple[Argument, ...], expect: int, want: int, note: str) -> Result:
-        self.ops.append(Op(number, arguments, expect, want, self._resource, note))
+        self.ops.append(Op(number, arguments, expect, want, self.resource, note))
         return Result(len(self.ops) - 1)
 
 
@@ -225,8 +243,17 @@ class Program:
 
     @staticmethod
     def _pack(image: bytearray, offset: int, op: Op, data_at: int, lists: list[int]) -> None:
+        kinds, values = _NO_KINDS, op.arguments
+        if not all(map(_is_plain, values)):
+            kinds, values = Program._resolve(op, data_at, lists)
+        padding = _PADDING[len(values)]
+        _OP.pack_into(image, offset, op.number, *kinds, op.expect, 0, *values, *padding, op.want, 0)
+
+    @staticmethod
+    def _resolve(op: Op, data_at: int, lists: list[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """Kinds and values of arguments that are not all plain numbers."""
         kinds = [0, 0, 0, 0, 0, 0]
-        values = [0, 0, 0, 0, 0, 0]
+        values = [0] * len(op.arguments)
         for position, argument in enumerate(op.arguments):
             if isinstance(argument, int):
                 values[position] = argument & _MASK
@@ -238,7 +265,7 @@ class Program:
                 kinds[position], values[position] = lib.LR_WORD, data_at + argument.offset
             else:
                 values[position] = lists[argument.number]
-        _OP.pack_into(image, offset, op.number, *kinds, op.expect, 0, *values, op.want, 0)
+        return kinds, values
 
     def explain(self) -> Iterator[str]:
         """The program, one line per operation."""
@@ -333,6 +360,10 @@ class Descriptors:
 
 
 _code: tuple[bytes, int] | None = None
+
+
+def _is_plain(argument: Argument) -> bool:
+    return type(argument) is int and argument >= 0
 
 
 def executor_code() -> tuple[bytes, int]:

@@ -77,6 +77,17 @@ def prepare(name: str, manifest: Manifest, image: StoredImage) -> Prepared:
     return prepared
 
 
+def compiled_for(prepared: Prepared, *, new_pid: bool, above: int = 0) -> Compiled:
+    """The program, from the last time if it can be used again; handed-over descriptors get numbers higher than `above`."""
+    compiled = prepared.compiled.get(new_pid)
+    if compiled is None or above >= compiled.layout.program:
+        layout = layout_for(prepared.manifest, above + 1)
+        compiled = compile_program(prepared.manifest, layout, prepared.own, own_proc=new_pid)
+        if descriptors.is_reusable(prepared.manifest.descriptors):
+            prepared.compiled[new_pid] = compiled
+    return compiled
+
+
 def explain(prepared: Prepared) -> list[str]:
     """The restore program, a line per operation; nothing is run."""
     compiled = compile_program(prepared.manifest, layout_for(prepared.manifest), prepared.own)
@@ -105,12 +116,7 @@ def run(
         template = pager.template_fd
         streams = [stream if stream >= 0 else _nothing(owned) for stream in streams]
         sources = [template, *shared.values(), *streams]
-        compiled = prepared.compiled.get(new_pid)
-        if compiled is None or max(sources) >= compiled.layout.program:
-            layout = layout_for(manifest, 1 + max(sources))
-            compiled = compile_program(manifest, layout, prepared.own, own_proc=new_pid)
-            if descriptors.is_reusable(manifest.descriptors):
-                prepared.compiled[new_pid] = compiled
+        compiled = compiled_for(prepared, new_pid=new_pid, above=max(sources))
         phases.done("compile")
         program = _memory_file("lazyrestore-program", owned)
         os.pwrite(program, compiled.linked.image, 0)

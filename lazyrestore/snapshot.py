@@ -35,7 +35,7 @@ from lazyrestore.store import HUGE_CHUNK, ImageStore, ImageWriter
 lib, ffi = _core.lib, _core.ffi
 
 PIECE = 256 << 10  # bytes copied by one call: small enough that all cores get their share
-STREAM = 256 << 20  # bytes copied at a time when the whole does not fit
+STREAM = 32 << 20  # bytes copied at a time when the whole does not fit, or need not: with kill=True nobody waits for the thaw
 XFEATURES_AT = 464  # offset of XCR0 in the software part of the XSAVE area that ptrace gives
 
 Progress = Callable[[int, int], None]
@@ -69,13 +69,13 @@ def take(
         _refuse_unsupported(pid, pidfd)
         with store.writer(name, replace=replace, level=level, progress=progress) as writer:
             identities = _identify_files(pid)
-            buffer = _Buffer(_resident(pid))
+            buffer = _Buffer(0 if kill else _resident(pid))
             frozen = Frozen(pid)
             paused = time.monotonic()
             with frozen:
                 capture = _capture(frozen, pidfd, identities)
                 try:
-                    fits = buffer.make_room(capture.plan.bytes)
+                    fits = buffer.make_room(capture.plan.bytes, all_at_once=not kill)
                     for batch in [capture.plan.runs] if fits else _batches(capture.plan.runs):
                         runs = buffer.fill(pid, frozen.memory, batch)
                         if not fits:
@@ -291,14 +291,14 @@ def _without_overlap(runs: list[Run]) -> list[Run]:
 
 
 def _batches(runs: list[Run]) -> Iterator[list[Run]]:
-    """Runs in groups of about STREAM bytes, cut at chunk-friendly borders (2 MiB)."""
+    """Runs in groups of STREAM bytes and at most 2 MiB more, cut at borders of 2 MiB, so that no chunk is in two groups."""
     border = 2 << 20
     batch: list[Run] = []
     size = 0
     for run in runs:
         at, end = run.image, run.image + run.length
         while at < end:
-            stop = min(end, (at + STREAM) & -border)
+            stop = min(end, (at // border + 1) * border)
             into = at - run.image
             data = run.data[into : into + stop - at] if run.data is not None else None
             piece = replace(run, image=at, address=run.address + into, length=stop - at, data=data)
@@ -325,7 +325,7 @@ class _Buffer:
     def __init__(self, expected: int) -> None:
         self._map: mmap.mmap | None = None
         self.limit = _available_memory() // 2
-        if expected <= self.limit:
+        if 0 < expected <= self.limit:
             self._allocate(expected + (4 << 20))
 
     def _allocate(self, size: int) -> None:
@@ -345,12 +345,12 @@ class _Buffer:
         assert self._map is not None
         return memoryview(self._map)
 
-    def make_room(self, needed: int) -> bool:
-        """Whether `needed` bytes fit at once; if not, there is room for STREAM bytes and a little more."""
-        if self._map is not None and len(self._map) >= needed:
+    def make_room(self, needed: int, *, all_at_once: bool) -> bool:
+        """Whether `needed` bytes fit at once, if that is wanted; if not, there is room for STREAM bytes and a little more."""
+        if all_at_once and self._map is not None and len(self._map) >= needed:
             return True
         self._map = None
-        fits = needed <= self.limit
+        fits = (all_at_once and needed <= self.limit) or needed <= STREAM
         self._allocate(max(needed, 1) if fits else STREAM + (4 << 20))
         return fits
 
@@ -359,7 +359,7 @@ class _Buffer:
         placed = []
         pieces = array("Q")
         offset = 0
-        assert self._map is not None
+        assert self._map is not None and sum(run.length for run in runs) <= len(self._map)
         view = memoryview(self._map)
         for run in runs:
             placed.append(((run.image, offset, run.length), run.huge))

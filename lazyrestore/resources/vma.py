@@ -1,12 +1,14 @@
 """Virtual memory areas: what a process has mapped, and how each piece comes back.
 
-Facts. A restored VMA must have the address, size, protection and sharing it had; a VMA that was one must stay one (mremap
-refuses to cross a border). MAP_GROWSDOWN, MADV_WIPEONFORK and MADV_FREE are refused on file mappings, and the
-template is a file, so those VMAs come back anonymous and are written before the process runs. The kernel's zero page and absent pages
-hold no content. A page of a private file mapping that was written is anonymous memory: the mapping then no longer equals its file.
+Facts. A restored VMA must have the address, size, protection and sharing it had; a VMA that was one must stay one
+(mremap refuses to cross a border). MAP_GROWSDOWN, MADV_WIPEONFORK and MADV_FREE are refused on file mappings, and the
+template is a file, so those VMAs come back anonymous and are written before the process runs. The kernel's zero page
+and absent pages hold no content. A page of a private file mapping that was written is anonymous memory: the mapping
+then no longer equals its file.
 
-Choice. `kind` says how a VMA is restored; see `Kind`. A private file mapping with written pages goes to the template as a whole, so that it stays
-one lazy VMA, unless it is large and little of it was written: then the file is mapped and the written pages are put in at once.
+Choice. `kind` says how a VMA is restored; see `Kind`. A private file mapping with written pages goes to the template as
+a whole, so that it stays one lazy VMA, unless it is large and little of it was written: then the file is mapped and the
+written pages are put in at once.
 """
 
 from __future__ import annotations
@@ -28,15 +30,17 @@ TEMPLATE_NAME = "/memfd:lazyrestore"
 ANONYMOUS_SHARED_NAME = "/memfd:lazyrestore-shared"  # what a restored anonymous MAP_SHARED mapping is called
 
 Kind = Literal["lazy", "anonymous", "eager", "file", "shared", "hugetlb", "kernel"]
-"""lazy: template, MAP_PRIVATE. anonymous: no content. eager: anonymous, contents written before the process runs. file: the file itself, contents
-(if any) written over it. shared: a memory file of the tree. hugetlb: hugetlb template. kernel: vdso and vvar."""
+"""lazy: template, MAP_PRIVATE. anonymous: no content. eager: anonymous, contents written before the process runs. file:
+the file itself, contents (if any) written over it. shared: a memory file of the tree. hugetlb: hugetlb template.
+kernel: vdso and vvar."""
 
 
 class FileIdentity(msgspec.Struct, frozen=True):
     """What a mapped file must still be when it is mapped again; mtime in ns; build_id of an ELF file, hexadecimal.
 
-    A file that is mapped MAP_SHARED and writable belongs to whoever writes it: `shared`, and only its size must hold. If it is
-    small, its `content` is kept, so that it can be made again when it is gone (a JVM removes the perf data of dead ones).
+    A file that is mapped MAP_SHARED and writable belongs to whoever writes it: `shared`, and only its size must hold.
+    If it is small, its `content` is kept, so that it can be made again when it is gone (a JVM removes the perf data of
+    dead ones).
     """
 
     path: str
@@ -49,8 +53,9 @@ class FileIdentity(msgspec.Struct, frozen=True):
 
 
 class Vma(msgspec.Struct, frozen=True):
-    """One VMA. `file` and `shared_object` index the manifest's lists; `stored` counts the bytes of content; `written` are the
-    (start, end) ranges whose content is put in before the process runs (kinds eager, file, and private mappings of shared objects)."""
+    """One VMA. `file` and `shared_object` index the manifest's lists; `stored` counts the bytes of content; `written`
+    are the (start, end) ranges whose content is put in before the process runs (kinds eager, file, and private mappings
+    of shared objects)."""
 
     start: int
     end: int
@@ -76,7 +81,10 @@ class Vma(msgspec.Struct, frozen=True):
 
 
 class SharedObject(msgspec.Struct, frozen=True):
-    """Memory behind a MAP_SHARED mapping that is no named file: image addresses start at `image`. `key` is (device, inode)."""
+    """Memory behind a MAP_SHARED mapping that is no named file.
+
+    Image addresses start at `image`. `key` is (device, inode).
+    """
 
     name: str
     size: int
@@ -144,8 +152,8 @@ def file_signature(identity: FileIdentity) -> tuple[int, ...] | None:
 
 
 def check_file(identity: FileIdentity) -> None:
-    """FileChanged unless the file is still what it was: same size, and same build-id or, without one, same mtime. Makes a
-    small shared one again."""
+    """FileChanged unless the file is still what it was: same size, and same build-id or, without one, same mtime. Makes
+    a small shared one again."""
     try:
         status = os.stat(identity.path)
     except OSError as error:
@@ -213,12 +221,23 @@ def _build_id(path: str) -> str:
     return head[note + 16 : note + 36].hex() if note >= 0 else ""
 
 
+# Looked up once: an attribute of a cffi library costs much in a loop over VMAs.
+_MMAP, _MADVISE = lib.SYS_mmap, lib.SYS_madvise
+_MAP_FIXED_NOREPLACE, _MAP_PRIVATE, _MAP_NORESERVE = lib.MAP_FIXED_NOREPLACE, lib.MAP_PRIVATE, lib.MAP_NORESERVE
+_MAP_SHARED, _MAP_ANONYMOUS = lib.MAP_SHARED, lib.MAP_ANONYMOUS
+
 # -- restore -----------------------------------------------------------------------------------------------------------
 
 ADVICE = {  # VmFlags of smaps (Documentation/filesystems/proc.rst) → madvise
-    "dc": lib.MADV_DONTFORK, "dd": lib.MADV_DONTDUMP, "hg": lib.MADV_HUGEPAGE, "nh": lib.MADV_NOHUGEPAGE, "wf": lib.MADV_WIPEONFORK,
-    "mg": lib.MADV_MERGEABLE, "sr": lib.MADV_SEQUENTIAL, "rr": lib.MADV_RANDOM,
-}  # fmt: skip
+    "dc": lib.MADV_DONTFORK,
+    "dd": lib.MADV_DONTDUMP,
+    "hg": lib.MADV_HUGEPAGE,
+    "nh": lib.MADV_NOHUGEPAGE,
+    "wf": lib.MADV_WIPEONFORK,
+    "mg": lib.MADV_MERGEABLE,
+    "sr": lib.MADV_SEQUENTIAL,
+    "rr": lib.MADV_RANDOM,
+}
 
 
 def restore(
@@ -232,28 +251,26 @@ def restore(
     hugetlb: int,
     shared: dict[int, int],
 ) -> None:
-    """Append the mapping of all VMAs but the kernel's. `template`, `hugetlb` and `shared[object]` are descriptor numbers in the
-    new process; `writable` the files that must be opened for writing."""
+    """Append the mapping of all VMAs but the kernel's. `template`, `hugetlb` and `shared[object]` are descriptor
+    numbers in the new process; `writable` the files that must be opened for writing."""
     opened: dict[int, int] = {}
-    uses = {
-        index: max(n for n, vma in enumerate(vmas) if vma.file == index) for index in {vma.file for vma in vmas} - {-1}
-    }
+    last_use = {vma.file: number for number, vma in enumerate(vmas)}
     for number, vma in enumerate(vmas):
         if vma.kind == "kernel":
             continue
         with ops.serving(vma.label):
-            flags = lib.MAP_FIXED_NOREPLACE
+            flags = _MAP_FIXED_NOREPLACE
             fd, offset = -1, 0
             match vma.kind:
                 case "lazy":
                     fd, offset = template, vma.start
-                    flags |= lib.MAP_PRIVATE | lib.MAP_NORESERVE
+                    flags |= _MAP_PRIVATE | _MAP_NORESERVE
                 case "hugetlb":
                     fd, offset = hugetlb, vma.start
-                    flags |= lib.MAP_PRIVATE | lib.MAP_NORESERVE
+                    flags |= _MAP_PRIVATE | _MAP_NORESERVE
                 case "shared":
                     fd, offset = shared[vma.shared_object], vma.offset
-                    flags |= lib.MAP_SHARED if vma.shared else lib.MAP_PRIVATE
+                    flags |= _MAP_SHARED if vma.shared else _MAP_PRIVATE
                 case "file":
                     if vma.file not in opened:
                         mode = os.O_RDWR if vma.file in writable else os.O_RDONLY
@@ -261,20 +278,20 @@ def restore(
                             lib.SYS_openat, lib.AT_FDCWD, program.string(files[vma.file].path), mode | os.O_CLOEXEC
                         )
                     fd, offset = opened[vma.file], vma.offset
-                    flags |= lib.MAP_SHARED if vma.shared else lib.MAP_PRIVATE
+                    flags |= _MAP_SHARED if vma.shared else _MAP_PRIVATE
                 case _:
-                    flags |= lib.MAP_PRIVATE | lib.MAP_ANONYMOUS
+                    flags |= _MAP_PRIVATE | _MAP_ANONYMOUS
                     if vma.grows_down:
                         flags |= lib.MAP_GROWSDOWN
                     if "nr" in vma.flags or not vma.protection:
-                        flags |= lib.MAP_NORESERVE
+                        flags |= _MAP_NORESERVE
             ops.call_expecting(
-                vma.start, lib.SYS_mmap, vma.start, vma.size, vma.protection, flags, fd, offset, note=vma.kind
+                vma.start, _MMAP, vma.start, vma.size, vma.protection, flags, fd, offset, note=vma.kind
             )
-            for name, advice in ADVICE.items():
-                if name in vma.flags and not (name == "wf" and vma.kind != "eager" and vma.kind != "anonymous"):
-                    ops.try_call(lib.SYS_madvise, vma.start, vma.size, advice, note=f"VmFlags {name}")
+            for name in ADVICE.keys() & vma.flags:
+                if name != "wf" or vma.kind in ("eager", "anonymous"):
+                    ops.try_call(_MADVISE, vma.start, vma.size, ADVICE[name], note=f"VmFlags {name}")
             if "lo" in vma.flags:
                 ops.call(lib.SYS_mlock2, vma.start, vma.size, lib.MLOCK_ONFAULT)
-            if vma.file in opened and uses[vma.file] == number:
+            if vma.file in opened and last_use[vma.file] == number:
                 fds.close(opened.pop(vma.file))
