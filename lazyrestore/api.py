@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from lazyrestore.errors import LazyrestoreError
+from lazyrestore.errors import LazyrestoreError, PagerError
 
 if TYPE_CHECKING:
     from lazyrestore.manifest import Manifest
@@ -183,17 +183,11 @@ class Snapshot:
             started = restore.run(prepared, pager, streams, new_pid=new_pid)
         started.phases = {"prepare": (connected - began) * 1e3, **started.phases}
         started.restore_ms = (time.perf_counter() - began) * 1e3
-        return RestoredProcess(self.name, started, pager)
+        return RestoredProcess(self.name, self._image.key, started)
 
     def pager_stats(self) -> PagerStats | None:
         """What the pager of this snapshot counted, None if there is none."""
-        from lazyrestore.pager.launch import connect_existing
-
-        client = connect_existing(self._image.key, self.name)
-        if client is None:
-            return None
-        with client:
-            return client.stats()
+        return _pager_stats(self._image.key, self.name)
 
     def _prepare(self) -> Prepared:
         from lazyrestore import restore
@@ -240,15 +234,15 @@ class RestoredProcess:
     restore_ms is the time from the call to the running process; phases tells where it went, in ms.
     """
 
-    def __init__(self, name: str, started: Started, pager: PagerClient) -> None:
+    def __init__(self, name: str, key: str, started: Started) -> None:
         self.name = name
+        self._key = key
         self.pid = started.pid
         self.restore_ms = started.restore_ms
         self.phases = started.phases
         self.returncode: int | None = None
         self._pidfd = started.pidfd
         self._namespace = started.init
-        self._pager = pager
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -301,8 +295,14 @@ class RestoredProcess:
         self.send_signal(signal.SIGKILL)
 
     def stats(self) -> PagerStats:
-        """The counts of this snapshot's pager: chunks filled, faults by kind, service times, per address space."""
-        return self._pager.stats()
+        """The counts of this snapshot's pager: chunks filled, faults by kind, service times, per address space.
+
+        Raises PagerError if the pager is gone, as it is some time after the last process has ended.
+        """
+        stats = _pager_stats(self._key, self.name)
+        if stats is None:
+            raise PagerError(f"pager of {self.name}", "stats", "there is none: no process of this snapshot runs")
+        return stats
 
     def _collect(self, flags: int) -> None:
         try:
@@ -317,6 +317,16 @@ class RestoredProcess:
         self._pidfd = -1
         if self._namespace is not None:
             self._namespace.collect()
+
+
+def _pager_stats(key: str, name: str) -> PagerStats | None:
+    from lazyrestore.pager.launch import connect_existing
+
+    client = connect_existing(key, name)
+    if client is None:
+        return None
+    with client:
+        return client.stats()
 
 
 __all__ = ["LazyrestoreError", "RestoredProcess", "Snapshot", "Store"]

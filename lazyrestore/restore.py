@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import struct
 import time
 from collections.abc import Sequence
@@ -371,6 +372,8 @@ class _Child:
             error = lib.lr_set_xstate(tid, ffi.from_buffer(thread.xstate), len(thread.xstate))
             self._must(error, f"set extended state of thread {tid}")
             self._must(lib.lr_set_signal_mask(tid, thread.signal_mask), f"set signal mask of thread {tid}")
+        if self.prepared.manifest.attributes.stopped:  # it takes effect before any of its own instructions
+            os.kill(self.pid, signal.SIGSTOP)
         for tid in order:
             self._must(lib.lr_detach(tid, 0), f"detach thread {tid}")
 

@@ -70,10 +70,11 @@ def take(
         with store.writer(name, replace=replace, level=level, progress=progress) as writer:
             identities = _identify_files(pid)
             buffer = _Buffer(0 if kill else _resident(pid))
+            stopped = procfs.parse_stat(procfs.read(pid, "stat")).state == "T"
             frozen = Frozen(pid)
             paused = time.monotonic()
             with frozen:
-                capture = _capture(frozen, pidfd, identities)
+                capture = _capture(frozen, pidfd, identities, stopped=stopped)
                 try:
                     fits = buffer.make_room(capture.plan.bytes, all_at_once=not kill)
                     for batch in [capture.plan.runs] if fits else _batches(capture.plan.runs):
@@ -205,7 +206,7 @@ class _Capture:
     manifest: Manifest
 
 
-def _capture(frozen: Frozen, pidfd: int, identities: dict[str, vma.FileIdentity]) -> _Capture:
+def _capture(frozen: Frozen, pidfd: int, identities: dict[str, vma.FileIdentity], *, stopped: bool) -> _Capture:
     pid = frozen.pid
     mappings = procfs.parse_maps(procfs.read(pid, "smaps"))
     items = vma.unsupported(mappings)
@@ -219,7 +220,7 @@ def _capture(frozen: Frozen, pidfd: int, identities: dict[str, vma.FileIdentity]
         frozen.begin_calls()
         captured = [threads.capture(frozen, tid) for tid in frozen.tids]
         handlers = signals.capture(frozen)
-        whole = attributes.capture(frozen)
+        whole = attributes.capture(frozen, stopped=stopped)
         plan.runs = [_read_unreadable(frozen, run) if run.forced and run.lazy else run for run in plan.runs]
         frozen.end_calls()
     except BaseException:

@@ -1,10 +1,11 @@
-"""What belongs to the process as a whole: memory layout fields, working directory, credentials, limits, and the flags of prctl.
+"""What belongs to the process as a whole: memory layout fields, working directory, credentials, limits, prctl's flags.
 
-Facts. PR_SET_MM_MAP sets all layout fields, auxv and the exe link in one call (CAP_SYS_RESOURCE); the exe link may only change once no
-mapping of the old executable is left. Changing user or group ids clears `dumpable` and, without KEEPCAPS, the
-capabilities, so the order is: bounding set, groups, gids, uids, capabilities, ambient set, dumpable. Threads have credentials of their own; they inherit
-those of the thread that makes them, and making a thread with a chosen id takes a privilege, so every thread drops its privileges itself, last.
-Source: prctl(2), capabilities(7), kernel/sys.c.
+Facts. PR_SET_MM_MAP sets all layout fields, auxv and the exe link in one call (CAP_SYS_RESOURCE); the exe link may only
+change once no mapping of the old executable is left. Changing user or group ids clears `dumpable` and, without
+KEEPCAPS, the capabilities, so the order is: bounding set, groups, gids, uids, capabilities, ambient set, dumpable.
+Threads have credentials of their own; they inherit those of the thread that makes them, and making a thread with a
+chosen id takes a privilege, so every thread drops its privileges itself, last. Source: prctl(2), capabilities(7),
+kernel/sys.c.
 """
 
 from __future__ import annotations
@@ -40,7 +41,10 @@ class Memory(msgspec.Struct, frozen=True):
 
 
 class Credentials(msgspec.Struct, frozen=True):
-    """uids and gids: real, effective, saved, file system. capabilities: inheritable, permitted, effective, bounding, ambient."""
+    """uids and gids: real, effective, saved, file system.
+
+    capabilities: inheritable, permitted, effective, bounding, ambient.
+    """
 
     uids: tuple[int, int, int, int]
     gids: tuple[int, int, int, int]
@@ -69,6 +73,7 @@ class Attributes(msgspec.Struct, frozen=True):
     session_leader: bool
     group_leader: bool
     core_dump_filter: int
+    stopped: bool
 
 
 def credentials_of(pid: int, tid: int) -> Credentials:
@@ -85,7 +90,8 @@ def credentials_of(pid: int, tid: int) -> Credentials:
     )
 
 
-def capture(frozen: Frozen) -> Attributes:
+def capture(frozen: Frozen, *, stopped: bool) -> Attributes:
+    """stopped: whether it was stopped by job control before it was frozen."""
     pid = frozen.pid
     stat = procfs.parse_stat(procfs.read(pid, "stat"))
     status = procfs.parse_status(procfs.read(pid, "status"))
@@ -99,9 +105,19 @@ def capture(frozen: Frozen) -> Attributes:
         death, subreaper = struct.unpack("<i4xi4x", frozen.read(frozen.scratch, 16))
         brk = call(lib.SYS_brk, 0)
     memory = Memory(
-        stat.start_code, stat.end_code, stat.start_data, stat.end_data, stat.start_brk, brk, stat.start_stack, stat.arg_start, stat.arg_end,
-        stat.env_start, stat.env_end, procfs.auxv(pid),
-    )  # fmt: skip
+        stat.start_code,
+        stat.end_code,
+        stat.start_data,
+        stat.end_data,
+        stat.start_brk,
+        brk,
+        stat.start_stack,
+        stat.arg_start,
+        stat.arg_end,
+        stat.env_start,
+        stat.env_end,
+        procfs.auxv(pid),
+    )
     return Attributes(
         executable=os.readlink(f"/proc/{pid}/exe"),
         command_line=procfs.read(pid, "cmdline"),
@@ -120,6 +136,7 @@ def capture(frozen: Frozen) -> Attributes:
         oom_score_adjust=int(procfs.read(pid, "oom_score_adj")),
         session_leader=stat.session == pid,
         group_leader=stat.pgrp == pid,
+        stopped=stopped,
         core_dump_filter=int(procfs.read(pid, "coredump_filter") or b"0", 16),
     )
 
@@ -135,9 +152,18 @@ def restore_memory(attributes: Attributes, program: Program, ops: OpList, fds: D
         )
         auxv = program.place(m.auxv)
         fields = (
-            m.start_code, m.end_code, m.start_data, m.end_data, m.start_brk, m.brk, m.start_stack, m.arg_start, m.arg_end, m.env_start,
+            m.start_code,
+            m.end_code,
+            m.start_data,
+            m.end_data,
+            m.start_brk,
+            m.brk,
+            m.start_stack,
+            m.arg_start,
+            m.arg_end,
+            m.env_start,
             m.env_end,
-        )  # fmt: skip
+        )
         layout = program.place(struct.pack("<12QIi", *fields, 0, len(m.auxv), executable))
         program.pointer_at(layout + 11 * 8, auxv)
         ops.call(lib.SYS_prctl, lib.PR_SET_MM, lib.PR_SET_MM_MAP, layout, 12 * 8 + 8, 0)
@@ -164,9 +190,8 @@ def restore_flags(attributes: Attributes, program: Program, ops: OpList) -> None
     own = procfs.parse_limits(procfs.read(os.getpid(), "limits"))
     with ops.serving("resource limits"):
         for which, limit in zip(RLIMITS, attributes.limits, strict=True):
-            if (
-                limit == own[which] and which != lib.RLIMIT_NOFILE
-            ):  # that one was raised for the handed-over descriptors
+            # RLIMIT_NOFILE was raised for the handed-over descriptors, whatever it is here
+            if limit == own[which] and which != lib.RLIMIT_NOFILE:
                 continue
             words = struct.pack("<QQ", *(value & (1 << 64) - 1 for value in limit))
             ops.call(lib.SYS_prlimit64, 0, which, program.place(words), 0, note=f"limit {which}")
