@@ -25,7 +25,12 @@ def parse(text: str) -> Report:
 
 
 class Threads64:
-    """tests/victims/threads64.c, running in `directory`."""
+    """tests/victims/threads64.c, running in `directory`.
+
+    interruptions: how many calls may have returned EINTR to the victim in its life; 0 but for one test.
+    """
+
+    interruptions = 0
 
     def __init__(self, victims: Victims, build: Builder, directory: Path) -> None:
         directory.mkdir()
@@ -42,14 +47,18 @@ class Threads64:
     def moved_on(self, rounds: int = 2) -> None:
         """Wait until every thread has made `rounds` more rounds; fail if any of them saw an error."""
         before = self.report()
-        assert before.errors == 0, before.messages
+        self.check(before)
 
         def moved() -> bool:
             now = self.report()
-            assert now.errors == 0, now.messages
+            self.check(now)
             return all(now.rounds[name] >= before.rounds[name] + rounds for name in now.rounds)
 
         until(moved, "progress of all threads", self.process.check)
+
+    def check(self, report: Report) -> None:
+        assert report.errors <= self.interruptions, report.messages
+        assert all("Interrupted system call" in message for message in report.messages), report.messages
 
     def finish(self) -> Report:
         """End all threads; what only the end shows (tid addresses, robust mutex, rseq counters) is in the report."""
