@@ -1,0 +1,79 @@
+"""`--pid new`: the old process id in a PID namespace of its own, while the original, or other copies, have it outside."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import lazyrestore
+from helpers import Victims, until
+
+PROGRAM = """
+import os, sys, time, threading
+directory = sys.argv[1]
+threading.Thread(target=lambda: [time.sleep(0.05) for _ in iter(int, 1)], daemon=True).start()
+tids = sorted(int(name) for name in os.listdir("/proc/self/task"))
+open(directory + "/ready", "w").close()
+while not os.path.exists(directory + "/go"):
+    time.sleep(0.02)
+seen = sorted(int(name) for name in os.listdir("/proc/self/task"))
+orphan = os.fork()
+if not orphan:
+    if os.fork():
+        os._exit(0)
+    while True:
+        time.sleep(1)
+os.waitpid(orphan, 0)
+me = os.getpid()
+name = f"{directory}/report-{os.stat('/proc/self/ns/pid').st_ino}"
+open(name + ".part", "w").write(f"{me} {os.readlink('/proc/self')} {tids == seen} {os.getppid()}")
+os.rename(name + ".part", name)
+time.sleep(0.2)
+sys.exit(7)
+"""
+
+
+def started(run: Path, victims: Victims) -> int:
+    script = run / "program.py"
+    script.write_text(PROGRAM)
+    victim = victims.start(["/usr/bin/python3", script, run])
+    victim.until(lambda: (run / "ready").exists(), "a ready victim")
+    return victim.process.pid
+
+
+def test_several_copies_beside_the_original(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    pid = started(run, victims)
+    snapshot = store.snapshot(pid, name="x")
+    copies = [snapshot.restore(new_pid=True) for _ in range(3)]
+    inits = [copy._namespace.pid for copy in copies if copy._namespace]
+    assert len({pid, *(copy.pid for copy in copies)}) == 4
+    (run / "go").touch()
+    reports = until(lambda: found if len(found := list(run.glob("report-*[0-9]"))) == 4 else None, "four reports")
+    texts = sorted(report.read_text() for report in reports)
+    inside = [text for text in texts if text == f"{pid} {pid} True 0"]
+    assert len(inside) == 3, texts
+    assert [copy.wait(60) for copy in copies] == [7, 7, 7]
+    for init in inits:  # and with it the orphan that each left
+        assert not os.path.exists(f"/proc/{init}")
+
+
+def test_end_of_the_init_ends_the_copy(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    snapshot = store.snapshot(started(run, victims), name="x")
+    copy = snapshot.restore(new_pid=True)
+    assert copy._namespace is not None
+    os.kill(copy._namespace.pid, 9)
+    assert copy.wait(60) == -9
+
+
+def test_copy_that_is_killed_leaves_nothing(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    snapshot = store.snapshot(started(run, victims), name="x")
+    before = os.listdir("/proc/self/fd")
+    for _ in range(5):
+        copy = snapshot.restore(new_pid=True)
+        assert copy._namespace is not None
+        init = copy._namespace.pid
+        copy.kill()
+        assert copy.wait(60) == -9
+        assert not os.path.exists(f"/proc/{init}")
+    snapshot.close()
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
