@@ -1,12 +1,13 @@
-"""`--pid new`: the old process id in a PID namespace of its own, while the original, or other copies, have it outside."""
+"""`--pid new`: the old process id in a PID namespace of its own, while the original or other copies have it outside."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-import lazyrestore
 from helpers import Victims, until
+
+import lazyrestore
 
 PROGRAM = """
 import os, sys, time, threading
@@ -37,7 +38,7 @@ def started(run: Path, victims: Victims) -> int:
     script = run / "program.py"
     script.write_text(PROGRAM)
     victim = victims.start(["/usr/bin/python3", script, run])
-    victim.until(lambda: (run / "ready").exists(), "a ready victim")
+    victim.until((run / "ready").exists, "a ready victim")
     return victim.process.pid
 
 
