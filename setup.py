@@ -1,4 +1,4 @@
-"""The native parts: the cffi extension `_core`, and `pagerd`, an executable that is built and installed like an extension."""
+"""The native parts: the cffi extension `_core`, and `pagerd`, an executable built and installed like an extension."""
 
 from __future__ import annotations
 

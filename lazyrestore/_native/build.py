@@ -16,38 +16,45 @@ HEADERS = ["executor.h", "spawn.h", "trace.h", "memory.h", "features.h"]
 SOURCES = sorted(path.name for path in HERE.glob("*.c") if not path.name.startswith("_"))
 
 SYSCALLS = """
-    accept4 arch_prctl bind brk capset chdir chmod fchmodat chroot chown fchownat clone3 close close_range dup3 epoll_create1 epoll_ctl
-    eventfd2 execveat fcntl fchdir fchmod ftruncate futex getpid getresuid getrlimit gettid ioctl ioprio_set kill listen lseek
-    madvise membarrier memfd_create mlock2 mlockall mmap mprotect mremap msync munmap openat personality pidfd_open pipe2 ppoll prctl prlimit64 pselect6 pwrite64
-    read restart_syscall rseq rt_sigaction rt_sigprocmask rt_sigqueueinfo rt_tgsigqueueinfo rt_sigtimedwait sched_setaffinity sched_setattr sendmsg
-    set_robust_list set_tid_address setgroups setitimer getitimer setpgid setpriority setresgid setresuid setsid setsockopt sendto
-    sigaltstack signalfd4 socket socketpair splice tee tgkill timer_create timer_settime timerfd_create timerfd_settime umask unlinkat unshare
-    userfaultfd vmsplice write writev setfsuid setfsgid io_getevents epoll_wait epoll_pwait epoll_pwait2 semop semtimedop nanosleep clock_nanosleep
-    poll accept connect recvfrom recvmsg recvmmsg sendmmsg pause select mount wait4 exit exit_group mkdirat mknodat linkat symlinkat utimensat statx
-    setdomainname sethostname setns flock shutdown
+    accept4 arch_prctl bind brk capset chdir chmod fchmodat chroot chown fchownat clone3 close close_range dup3
+    epoll_create1 epoll_ctl eventfd2 execveat fcntl fchdir fchmod ftruncate futex getpid getresuid getrlimit gettid
+    ioctl ioprio_set kill listen lseek madvise membarrier memfd_create mlock2 mlockall mmap mprotect mremap msync munmap
+    openat personality pidfd_open pipe2 ppoll prctl prlimit64 pselect6 pwrite64 read restart_syscall rseq rt_sigaction
+    rt_sigprocmask rt_sigqueueinfo rt_tgsigqueueinfo rt_sigtimedwait sched_setaffinity sched_setattr sendmsg
+    set_robust_list set_tid_address setgroups setitimer getitimer setpgid setpriority setresgid setresuid setsid
+    setsockopt sendto sigaltstack signalfd4 socket socketpair splice tee tgkill timer_create timer_settime
+    timerfd_create timerfd_settime umask unlinkat unshare userfaultfd vmsplice write writev setfsuid setfsgid
+    io_getevents epoll_wait epoll_pwait epoll_pwait2 semop semtimedop nanosleep clock_nanosleep poll accept connect
+    recvfrom recvmsg recvmmsg sendmmsg pause select mount wait4 exit exit_group mkdirat mknodat linkat symlinkat
+    utimensat statx setdomainname sethostname setns flock shutdown
 """
 
 CONSTANTS = """
-    PROT_NONE PROT_READ PROT_WRITE PROT_EXEC MAP_SHARED MAP_PRIVATE MAP_FIXED MAP_FIXED_NOREPLACE MAP_ANONYMOUS MAP_GROWSDOWN MAP_NORESERVE
-    MAP_HUGETLB MAP_LOCKED MAP_STACK MREMAP_MAYMOVE MREMAP_FIXED MADV_DONTFORK MADV_DONTDUMP MADV_WIPEONFORK MADV_HUGEPAGE MADV_NOHUGEPAGE MADV_MERGEABLE
-    MADV_SEQUENTIAL MADV_RANDOM MADV_POPULATE_WRITE MFD_CLOEXEC MFD_ALLOW_SEALING MFD_HUGETLB MFD_HUGE_SHIFT F_ADD_SEALS F_GET_SEALS F_GETPIPE_SZ F_SETPIPE_SZ F_DUPFD_CLOEXEC F_SETFD F_SETFL F_SETOWN_EX F_SETSIG
-    FD_CLOEXEC O_CLOEXEC O_NONBLOCK O_PATH O_DIRECTORY O_TMPFILE O_NOFOLLOW O_LARGEFILE AT_FDCWD AT_EMPTY_PATH EFD_SEMAPHORE EFD_CLOEXEC EFD_NONBLOCK
-    EPOLL_CTL_ADD EPOLL_CLOEXEC TFD_TIMER_ABSTIME TFD_TIMER_CANCEL_ON_SET TFD_CLOEXEC TFD_NONBLOCK
-    SFD_CLOEXEC SFD_NONBLOCK SOCK_CLOEXEC SOCK_NONBLOCK PTRACE_O_TRACESYSGOOD PTRACE_O_EXITKILL PTRACE_O_SUSPEND_SECCOMP PTRACE_EVENT_STOP
-    CLONE_VM CLONE_FS CLONE_FILES CLONE_SIGHAND CLONE_PTRACE CLONE_THREAD CLONE_SYSVSEM CLONE_SETTLS CLONE_PARENT_SETTID CLONE_CHILD_CLEARTID CLONE_NEWPID CLONE_NEWNS
-    PR_SET_MM PR_SET_MM_MAP PR_SET_MM_EXE_FILE PR_SET_NAME PR_SET_DUMPABLE PR_GET_DUMPABLE PR_SET_PDEATHSIG PR_GET_PDEATHSIG PR_SET_KEEPCAPS PR_GET_KEEPCAPS PR_SET_SECUREBITS PR_GET_SECUREBITS PR_SET_TIMERSLACK PR_GET_TIMERSLACK
-    PR_SET_NO_NEW_PRIVS PR_CAPBSET_DROP PR_CAP_AMBIENT PR_CAP_AMBIENT_RAISE PR_CAP_AMBIENT_CLEAR_ALL PR_SET_CHILD_SUBREAPER PR_GET_CHILD_SUBREAPER
-    PR_SET_THP_DISABLE PR_GET_THP_DISABLE PR_GET_TID_ADDRESS PR_SET_VMA PR_SET_VMA_ANON_NAME PR_MCE_KILL_GET PR_GET_TSC PR_SET_TSC PR_SET_SPECULATION_CTRL ARCH_GET_XCOMP_PERM ARCH_REQ_XCOMP_PERM
-    RLIMIT_NOFILE PRIO_PROCESS SYS_SECCOMP_ACTION AT_NULL MCL_CURRENT MCL_FUTURE MCL_ONFAULT MLOCK_ONFAULT SIG_BLOCK SIG_SETMASK SA_RESTORER
-    MS_REC MS_PRIVATE MS_NOSUID MS_NODEV MS_NOEXEC SIGTRAP SIGSTOP SIGKILL SIGCONT
-    SO_BUF_LOCK SO_PEEK_OFF SO_SNDBUFFORCE SO_RCVBUFFORCE SO_PASSSEC SO_ATTACH_FILTER F_SEAL_FUTURE_WRITE F_SEAL_WRITE
-""".replace("SYS_SECCOMP_ACTION", "")
+    PROT_NONE PROT_READ PROT_WRITE PROT_EXEC MAP_SHARED MAP_PRIVATE MAP_FIXED MAP_FIXED_NOREPLACE MAP_ANONYMOUS
+    MAP_GROWSDOWN MAP_NORESERVE MAP_HUGETLB MAP_LOCKED MAP_STACK MREMAP_MAYMOVE MREMAP_FIXED MADV_DONTFORK MADV_DONTDUMP
+    MADV_WIPEONFORK MADV_HUGEPAGE MADV_NOHUGEPAGE MADV_MERGEABLE MADV_SEQUENTIAL MADV_RANDOM MADV_POPULATE_WRITE
+    MFD_CLOEXEC MFD_ALLOW_SEALING MFD_HUGETLB MFD_HUGE_SHIFT F_ADD_SEALS F_GET_SEALS F_GETPIPE_SZ F_SETPIPE_SZ
+    F_DUPFD_CLOEXEC F_SETFD F_SETFL F_SETOWN_EX F_SETSIG FD_CLOEXEC O_CLOEXEC O_NONBLOCK O_PATH O_DIRECTORY O_TMPFILE
+    O_NOFOLLOW O_LARGEFILE AT_FDCWD AT_EMPTY_PATH EFD_SEMAPHORE EFD_CLOEXEC EFD_NONBLOCK EPOLL_CTL_ADD EPOLL_CLOEXEC
+    TFD_TIMER_ABSTIME TFD_TIMER_CANCEL_ON_SET TFD_CLOEXEC TFD_NONBLOCK SFD_CLOEXEC SFD_NONBLOCK SOCK_CLOEXEC
+    SOCK_NONBLOCK PTRACE_O_TRACESYSGOOD PTRACE_O_EXITKILL PTRACE_O_SUSPEND_SECCOMP PTRACE_EVENT_STOP CLONE_VM CLONE_FS
+    CLONE_FILES CLONE_SIGHAND CLONE_PTRACE CLONE_THREAD CLONE_SYSVSEM CLONE_SETTLS CLONE_PARENT_SETTID
+    CLONE_CHILD_CLEARTID CLONE_NEWPID CLONE_NEWNS PR_SET_MM PR_SET_MM_MAP PR_SET_MM_EXE_FILE PR_SET_NAME PR_SET_DUMPABLE
+    PR_GET_DUMPABLE PR_SET_PDEATHSIG PR_GET_PDEATHSIG PR_SET_KEEPCAPS PR_GET_KEEPCAPS PR_SET_SECUREBITS
+    PR_GET_SECUREBITS PR_SET_TIMERSLACK PR_GET_TIMERSLACK PR_SET_NO_NEW_PRIVS PR_CAPBSET_DROP PR_CAP_AMBIENT
+    PR_CAP_AMBIENT_RAISE PR_CAP_AMBIENT_CLEAR_ALL PR_SET_CHILD_SUBREAPER PR_GET_CHILD_SUBREAPER PR_SET_THP_DISABLE
+    PR_GET_THP_DISABLE PR_GET_TID_ADDRESS PR_SET_VMA PR_SET_VMA_ANON_NAME PR_MCE_KILL_GET PR_GET_TSC PR_SET_TSC
+    PR_SET_SPECULATION_CTRL ARCH_GET_XCOMP_PERM ARCH_REQ_XCOMP_PERM RLIMIT_NOFILE PRIO_PROCESS AT_NULL MCL_CURRENT
+    MCL_FUTURE MCL_ONFAULT MLOCK_ONFAULT SIG_BLOCK SIG_SETMASK SA_RESTORER MS_REC MS_PRIVATE MS_NOSUID MS_NODEV
+    MS_NOEXEC SIGTRAP SIGSTOP SIGKILL SIGCONT SO_BUF_LOCK SO_PEEK_OFF SO_SNDBUFFORCE SO_RCVBUFFORCE SO_PASSSEC
+    SO_ATTACH_FILTER F_SEAL_FUTURE_WRITE F_SEAL_WRITE
+"""
 
 
 def declarations(header: str) -> str:
     """The declarations of one of our headers, without what cffi's parser does not take."""
     text = (HERE / header).read_text()
-    text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
+    text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
     return "\n".join(line for line in text.splitlines() if not line.startswith("#"))
 
 
