@@ -40,11 +40,16 @@ def ls_command(store: str, json_output: bool) -> None:
     if json_output:
         fields = [
             {
-                "name": each.name, "created": each.created, "raw_bytes": each.raw_bytes, "stored_bytes": each.stored_bytes,
-                "added_bytes": each.added_bytes, "chunks": each.chunks, "in_use": each.pinned,
+                "name": each.name,
+                "created": each.created,
+                "raw_bytes": each.raw_bytes,
+                "stored_bytes": each.stored_bytes,
+                "added_bytes": each.added_bytes,
+                "chunks": each.chunks,
+                "in_use": each.pinned,
             }
             for each in summaries
-        ]  # fmt: skip
+        ]
         click.echo(json.dumps(fields))
         return
     rows = [("NAME", "CREATED", "RAW", "STORED", "ADDED", "IN USE")]
@@ -139,17 +144,18 @@ def rm_command(store: str, names: tuple[str, ...], json_output: bool) -> None:
     """
     from lazyrestore.store import ImageStore
 
-    freed = []
     with ImageStore.open(store, create=False) as images:
-        for name in names:
-            result = images.rm(name)
-            freed.append({"name": name, "freed_bytes": result.stored_bytes, "still_in_use": result.still_pinned})
+        removed = [(name, images.rm(name)) for name in names]
     if json_output:
-        click.echo(json.dumps(freed))
+        fields = [
+            {"name": name, "freed_bytes": each.stored_bytes, "still_in_use": each.still_pinned}
+            for name, each in removed
+        ]
+        click.echo(json.dumps(fields))
         return
-    for each in freed:
-        later = ", the rest once its processes have ended" if each["still_in_use"] else ""
-        click.echo(f"{each['name']}: removed, {size(float(each['freed_bytes']))} freed{later}")
+    for name, each in removed:
+        later = ", the rest once its processes have ended" if each.still_pinned else ""
+        click.echo(f"{name}: removed, {size(each.stored_bytes)} freed{later}")
 
 
 @click.command("verify")
@@ -178,7 +184,8 @@ def verify_command(store: str, name: str | None, json_output: bool) -> None:
                 err=True,
             )
         click.echo(
-            f"{report.snapshots} snapshots, {report.chunks} chunks ({size(report.raw_bytes)}) checked, {len(report.damage)} damaged"
+            f"{report.snapshots} snapshots, {report.chunks} chunks ({size(report.raw_bytes)}) checked, "
+            f"{len(report.damage)} damaged"
         )
     if report.damage:
         sys.exit(ChunkInvalid.exit_status)

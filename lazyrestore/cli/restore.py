@@ -18,9 +18,16 @@ if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot
 
 FORWARDED = (
-    signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT, signal.SIGWINCH,
+    signal.SIGHUP,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCONT,
+    signal.SIGWINCH,
     signal.SIGALRM,
-)  # fmt: skip
+)
 SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the whole foreground group got it
 
 
@@ -28,17 +35,21 @@ SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the
 @click.argument("name", shell_complete=complete_name)
 @click.option("--detach", is_flag=True, help="Print the process id and return; the process runs on by itself.")
 @click.option(
-    "--pid", "pid_choice", type=click.Choice(["same", "new"]), default="same", show_default=True,
+    "--pid",
+    "pid_choice",
+    type=click.Choice(["same", "new"]),
+    default="same",
+    show_default=True,
     help="same: the old process id, which must be free. new: a fresh PID namespace in which it is.",
-)  # fmt: skip
+)
 @click.option("--explain", is_flag=True, help="Print the restore program without running it.")
 @click.option("--json", "json_output", is_flag=True, help="Print JSON (to standard error in the foreground).")
 @click.pass_obj
 def restore_command(store: str, name: str, detach: bool, pid_choice: str, explain: bool, json_output: bool) -> None:
     """Restore the snapshot NAME.
 
-    In the foreground, lazyrestore is the parent of the process: it passes signals and the terminal on, and exits with the
-    process's exit status (128 + N if signal N ended it).
+    In the foreground, lazyrestore is the parent of the process: it passes signals and the terminal on, and exits with
+    the process's exit status (128 + N if signal N ended it).
 
     \b
     lazyrestore restore worker

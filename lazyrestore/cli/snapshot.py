@@ -42,14 +42,21 @@ def snapshot_command(
     ratio = snapshot.raw_bytes / snapshot.stored_bytes if snapshot.stored_bytes else 0.0
     if json_output:
         fields = {
-            "name": name, "pid": pid, "pages": snapshot.pages, "raw_bytes": snapshot.raw_bytes, "stored_bytes": snapshot.stored_bytes,
-            "ratio": round(ratio, 3), "pause_ms": round(snapshot.pause_ms, 3), "seconds": round(snapshot.seconds, 3), "killed": kill,
-        }  # fmt: skip
+            "name": name,
+            "pid": pid,
+            "pages": snapshot.pages,
+            "raw_bytes": snapshot.raw_bytes,
+            "stored_bytes": snapshot.stored_bytes,
+            "ratio": round(ratio, 3),
+            "pause_ms": round(snapshot.pause_ms, 3),
+            "seconds": round(snapshot.seconds, 3),
+            "killed": kill,
+        }
         click.echo(json.dumps(fields))
         return
     click.echo(
-        f"{name}: {snapshot.pages} pages, {size(snapshot.raw_bytes)} raw, {size(snapshot.stored_bytes)} stored (ratio {ratio:.2f}), "
-        f"paused {snapshot.pause_ms:.1f} ms, took {snapshot.seconds:.2f} s"
+        f"{name}: {snapshot.pages} pages, {size(snapshot.raw_bytes)} raw, {size(snapshot.stored_bytes)} stored "
+        f"(ratio {ratio:.2f}), paused {snapshot.pause_ms:.1f} ms, took {snapshot.seconds:.2f} s"
     )
 
 

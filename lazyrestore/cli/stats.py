@@ -21,7 +21,7 @@ PAGE = 4096
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def stats_command(store: str, pid: int | None, json_output: bool) -> None:
-    """Show what the pagers count: chunks filled, faults by kind, service times; per restored process (of PID only, if given).
+    """Show what the pagers count, per restored process (of PID only, if given): chunks filled, faults, service times.
 
     \b
     lazyrestore stats
@@ -105,19 +105,27 @@ def _space(space: SpaceStats) -> dict[str, Any]:
 def _lines(each: dict[str, Any]) -> list[str]:
     service = each["service"]
     head = (
-        f"{each['snapshot']}: {each['chunks_filled']} of {each['chunks']} chunks filled ({each['resident_share']:.1%}), "
-        f"{size(each['bytes_decompressed'])} decompressed, {each['faults']} faults "
+        f"{each['snapshot']}: {each['chunks_filled']} of {each['chunks']} chunks filled "
+        f"({each['resident_share']:.1%}), {size(each['bytes_decompressed'])} decompressed, {each['faults']} faults "
         f"(p50 {service['p50_us']:.0f} µs, p99 {service['p99_us']:.0f} µs, max {service['max_us']:.0f} µs), up since "
         f"{time.strftime('%H:%M:%S', time.localtime(time.time() - each['uptime_s']))}"
     )
     rows = [("  PID", "KIND", "FAULTS", "MISSING", "MINOR", "WRITE", "PAGES", "ZERO", "RESIDENT", "P50", "P99")]
-    for space in each["processes"]:
-        rows.append(
-            (
-                f"  {space['pid'] or '?'}", "restored" if not space["generation"] else f"forked ({space['generation']})", str(space["faults"]),
-                str(space["faults_missing"]), str(space["faults_minor"]), str(space["faults_write"]), str(space["pages_installed"]),
-                str(space["zero_pages_installed"]), f"{space['resident_share']:.1%}", f"{space['service']['p50_us']:.0f} µs",
-                f"{space['service']['p99_us']:.0f} µs",
-            )
-        )  # fmt: skip
+    rows.extend(_row(space) for space in each["processes"])
     return [head, *columns(rows, frozenset(range(2, 11)))]
+
+
+def _row(space: dict[str, Any]) -> tuple[str, str, str, str, str, str, str, str, str, str, str]:
+    return (
+        f"  {space['pid'] or '?'}",
+        "restored" if not space["generation"] else f"forked ({space['generation']})",
+        str(space["faults"]),
+        str(space["faults_missing"]),
+        str(space["faults_minor"]),
+        str(space["faults_write"]),
+        str(space["pages_installed"]),
+        str(space["zero_pages_installed"]),
+        f"{space['resident_share']:.1%}",
+        f"{space['service']['p50_us']:.0f} µs",
+        f"{space['service']['p99_us']:.0f} µs",
+    )
