@@ -1,9 +1,10 @@
 """Parsers of /proc/PID files: bytes to records, without side effects; and small readers built on them.
 
-Facts. /proc/PID/maps and smaps list VMAs in address order, one header line each: `start-end perms offset dev inode path`; the path is
-escaped only for newlines (\\012), and a file that was unlinked has " (deleted)" behind it. smaps walks every page table, so its cost grows with the
-resident memory; its VmFlags line (two letters a flag) is the only place that tells madvise() settings.
-/proc/PID/stat's second field may hold spaces and parentheses: it ends at the last ')'. Source: proc(5), fs/proc/task_mmu.c.
+Facts. /proc/PID/maps and smaps list VMAs in address order, one header line each: `start-end perms offset dev inode
+path`; the path is escaped only for newlines (\\012), and a file that was unlinked has " (deleted)" behind it. smaps
+walks every page table, so its cost grows with the resident memory; its VmFlags line (two letters a flag) is the only
+place that tells madvise() settings. /proc/PID/stat's second field may hold spaces and parentheses: it ends at the last
+')'. Source: proc(5), fs/proc/task_mmu.c.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Mapping(msgspec.Struct, frozen=True):
 _HEADER = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) ([r-])([w-])([x-])([sp]) ([0-9a-f]+) ([0-9a-f]+:[0-9a-f]+) (\d+) *([^\n]*)$"
     rb"(?:(?:\n[A-Z][^\n]*)*?\nVmFlags:([a-z0-9? ]*))?",
-    re.M,
+    re.MULTILINE,
 )
 
 
@@ -125,7 +126,10 @@ def parse_status(text: bytes) -> dict[str, str]:
 
 
 def parse_limits(text: bytes) -> list[tuple[int, int]]:
-    """/proc/PID/limits as (soft, hard) by resource number, -1 for unlimited; the lines are in that order (fs/proc/base.c)."""
+    """/proc/PID/limits as (soft, hard) by resource number, -1 for unlimited.
+
+    The file's lines are in the order of the resource numbers (fs/proc/base.c).
+    """
     limits = []
     for line in text.decode().splitlines()[1:]:
         soft, hard = line[26:46].strip(), line[47:67].strip()
@@ -169,7 +173,7 @@ def auxv(pid: int) -> bytes:
 def cpu_flags() -> frozenset[str]:
     """The feature flags of this machine's CPUs (those that all have)."""
     with open("/proc/cpuinfo", "rb") as file:
-        lines = re.findall(rb"^flags\s*:(.*)$", file.read(), re.M)
+        lines = re.findall(rb"^flags\s*:(.*)$", file.read(), re.MULTILINE)
     common = set(lines[0].split()) if lines else set()
     for line in set(lines[1:]):
         common &= set(line.split())

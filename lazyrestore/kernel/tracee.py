@@ -1,17 +1,20 @@
 """A frozen process: all of its threads held by ptrace, and single system calls made by them on our behalf.
 
-Facts. PTRACE_SEIZE does not disturb; PTRACE_INTERRUPT stops a thread (PTRACE_EVENT_STOP) and makes an interruptible system call return
--ERESTART… or -EINTR inside the kernel. When the tracer detaches or dies, the kernel marks a signal as pending for every
-stopped thread, so it passes through the signal code on its way out and there restarts the call, if orig_rax is still the call's number.
-A few calls return -EINTR instead of a restart code (epoll_wait, rt_sigtimedwait, …; signal(7), "stop signals"); a process that was merely looked at would see that.
+Facts. PTRACE_SEIZE does not disturb; PTRACE_INTERRUPT stops a thread (PTRACE_EVENT_STOP) and makes an interruptible
+system call return -ERESTART… or -EINTR inside the kernel. When the tracer detaches or dies, the kernel marks a signal
+as pending for every stopped thread, so it passes through the signal code on its way out and there restarts the call, if
+orig_rax is still the call's number. A few calls return -EINTR instead of a restart code (epoll_wait, rt_sigtimedwait,
+…; signal(7), "stop signals"); a process that was merely looked at would see that.
 
-Consequence. A thread's registers are put back exactly as they were, and the kernel restarts what it would have restarted; for
-the calls that do not restart, rip is moved back over the syscall instruction, unless a signal is really pending.
+Consequence. A thread's registers are put back exactly as they were, and the kernel restarts what it would have
+restarted; for the calls that do not restart, rip is moved back over the syscall instruction, unless a signal is really
+pending.
 
-The stub. Calls that only the process itself can make (rt_sigaction, sigaltstack, PR_GET_TID_ADDRESS, getitimer) run from about 200 bytes in the zero
-padding behind the vdso's code. If the tracer is killed while a thread is in there, the thread finishes by itself: it unmaps the scratch page,
-puts back its signal mask and its registers and jumps to where it was. Nothing is written to the target's stack. At most one thread is diverted at a time.
-The cost: a private copy of one vdso page remains in the target, its bytes as before.
+The stub. Calls that only the process itself can make (rt_sigaction, sigaltstack, PR_GET_TID_ADDRESS, getitimer) run
+from about 200 bytes in the zero padding behind the vdso's code. If the tracer is killed while a thread is in there, the
+thread finishes by itself: it unmaps the scratch page, puts back its signal mask and its registers and jumps to where it
+was. Nothing is written to the target's stack. At most one thread is diverted at a time. The cost: a private copy of one
+vdso page remains in the target, its bytes as before.
 """
 
 from __future__ import annotations
@@ -32,9 +35,11 @@ from lazyrestore.kernel import procfs
 lib = _core.lib
 ffi = _core.ffi
 
+# struct user_regs_struct's order
 REGISTERS = (
-    "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs eflags rsp ss fs_base gs_base ds es fs gs"
-).split()
+    *("r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx", "rsi", "rdi"),
+    *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
+)
 _REGISTERS = struct.Struct(f"<{len(REGISTERS)}Q")
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK, EINTR = 512, 513, 514, 516, 4
 SYSCALL_LENGTH = 2  # bytes of the syscall instruction
@@ -45,11 +50,24 @@ FREEZE_MS = 10000
 # Calls that return -EINTR to a thread that was only stopped and continued; each may be made again.
 NOT_RESTARTED = frozenset(
     (
-        lib.SYS_epoll_wait, lib.SYS_epoll_pwait, lib.SYS_epoll_pwait2, lib.SYS_rt_sigtimedwait, lib.SYS_semop, lib.SYS_semtimedop,
-        lib.SYS_io_getevents, lib.SYS_accept, lib.SYS_accept4, lib.SYS_recvfrom, lib.SYS_recvmsg, lib.SYS_recvmmsg,
-        lib.SYS_sendto, lib.SYS_sendmsg, lib.SYS_sendmmsg, lib.SYS_read,
+        lib.SYS_epoll_wait,
+        lib.SYS_epoll_pwait,
+        lib.SYS_epoll_pwait2,
+        lib.SYS_rt_sigtimedwait,
+        lib.SYS_semop,
+        lib.SYS_semtimedop,
+        lib.SYS_io_getevents,
+        lib.SYS_accept,
+        lib.SYS_accept4,
+        lib.SYS_recvfrom,
+        lib.SYS_recvmsg,
+        lib.SYS_recvmmsg,
+        lib.SYS_sendto,
+        lib.SYS_sendmsg,
+        lib.SYS_sendmmsg,
+        lib.SYS_read,
     )
-)  # fmt: skip
+)
 
 
 _AGAIN = ffi.new("int32_t[]", sorted(NOT_RESTARTED))
@@ -183,10 +201,11 @@ class Frozen:
             raise SnapshotFailed(f"process {self.pid}", "freeze", "its main thread has exited, which is not supported")
 
     def _stop(self, tid: int) -> None:
-        """Seize and stop one thread, and at once put right what the stop did to it, so that a tracer that dies leaves nothing to do.
+        """Seize and stop one thread, and at once put right what the stop did to it.
 
-        A thread in an rseq critical section goes to its abort handler, as after any preemption: it is about to run other code, which ends
-        the section's protection.
+        So a tracer that dies leaves nothing to do.
+        A thread in an rseq critical section goes to its abort handler, as after any preemption: it is about to run
+        other code, which ends the section's protection.
         """
         result = lib.lr_stop_thread(
             tid, lib.PTRACE_O_TRACESYSGOOD, _AGAIN, len(_AGAIN), FREEZE_MS, self._registers, self._mask
@@ -232,7 +251,7 @@ class Frozen:
         packed = ffi.from_buffer("struct lr_registers *", registers.pack())
         check(lib.lr_set_registers(tid, packed), self.pid, "set registers")
 
-    # -- calls made by the process itself --------------------------------------------------------------------------------
+    # -- calls made by the process itself ------------------------------------------------------------------------------
 
     def begin_calls(self) -> None:
         """Find a place for the stub, and let the process map the scratch page."""
@@ -273,7 +292,10 @@ class Frozen:
         return self._scratch, self._scratch + 4096
 
     def read(self, address: int, length: int) -> bytes:
-        """Bytes of the process's memory. It waits for a pager, if that is where they come from; /proc/PID/mem would not."""
+        """Bytes of the process's memory.
+
+        It waits for a pager, if that is where they come from; /proc/PID/mem would not.
+        """
         buffer, failed = ffi.new("char[]", length), ffi.new("uint64_t *")
         run = ffi.new("struct lr_run *", (address, 0, length))
         if lib.lr_copy_runs(self.pid, run, 1, buffer, 1, failed) == 0:
@@ -281,18 +303,16 @@ class Frozen:
         return os.pread(self.memory, length, address)
 
     def _find_stub(self) -> int:
-        """The last STUB_LENGTH bytes of an executable private mapping that are padding behind its code: nothing but zeros, or a stub that
-        a killed snapshotter left there and that no thread is in."""
+        """The last STUB_LENGTH bytes of an executable private mapping that are padding behind its code: nothing but
+        zeros, or a stub that a killed snapshotter left there and that no thread is in."""
         mappings = procfs.parse_maps(procfs.read(self.pid, "maps"))
         mappings.sort(key=lambda mapping: mapping.path != "[vdso]")
         for mapping in mappings:
             if not mapping.execute or mapping.shared or mapping.write or not mapping.path.startswith(("[vdso]", "/")):
                 continue
             start = mapping.end - STUB_LENGTH
-            before, there = (
-                os.pread(self.memory, STUB_LENGTH, start - STUB_LENGTH),
-                os.pread(self.memory, STUB_LENGTH, start),
-            )
+            before = os.pread(self.memory, STUB_LENGTH, start - STUB_LENGTH)
+            there = os.pread(self.memory, STUB_LENGTH, start)
             abandoned = there.startswith(STUB_PREFIX) and all(
                 not start <= r["rip"] < mapping.end for r in self.registers.values()
             )
@@ -317,9 +337,10 @@ class _Diverted:
 
     def __enter__(self) -> Callable[..., int]:
         frozen, tid = self.frozen, self.tid
-        assert frozen._stub is not None
+        stub = frozen._stub
+        assert stub is not None
         registers = frozen.registers[tid]
-        os.pwrite(frozen.memory, _stub_code(registers, frozen.masks[tid], frozen._scratch), frozen._stub)
+        os.pwrite(frozen.memory, _stub_code(registers, frozen.masks[tid], frozen._scratch), stub)
         base = ffi.from_buffer("struct lr_registers *", registers.pack())
         arguments, result = ffi.new("uint64_t[6]"), ffi.new("int64_t *")
         masked = False
@@ -331,11 +352,11 @@ class _Diverted:
             if not masked:
                 # From here on the stub is what runs if we die; it puts this mask back.
                 diverted = Registers(registers)
-                diverted.update(rip=frozen._stub, orig_rax=(1 << 64) - 1, rax=lib.SYS_getpid)
+                diverted.update(rip=stub, orig_rax=(1 << 64) - 1, rax=lib.SYS_getpid)
                 frozen._set(tid, diverted)
                 check(lib.lr_set_signal_mask(tid, (1 << 64) - 1), frozen.pid, "block signals")
                 masked = True
-            error = lib.lr_remote_syscall(tid, base, frozen._stub, number, arguments, result)
+            error = lib.lr_remote_syscall(tid, base, stub, number, arguments, result)
             check(error, frozen.pid, "make a system call in the process")
             return int(result[0])
 
@@ -370,9 +391,16 @@ def _stub_code(registers: Registers, mask: int, scratch: int) -> bytes:
     mask_reference = len(code)
     code += word(0) + b"\xba" + word(0) + b"\x41\xba" + word(8) + b"\xb8" + word(lib.SYS_rt_sigprocmask) + syscall
     for opcode, name in (
-        (b"\x48\xb8", "rax"), (b"\x48\xb9", "rcx"), (b"\x48\xba", "rdx"), (b"\x48\xbe", "rsi"), (b"\x48\xbf", "rdi"),
-        (b"\x49\xb8", "r8"), (b"\x49\xb9", "r9"), (b"\x49\xba", "r10"), (b"\x49\xbb", "r11"),
-    ):  # fmt: skip
+        (b"\x48\xb8", "rax"),
+        (b"\x48\xb9", "rcx"),
+        (b"\x48\xba", "rdx"),
+        (b"\x48\xbe", "rsi"),
+        (b"\x48\xbf", "rdi"),
+        (b"\x49\xb8", "r8"),
+        (b"\x49\xb9", "r9"),
+        (b"\x49\xba", "r10"),
+        (b"\x49\xbb", "r11"),
+    ):
         code += opcode + quad(home[name])
     code += b"\xff\x25" + word(0) + quad(home["rip"])  # jmp *0(%rip)
     struct.pack_into("<i", code, mask_reference, len(code) - mask_reference - 4)
