@@ -18,7 +18,10 @@ VERSION = 1
 
 
 class Host(msgspec.Struct, frozen=True):
-    """What the process relied on: kernel release (for people), the vdso's layout and contents, CPU features and XSAVE components."""
+    """What the process relied on.
+
+    The kernel's release (for people), the vdso's layout and contents, CPU features and XSAVE components.
+    """
 
     kernel: str
     machine: str

@@ -1,15 +1,17 @@
 """A PID namespace of its own for a restored process, so that its old process id is free in it.
 
-Facts. The first process of a PID namespace is its init: orphans become its children, signals without a handler do not reach it from
-inside, and when it ends the kernel kills all the others. A process may be started into a namespace by one outside (setns), and is then that one's
-child. A /proc mount shows the namespace of the process that mounted it.
+Facts. The first process of a PID namespace is its init: orphans become its children, signals without a handler do not
+reach it from inside, and when it ends the kernel kills all the others. A process may be started into a namespace by one
+outside (setns), and is then that one's child. A /proc mount shows the namespace of the process that mounted it.
 
-Choice. The init is a restore program of six operations: it ignores SIGCHLD (so that the kernel reaps the orphans), waits for the restored process to end
-(a pidfd), and ends, and with it whatever the process left behind. The restored process itself stays our child, so its exit status is ours to wait for.
+Choice. The init is a restore program of six operations: it ignores SIGCHLD (so that the kernel reaps the orphans),
+waits for the restored process to end (a pidfd), and ends, and with it whatever the process left behind. The restored
+process itself stays our child, so its exit status is ours to wait for.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from dataclasses import dataclass
@@ -28,7 +30,10 @@ POLLIN = 1
 
 @dataclass(slots=True)
 class Namespace:
-    """A namespace whose init is stopped until watch() is called. pid and pidfd are init's; descriptor is the namespace's."""
+    """A namespace whose init is stopped until watch() is called.
+
+    pid and pidfd are init's; descriptor is the namespace's.
+    """
 
     pid: int
     pidfd: int
@@ -50,10 +55,8 @@ class Namespace:
         """Wait for init's end."""
         self._close_namespace()
         if self.pidfd >= 0:
-            try:
+            with contextlib.suppress(ChildProcessError):
                 os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-            except ChildProcessError:
-                pass
             os.close(self.pidfd)
             self.pidfd = -1
 
@@ -93,12 +96,8 @@ def new_namespace(pid: int) -> Namespace:
     namespace = Namespace(init, pidfd, -1)
     try:
         spawn.enter(init, linked, _PROGRAM)
-        status, index, why, result = (
-            ffi.new("int32_t *"),
-            ffi.new("uint64_t *"),
-            ffi.new("uint64_t *"),
-            ffi.new("int64_t *"),
-        )
+        status, result = ffi.new("int32_t *"), ffi.new("int64_t *")
+        index, why = ffi.new("uint64_t *"), ffi.new("uint64_t *")
         error_number = lib.lr_next_stop(init, 1, status, index, why, result)
         if error_number or why[0] != lib.LR_STOP_ASKED:
             raise RestoreError("pid namespace", "start init", f"stopped at operation {index[0]} with {result[0]}")

@@ -1,8 +1,8 @@
-"""Starting a new process at its first instruction: the smallest executable there is, traced, ready to be told what to do.
+"""Starting a process at its first instruction: the smallest executable there is, traced, ready to be told what to do.
 
-Facts. The new process is an ELF file of one page in a memory file: its code makes one system call and jumps to rbx. The tracer
-sets the registers, so this one call maps a linked program (`program.Linked`), and the jump enters its executor. So a new process costs the same
-from any caller, however large.
+Facts. The new process is an ELF file of one page in a memory file: its code makes one system call and jumps to rbx. The
+tracer sets the registers, so this one call maps a linked program (`program.Linked`), and the jump enters its executor.
+So a new process costs the same from any caller, however large.
 """
 
 from __future__ import annotations
@@ -20,9 +20,15 @@ ADDRESS = 0x0F_F000_0000  # where the executable is linked: 64 GiB less 256 MiB,
 SYSCALL = b"\x0f\x05"
 CODE = SYSCALL + b"\xff\xe3"  # jmp *%rbx
 STEPS = {
-    lib.LR_SPAWN_CLONE: "clone3", lib.LR_SPAWN_DUP: "dup3", lib.LR_SPAWN_TRACEME: "ptrace", lib.LR_SPAWN_EXEC: "execveat",
-    lib.LR_SPAWN_SETNS: "setns", lib.LR_SPAWN_WAIT: "wait", lib.LR_SPAWN_SESSION: "setsid", lib.LR_SPAWN_LIMIT: "prlimit",
-}  # fmt: skip
+    lib.LR_SPAWN_CLONE: "clone3",
+    lib.LR_SPAWN_DUP: "dup3",
+    lib.LR_SPAWN_TRACEME: "ptrace",
+    lib.LR_SPAWN_EXEC: "execveat",
+    lib.LR_SPAWN_SETNS: "setns",
+    lib.LR_SPAWN_WAIT: "wait",
+    lib.LR_SPAWN_SESSION: "setsid",
+    lib.LR_SPAWN_LIMIT: "prlimit",
+}
 
 _executable: int | None = None
 
@@ -59,16 +65,27 @@ def start(
 
 
 def enter(pid: int, linked: Linked, descriptor: int) -> None:
-    """Set the registers of a process from start() so that, once continued, it maps `linked` from its descriptor and runs the first list."""
+    """Set the registers of a process from start() for what it does once continued.
+
+    It maps `linked` from its descriptor number `descriptor` and runs the first list. OSError if ptrace refuses.
+    """
     current = ffi.new("struct lr_registers *")
     _check(lib.lr_set_options(pid, lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD))
     _check(lib.lr_get_registers(pid, current))
     registers = Registers.unpack(bytes(ffi.buffer(current)))
     registers.update(
-        rax=lib.SYS_mmap, rdi=linked.base, rsi=len(linked.image), rdx=lib.PROT_READ | lib.PROT_WRITE | lib.PROT_EXEC,
-        r10=lib.MAP_SHARED | lib.MAP_FIXED_NOREPLACE, r8=descriptor, r9=0, rbx=linked.entry, r12=linked.lists[0],
-        rsp=linked.stacks[0], orig_rax=(1 << 64) - 1,
-    )  # fmt: skip
+        rax=lib.SYS_mmap,
+        rdi=linked.base,
+        rsi=len(linked.image),
+        rdx=lib.PROT_READ | lib.PROT_WRITE | lib.PROT_EXEC,
+        r10=lib.MAP_SHARED | lib.MAP_FIXED_NOREPLACE,
+        r8=descriptor,
+        r9=0,
+        rbx=linked.entry,
+        r12=linked.lists[0],
+        rsp=linked.stacks[0],
+        orig_rax=(1 << 64) - 1,
+    )
     _check(lib.lr_set_registers(pid, ffi.from_buffer("struct lr_registers *", registers.pack())))
 
 

@@ -1,9 +1,10 @@
 """Which bytes of a frozen process are content, and where they are to be read: VMAs become `Vma`s plus a list of runs.
 
-Facts. PAGEMAP_SCAN (Linux 6.7) tells present, swapped, file and zero pages of a range in one call; before it, /proc/PID/pagemap has eight bytes a
-page: bit 63 present, 62 swapped, 61 a page of a file or shared. process_vm_readv reads what the process may read;
-/proc/PID/mem reads regardless of protection. A restored process's own lazy mappings have content that is not present: they are read whole (which faults
-it in). Reading a memory file by descriptor never faults, so anonymous shared memory, which may be lazy, is read through its mapping.
+Facts. PAGEMAP_SCAN (Linux 6.7) tells present, swapped, file and zero pages of a range in one call; before it,
+/proc/PID/pagemap has eight bytes a page: bit 63 present, 62 swapped, 61 a page of a file or shared. process_vm_readv
+reads what the process may read; /proc/PID/mem reads regardless of protection. A restored process's own lazy mappings
+have content that is not present: they are read whole (which faults it in). Reading a memory file by descriptor never
+faults, so anonymous shared memory, which may be lazy, is read through its mapping.
 """
 
 from __future__ import annotations
@@ -16,9 +17,18 @@ from lazyrestore._native import _core
 from lazyrestore.errors import SnapshotFailed
 from lazyrestore.kernel.procfs import Mapping
 from lazyrestore.resources.vma import (
-    ANONYMOUS_SHARED_NAME, LARGE_FILE_MAPPING, PAGE, FileIdentity, Kind, SharedObject, Vma, identify, is_template, protection_of,
+    ANONYMOUS_SHARED_NAME,
+    LARGE_FILE_MAPPING,
+    PAGE,
+    FileIdentity,
+    Kind,
+    SharedObject,
+    Vma,
+    identify,
+    is_template,
+    protection_of,
     shared_identity,
-)  # fmt: skip
+)
 
 lib, ffi = _core.lib, _core.ffi
 
@@ -31,7 +41,10 @@ HUGE = 2 << 20
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """`length` bytes at image address `image`, to be read at `address` of the process, or of `descriptor` if that is not -1."""
+    """`length` bytes at image address `image`.
+
+    They are to be read at `address` of the process, or of `descriptor` if that is not -1.
+    """
 
     image: int
     address: int
@@ -113,9 +126,20 @@ class Planner:
         written: Ranges | None = None,
     ) -> Vma:
         return Vma(
-            m.start, m.end, protection_of(m), kind, m.path, m.offset, m.flags, file, shared_object, m.shared, stored,
-            "gd" in m.flags, written or [],
-        )  # fmt: skip
+            m.start,
+            m.end,
+            protection_of(m),
+            kind,
+            m.path,
+            m.offset,
+            m.flags,
+            file,
+            shared_object,
+            m.shared,
+            stored,
+            "gd" in m.flags,
+            written or [],
+        )
 
     def _add(self, m: Mapping, ranges: Ranges, image: int | None = None) -> int:
         """Store these address ranges of the process; returns the bytes."""
@@ -180,7 +204,7 @@ class Planner:
             stored = self._add(m, written)
         return self._make(m, "shared", stored, shared_object=number, written=written)
 
-    # -- looking ----------------------------------------------------------------------------------------------------------
+    # -- looking -------------------------------------------------------------------------------------------------------
 
     def _file_index(self, path: str) -> int:
         if path not in self._files:
@@ -209,7 +233,10 @@ class Planner:
         return max(m.start, min(m.end, m.start + _round_up(size) - m.offset))
 
     def _populated(self, start: int, end: int, *, anonymous: bool) -> Ranges:
-        """The address ranges of [start, end) whose pages have content (with `anonymous`: that are no page of a file)."""
+        """The address ranges of [start, end) whose pages have content.
+
+        With `anonymous`: only those that are no page of a file.
+        """
         room = 4096
         ranges, following = ffi.new(f"uint64_t[{2 * room}]"), ffi.new("uint64_t *", start)
         found: list[tuple[int, int]] = []

@@ -1,8 +1,9 @@
 """Signal dispositions, process-wide pending signals and interval timers.
 
-Facts. No file tells a handler's address: only the process can ask (rt_sigaction); /proc/PID/status tells which signals are caught or
-ignored, so only those are asked for. The kernel lets nobody but the process itself queue a signal with a kernel's si_code. The executor
-stops with int3; if SIGTRAP were ignored at that moment the kernel would reset it to the default, so SIGTRAP's action is set last, by the tracer.
+Facts. No file tells a handler's address: only the process can ask (rt_sigaction); /proc/PID/status tells which signals
+are caught or ignored, so only those are asked for. The kernel lets nobody but the process itself queue a signal with a
+kernel's si_code. The executor stops with int3; if SIGTRAP were ignored at that moment the kernel would reset it to the
+default, so SIGTRAP's action is set last, by the tracer.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ ITIMERS = (0, 1, 2)  # ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF
 
 
 class Signals(msgspec.Struct, frozen=True):
-    """actions: signal → the kernel's struct sigaction; timers: which → struct itimerval; pending: siginfo_t of the process's queue."""
+    """actions: signal → the kernel's struct sigaction; timers: which → struct itimerval.
+
+    pending: the siginfo_t of each signal in the process's queue.
+    """
 
     actions: dict[int, bytes]
     timers: dict[int, bytes]

@@ -1,11 +1,12 @@
 """Threads: registers, extended state, masks, TLS, stacks for signals, robust list, rseq, name, scheduling.
 
-Facts. clone3() with set_tid gives a chosen thread id (CAP_CHECKPOINT_RESTORE), CLONE_CHILD_CLEARTID sets the tid address, CLONE_SETTLS the
-fs base. The rest only the thread itself can set. A thread inside an interruptible system call shows orig_rax = its
-number and rax = a restart code; the copy has no restart block, so a call that the kernel would resume from one is made anew:
-nanosleep and clock_nanosleep with the remaining time (which the kernel has just written, if the caller gave it a place),
-the others (poll, a futex wait with a relative time, a sleep without a place) with their full time, so they are never cut short.
-A futex call that needs to write the word (FUTEX_LOCK_PI, …) gets EFAULT where only a pager could bring the page, so those pages are brought before. Source: signal(7), kernel/futex.
+Facts. clone3() with set_tid gives a chosen thread id (CAP_CHECKPOINT_RESTORE), CLONE_CHILD_CLEARTID sets the tid
+address, CLONE_SETTLS the fs base. The rest only the thread itself can set. A thread inside an interruptible system call
+shows orig_rax = its number and rax = a restart code; the copy has no restart block, so a call that the kernel would
+resume from one is made anew: nanosleep and clock_nanosleep with the remaining time (which the kernel has just written,
+if the caller gave it a place), the others (poll, a futex wait with a relative time, a sleep without a place) with their
+full time, so they are never cut short. A futex call that needs to write the word (FUTEX_LOCK_PI, …) gets EFAULT where
+only a pager could bring the page, so those pages are brought before. Source: signal(7), kernel/futex.
 """
 
 from __future__ import annotations
@@ -18,8 +19,17 @@ import msgspec
 from lazyrestore._native import _core
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import (
-    EINTR, ERESTART_RESTARTBLOCK, ERESTARTNOHAND, ERESTARTNOINTR, ERESTARTSYS, NOT_RESTARTED, Frozen, Registers, call_again, check,
-)  # fmt: skip
+    EINTR,
+    ERESTART_RESTARTBLOCK,
+    ERESTARTNOHAND,
+    ERESTARTNOINTR,
+    ERESTARTSYS,
+    NOT_RESTARTED,
+    Frozen,
+    Registers,
+    call_again,
+    check,
+)
 from lazyrestore.program import OpList, Pointer, Program, lib
 
 ffi = _core.ffi
@@ -27,9 +37,16 @@ ffi = _core.ffi
 SIGINFO = 128  # bytes of a siginfo_t
 XSTATE_ROOM = 16384  # AMX tiles take 8 KiB
 THREAD_FLAGS = (
-    lib.CLONE_VM | lib.CLONE_FS | lib.CLONE_FILES | lib.CLONE_SIGHAND | lib.CLONE_THREAD | lib.CLONE_SYSVSEM | lib.CLONE_SETTLS
-    | lib.CLONE_CHILD_CLEARTID | lib.CLONE_PTRACE
-)  # fmt: skip
+    lib.CLONE_VM
+    | lib.CLONE_FS
+    | lib.CLONE_FILES
+    | lib.CLONE_SIGHAND
+    | lib.CLONE_THREAD
+    | lib.CLONE_SYSVSEM
+    | lib.CLONE_SETTLS
+    | lib.CLONE_CHILD_CLEARTID
+    | lib.CLONE_PTRACE
+)
 FUTEX_TWO_WORDS = (3, 4, 5, 11, 12)  # REQUEUE, CMP_REQUEUE, WAKE_OP, WAIT_REQUEUE_PI, CMP_REQUEUE_PI: linux/futex.h
 _CLONE_ARGS = struct.Struct("<11Q")
 

@@ -285,9 +285,7 @@ def restore(
                         flags |= lib.MAP_GROWSDOWN
                     if "nr" in vma.flags or not vma.protection:
                         flags |= _MAP_NORESERVE
-            ops.call_expecting(
-                vma.start, _MMAP, vma.start, vma.size, vma.protection, flags, fd, offset, note=vma.kind
-            )
+            ops.call_expecting(vma.start, _MMAP, vma.start, vma.size, vma.protection, flags, fd, offset, note=vma.kind)
             for name in ADVICE.keys() & vma.flags:
                 if name != "wf" or vma.kind in ("eager", "anonymous"):
                     ops.try_call(_MADVISE, vma.start, vma.size, ADVICE[name], note=f"VmFlags {name}")
