@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,9 +8,16 @@ from pathlib import Path
 import pytest
 from helpers_pager import CHUNK, Image, Victim, await_end, pages
 
-from lazyrestore.pager import PagerClient, connect_or_start
+from lazyrestore.pager import PagerClient, connect_or_start, launch
 
 BASE = 0x10_0000_0000
+
+
+@pytest.fixture(autouse=True)
+def other_pagerd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """$LAZYRESTORE_TEST_PAGERD: another executable to test (tools/sanitize)."""
+    if path := os.environ.get("LAZYRESTORE_TEST_PAGERD"):
+        monkeypatch.setattr(launch, "PAGERD", Path(path))
 
 
 @pytest.fixture

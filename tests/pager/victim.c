@@ -113,6 +113,24 @@ static void read_beside_trim(word dropped, word dropped_length, word times, word
 	printf("%llu\n", w.sum);
 }
 
+/* The sum of the bytes at `start`, `start` + step, …; with `apart`, of those `apart` bytes on too, in turns. */
+static void stride(word start, word step, word times, word apart) {
+	word sum = 0;
+	for (word i = 0; i < times; i++) {
+		sum += *(volatile unsigned char *)(uintptr_t)(start + i * step);
+		if (apart)
+			sum += *(volatile unsigned char *)(uintptr_t)(start + i * step + apart);
+	}
+	printf("%llu\n", sum);
+}
+
+static void wrap(word start, word length, word step, word times) {
+	word sum = 0;
+	for (word i = 0; i < times; i++)
+		sum += *(volatile unsigned char *)(uintptr_t)(start + i * step % length);
+	printf("%llu\n", sum);
+}
+
 /* Forks again and again beside a walk; prints the walk's sum, and each child's exit status: the CRC of a range, mod 251. */
 static void forks(unsigned n, word checked, word checked_length, word start, word length) {
 	pthread_t thread;
@@ -147,6 +165,10 @@ static void execute(const char *name, const word *a) {
 		printf("%u\n", crc32_of(a[0], a[1]));
 	else if (!strcmp(name, "walk")) /* threads address length seed */
 		run_walks((unsigned)a[0], a[1], a[2], (unsigned)a[3]);
+	else if (!strcmp(name, "stride")) /* address step times apart; step: two's complement */
+		stride(a[0], a[1], a[2], a[3]);
+	else if (!strcmp(name, "wrap")) /* address length step times */
+		wrap(a[0], a[1], a[2], a[3]);
 	else if (!strcmp(name, "touch"))
 		touch(a[0]);
 	else if (!strcmp(name, "poke")) { /* address byte */
