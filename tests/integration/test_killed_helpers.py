@@ -30,9 +30,9 @@ def tracer_of(pid: int) -> int:
 def test_killed_snapshotter(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
     """At random moments: half of them anywhere in its life, half of them while it holds the target.
 
-    A stop makes epoll_wait and a few others return EINTR (signal(7)), and the snapshotter puts that right some microseconds later. No
-    tracer can do both in one step, so a kill in between is seen, about once in twenty runs of this test: one such EINTR is
-    let pass, and nothing else.
+    A stop makes epoll_wait and a few others return EINTR (signal(7)), and the snapshotter puts that right some
+    microseconds later. No tracer can do both in one step, so a kill in between is seen, about once in twenty runs of
+    this test: one such EINTR is let pass, and nothing else.
     """
     threads = Threads64(victims, build, run / "threads")
     threads.interruptions = 1
