@@ -32,3 +32,7 @@ def __getattr__(name: str) -> Any:
 
         return LazyrestoreError
     raise AttributeError(f"module 'lazyrestore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

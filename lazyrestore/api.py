@@ -47,6 +47,9 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"<Store {self._images.path!r}>"
+
     def close(self) -> None:
         """Close the store; snapshots that are still used keep what they need."""
         self._images.close()
@@ -128,12 +131,13 @@ class Snapshot:
 
     @property
     def pages(self) -> int:
-        """Pages of 4096 bytes with content."""
-        return self.manifest.pages
+        """Pages of 4096 bytes in the stored chunks."""
+        return self.raw_bytes // 4096
 
     @property
     def raw_bytes(self) -> int:
-        return self.manifest.raw_bytes
+        """Bytes of the stored chunks before compression: the memory with content, without what is zero."""
+        return self._image.raw_bytes
 
     @property
     def stored_bytes(self) -> int:

@@ -76,7 +76,7 @@ class UnsupportedResources(LazyrestoreError):
     def __init__(self, resource: str, items: list[str]) -> None:
         self.items = items
         super().__init__(
-            resource, "snapshot", "holds what cannot be restored: " + "; ".join(items), "close these and try again"
+            resource, "snapshot", "holds what cannot be restored: " + "; ".join(items), "end or close these first"
         )
 
 

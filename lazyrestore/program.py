@@ -218,7 +218,9 @@ class Program:
         stacks_at = _align(data_at + len(self.data), 16)
         image = bytearray(self.size())
         image[: len(code)] = code
-        lists, stacks, op_addresses = [], [], []
+        lists: list[int] = []
+        stacks: list[int] = []
+        op_addresses: list[int] = []
         at, stack = ops_at, stacks_at
         for ops in self.lists:
             lists.append(lists_at + len(lists) * _LIST.size)
@@ -243,9 +245,8 @@ class Program:
 
     @staticmethod
     def _pack(image: bytearray, offset: int, op: Op, data_at: int, lists: list[int]) -> None:
-        kinds, values = _NO_KINDS, op.arguments
-        if not all(map(_is_plain, values)):
-            kinds, values = Program._resolve(op, data_at, lists)
+        plain = all(map(_is_plain, op.arguments))
+        kinds, values = (_NO_KINDS, op.arguments) if plain else Program._resolve(op, data_at, lists)
         padding = _PADDING[len(values)]
         _OP.pack_into(image, offset, op.number, *kinds, op.expect, 0, *values, *padding, op.want, 0)
 

@@ -32,6 +32,8 @@ from lazyrestore.store import StoredImage
 
 ffi = _core.ffi
 
+COLLECT_SECONDS = 3.0  # how long a parent may take to collect the ended original
+
 
 @dataclass(slots=True)
 class Started:
@@ -201,18 +203,30 @@ def check_host(name: str, manifest: Manifest) -> None:
 
 
 def _check_pid_free(pid: int) -> None:
-    """PidTaken if the process id is in use; before sockets are bound, as the one in use may be the original."""
-    try:
-        comm = procfs.read(pid, "comm").decode(errors="replace").strip()
-    except NoSuchProcess:
-        return
-    raise PidTaken(
-        f"process id {pid}",
-        "start process",
-        f"it is in use by {comm}",
-        "end that process, or restore with --pid new",
-        errno=errno.EEXIST,
-    )
+    """PidTaken if the process id is in use; before sockets are bound, as the one in use may be the original.
+
+    An original that was killed keeps its id until its parent has collected it, which may take a moment, so that is waited for.
+    """
+    deadline = time.monotonic() + COLLECT_SECONDS
+    while True:
+        try:
+            stat = procfs.parse_stat(procfs.read(pid, "stat"))
+        except NoSuchProcess:
+            return
+        ended = stat.state in "ZX"
+        if not ended or stat.ppid == os.getpid() or time.monotonic() > deadline:
+            break
+        time.sleep(0.002)
+    if ended:
+        reason = f"{stat.comm} has ended, but its parent, process {stat.ppid}, has not collected it"
+        advice = (
+            "wait() for it, or restore with --pid new"
+            if stat.ppid == os.getpid()
+            else "end that parent, or restore with --pid new"
+        )
+    else:
+        reason, advice = f"it is in use by {stat.comm}", "end that process, or restore with --pid new"
+    raise PidTaken(f"process id {pid}", "start process", reason, advice, errno=errno.EEXIST)
 
 
 # -- pieces of one restore ---------------------------------------------------------------------------------------------

@@ -35,7 +35,9 @@ from lazyrestore.store import HUGE_CHUNK, ImageStore, ImageWriter
 lib, ffi = _core.lib, _core.ffi
 
 PIECE = 256 << 10  # bytes copied by one call: small enough that all cores get their share
-STREAM = 32 << 20  # bytes copied at a time when the whole does not fit, or need not: with kill=True nobody waits for the thaw
+STREAM = (
+    32 << 20
+)  # bytes copied at a time when the whole does not fit, or need not: with kill=True nobody waits for the thaw
 XFEATURES_AT = 464  # offset of XCR0 in the software part of the XSAVE area that ptrace gives
 
 Progress = Callable[[int, int], None]
@@ -86,11 +88,12 @@ def take(
                 if kill:
                     if fits:
                         buffer.store(writer, runs)
-                    manifest = _finish(capture, (time.monotonic() - paused) * 1e3)
+                    pause = (time.monotonic() - paused) * 1e3
+                    manifest = _finish(capture, pause)
                     writer.commit(manifests.encode(manifest))
                     frozen.kill()
-            pause = (time.monotonic() - paused) * 1e3
             if not kill:
+                pause = (time.monotonic() - paused) * 1e3
                 if fits:
                     buffer.store(writer, runs)
                 manifest = _finish(capture, pause)
@@ -126,12 +129,7 @@ def _check_target(pid: int) -> None:
         with open(f"/proc/{pid}/exe", "rb") as file:
             head = file.read(20)
     except PermissionError as error:
-        raise NotPermitted(
-            what,
-            "snapshot",
-            f"it belongs to user {status['Uid'].split()[0]}",
-            "run as root or as that user with CAP_SYS_PTRACE",
-        ) from error
+        raise _not_permitted(what, int(status["Uid"].split()[0])) from error
     except FileNotFoundError as error:
         raise NoSuchProcess(what, "snapshot", "it is ending") from error
     if head[:4] == b"\x7fELF" and (head[4] != 2 or struct.unpack_from("<H", head, 18)[0] != 62):
@@ -142,6 +140,14 @@ def _check_target(pid: int) -> None:
         raise NotPermitted(
             what, "snapshot", "its memory may not be read", "run as root or as its owner with CAP_SYS_PTRACE"
         ) from error
+
+
+def _not_permitted(what: str, owner: int) -> NotPermitted:
+    if owner in (os.geteuid(), 0) and os.geteuid() == 0:
+        reason, advice = "it has privileges that you lack", "see lazyrestore doctor"
+    else:
+        reason, advice = f"it belongs to user {owner}", "run as root or as that user with CAP_SYS_PTRACE"
+    return NotPermitted(what, "snapshot", reason, advice)
 
 
 def _refuse_unsupported(pid: int, pidfd: int) -> None:

@@ -1,12 +1,12 @@
 /* The executor: runs a flat list of system calls in a new process, and knows nothing else.
  *
- * Facts. The code is position independent, touches no data but the list it is given, needs a few hundred bytes of stack, and makes no call
- * outside its own section, so its bytes can be copied to any address of any process. It is compiled into this extension in
- * a section of its own; lr_executor_code() hands out those bytes.
+ * Facts. The code is position independent, touches no data but the list it is given, needs a few hundred bytes of
+ * stack, and makes no call outside its own section, so its bytes can be copied to any address of any process. It is
+ * compiled into this extension in a section of its own; lr_executor_code() hands out those bytes.
  *
- * Contract with the tracer. It starts at lr_executor_entry() with r12 = list and rsp = a 16-byte aligned stack. It stops (int3) at an
- * OP_STOP, at the end of a list and at the first surprise, with rdi = index of the op, rsi = enum lr_stop, rax = the op's result;
- * continuing after an OP_STOP goes on with the next op. SIGTRAP must not be blocked.
+ * Contract with the tracer. It starts at lr_executor_entry() with r12 = list and rsp = a 16-byte aligned stack. It
+ * stops (int3) at an OP_STOP, at the end of a list and at the first surprise, with rdi = index of the op, rsi = enum
+ * lr_stop, rax = the op's result; continuing after an OP_STOP goes on with the next op. SIGTRAP must not be blocked.
  */
 #pragma once
 #include <stddef.h>

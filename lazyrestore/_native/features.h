@@ -1,9 +1,10 @@
 /* Trying kernel features, one function for each: what a version number or a header promises, a container's filter or a
  * sysctl may have taken away again.
  *
- * Each lr_try_ function returns 0 if the feature works, else an errno; *step is then the call that failed (a literal, never
- * freed). EPROTO: no call failed, yet what should have happened did not. Nothing stays behind: children are reaped,
- * descriptors closed. All are safe in a multi-threaded process: their children make system calls only, and end without SIGCHLD.
+ * Each lr_try_ function returns 0 if the feature works, else an errno; *step is then the call that failed (a literal,
+ * never freed). EPROTO: no call failed, yet what should have happened did not. Nothing stays behind: children are
+ * reaped, descriptors closed. All are safe in a multi-threaded process: their children make system calls only, and end
+ * without SIGCHLD.
  */
 #pragma once
 #include <stdint.h>
@@ -25,7 +26,8 @@ enum lr_lazy {
 	LR_LAZY_POISON = 7   /* POISON, then a system call on the page: EFAULT */
 };
 
-/* A whole round trip. page_size: 4096, or a huge page size in bytes, of which two free pages are used (LR_LAZY_READ only). */
+/* A whole round trip. page_size: 4096, or a huge page size in bytes, of which two free pages are used (LR_LAZY_READ
+ * only). */
 int lr_try_lazy(int action, uint64_t page_size, const char **step);
 
 /* A child with a registered mapping forks: an event that carries the grandchild's userfaultfd. */

@@ -1,11 +1,11 @@
 /* Trying what one process may do to another: see features.h.
  *
- * Facts. Whether a tracer, a chosen process id or another's limits are allowed depends on capabilities, on the user namespace, on
- * security modules (Yama) and on seccomp filters of a container; none of these can be read off reliably.
- * Choice. Do it to a child that was made for that. The child is a raw clone() without an end signal, so that no handler and no
- * other waiter of this process notices; it makes system calls only (a lock of libc may be held by another thread),
- * and waits in read() on a pipe whose other end only we hold: when we die, it ends.
- * Cost. Each attempt copies this process's page tables once.
+ * Facts. Whether a tracer, a chosen process id or another's limits are allowed depends on capabilities, on the user
+ * namespace, on security modules (Yama) and on seccomp filters of a container; none of these can be read off reliably.
+ * Choice. Do it to a child that was made for that. The child is a raw clone() without an end signal, so that no handler
+ * and no other waiter of this process notices; it makes system calls only (a lock of libc may be held by another
+ * thread), and waits in read() on a pipe whose other end only we hold: when we die, it ends. Cost. Each attempt copies
+ * this process's page tables once.
  */
 #define _GNU_SOURCE
 #include "features.h"
@@ -356,8 +356,8 @@ static int register_for_fork(void)
 	return uffd;
 }
 
-/* Tells its userfaultfd's number, waits for a byte, keeps no descriptor of it (a fork that holds the last one would wait for
- * itself), forks, and tells when that is done. */
+/* Tells its userfaultfd's number, waits for a byte, keeps no descriptor of it (a fork that holds the last one would
+ * wait for itself), forks, and tells when that is done. */
 static void forker_run(const struct victim *victim, int report)
 {
 	int uffd = register_for_fork(), sent = write(report, &uffd, sizeof uffd) == sizeof uffd;

@@ -1,5 +1,6 @@
-/* Facts. process_vm_readv takes up to IOV_MAX ranges a call, stops at the first page it cannot read, and then returns the bytes before it.
- * It follows the target's page tables: absent anonymous pages read as zeros without being allocated in the target. */
+/* Facts. process_vm_readv takes up to IOV_MAX ranges a call, stops at the first page it cannot read, and then returns
+ * the bytes before it. It follows the target's page tables: absent anonymous pages read as zeros without being
+ * allocated in the target. */
 #define _GNU_SOURCE
 #include "memory.h"
 

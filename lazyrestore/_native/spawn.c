@@ -1,8 +1,9 @@
-/* Facts. clone3(CLONE_VM | CLONE_VFORK) suspends the calling thread, and only that one, until the child has called exec: the cost
- * does not depend on the caller's memory, and other threads of the caller may hold any lock. The child runs on the caller's memory
- * with the caller's descriptors copied, so between clone and exec it may make system calls and nothing else: no malloc, no locks,
- * no errno (it is the caller's). set_tid needs CAP_CHECKPOINT_RESTORE; the PID namespace for a child is the task's own
- * (setns(CLONE_NEWPID) changes where *children* go), so it is entered on the caller's thread and left again.
+/* Facts. clone3(CLONE_VM | CLONE_VFORK) suspends the calling thread, and only that one, until the child has called
+ * exec: the cost does not depend on the caller's memory, and other threads of the caller may hold any lock. The child
+ * runs on the caller's memory with the caller's descriptors copied, so between clone and exec it may make system calls
+ * and nothing else: no malloc, no locks, no errno (it is the caller's). set_tid needs CAP_CHECKPOINT_RESTORE; the PID
+ * namespace for a child is the task's own (setns(CLONE_NEWPID) changes where *children* go), so it is entered on the
+ * caller's thread and left again.
  *
  * Consequence. All signals are blocked around it (a handler of the caller must not run in the child); the child resets
  * every disposition, because exec keeps ignored signals ignored.

@@ -1,4 +1,5 @@
-/* Spawning: a new process that runs a given executable file, stopped at its first instruction and traced by the caller. */
+/* Spawning: a new process that runs a given executable file, stopped at its first instruction and traced by the caller.
+ * */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -1,7 +1,7 @@
-/* Facts. A stopped thread that was inside an interruptible system call has orig_rax = its number and rax = -ERESTART… or -EINTR; the
- * kernel restarts it when it next leaves for user mode with a signal (or a trap) pending, and a detach always makes one pending.
- * Setting orig_rax to -1 prevents the restart, so a diverted thread does not have its rip moved back.
- * PTRACE_SYSCALL stops at entry and at exit; PTRACE_O_TRACESYSGOOD marks both with SIGTRAP | 0x80.
+/* Facts. A stopped thread that was inside an interruptible system call has orig_rax = its number and rax = -ERESTART…
+ * or -EINTR; the kernel restarts it when it next leaves for user mode with a signal (or a trap) pending, and a detach
+ * always makes one pending. Setting orig_rax to -1 prevents the restart, so a diverted thread does not have its rip
+ * moved back. PTRACE_SYSCALL stops at entry and at exit; PTRACE_O_TRACESYSGOOD marks both with SIGTRAP | 0x80.
  */
 #define _GNU_SOURCE
 #include "trace.h"

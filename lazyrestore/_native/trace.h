@@ -1,4 +1,5 @@
-/* ptrace and its neighbours, as functions that return 0 (or a count) or -errno. The calling thread must be the tracer. */
+/* ptrace and its neighbours, as functions that return 0 (or a count) or -errno. The calling thread must be the tracer.
+ * */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
@@ -36,16 +37,17 @@ int lr_syscall_stop(int32_t tid, int32_t *status); /* PTRACE_SYSCALL and wait fo
 
 /* Start each thread at `entry` with r12 = lists[i] and rsp = stacks[i], and so on: see executor.h. */
 int lr_run_executor(int32_t tid, uint64_t entry, uint64_t list, uint64_t stack);
-/* Let the executor go on to its next stop: 0, or -errno; index, why (enum lr_stop) and result as it left them in its registers.
- * A stop that is not the executor's own: -ECHILD with status set. */
+/* Let the executor go on to its next stop: 0, or -errno; index, why (enum lr_stop) and result as it left them in its
+ * registers. A stop that is not the executor's own: -ECHILD with status set. */
 int lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint64_t *why, int64_t *result);
 
-/* One system call by a stopped thread, through the stub at `stub` (a syscall instruction at its first byte). The thread must be in a
- * ptrace stop; afterwards it is in a syscall-exit stop at the stub, and the caller sets its registers. */
+/* One system call by a stopped thread, through the stub at `stub` (a syscall instruction at its first byte). The thread
+ * must be in a ptrace stop; afterwards it is in a syscall-exit stop at the stub, and the caller sets its registers. */
 int lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, uint64_t number, const uint64_t *args, int64_t *result);
 
-/* Seize a thread, stop it, and put right at once what the stop did to it: a call in `again` (system call numbers) that was made to
- * return -EINTR by nothing but the stop is made again. In one function, because a tracer that is killed between the stop and the repair leaves the
- * -EINTR to the thread. 1: stopped, registers and mask filled; 0: the thread ended; -errno (-ETIMEDOUT after `timeout_ms`, still seized). */
+/* Seize a thread, stop it, and put right at once what the stop did to it: a call in `again` (system call numbers) that
+ * was made to return -EINTR by nothing but the stop is made again. In one function, because a tracer that is killed
+ * between the stop and the repair leaves the -EINTR to the thread. 1: stopped, registers and mask filled; 0: the thread
+ * ended; -errno (-ETIMEDOUT after `timeout_ms`, still seized). */
 int lr_stop_thread(int32_t tid, uint64_t options, const int32_t *again, int32_t count, int32_t timeout_ms, struct lr_registers *registers,
 		   uint64_t *mask);

@@ -56,14 +56,20 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except LazyrestoreError as error:
             if ctx.params.get("debug"):
-                raise
+                _print_traceback()
             click.echo(f"lazyrestore: {error}", err=True)
             ctx.exit(error.exit_status)
         except KeyboardInterrupt:
             if ctx.params.get("debug"):
-                raise
+                _print_traceback()
             click.echo("lazyrestore: interrupted", err=True)
             ctx.exit(130)
+
+
+def _print_traceback() -> None:
+    import traceback
+
+    traceback.print_exc()
 
 
 def default_store() -> str:

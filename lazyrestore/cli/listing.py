@@ -30,10 +30,11 @@ def ls_command(store: str, json_output: bool) -> None:
     lazyrestore ls
     lazyrestore --store /srv/snapshots ls --json
     """
+    from lazyrestore.cli import default_store
     from lazyrestore.store import ImageStore
 
-    if not os.path.lexists(store):
-        summaries = []  # nothing was ever stored; listing is no reason to create it
+    if store == default_store() and not os.path.lexists(store):
+        summaries = []  # nothing was ever stored
     else:
         with ImageStore.open(store, create=False) as images:
             summaries = images.ls()

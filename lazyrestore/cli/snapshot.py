@@ -72,7 +72,7 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(
         "[progress.description]{task.description}",
         BarColumn(),
-        DownloadColumn(),
+        DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
         console=Console(stderr=True),
         transient=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,8 @@ import click
 from lazyrestore.cli.words import columns, size
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from lazyrestore.pager.client import PagerStats, ServiceTimes, SpaceStats
 
 PAGE = 4096
@@ -28,26 +31,20 @@ def stats_command(store: str, pid: int | None, json_output: bool) -> None:
     lazyrestore stats 4242 --json
     """
     from lazyrestore.errors import NoSuchProcess
-    from lazyrestore.pager.launch import connect_existing
-    from lazyrestore.store import ImageStore
+    from lazyrestore.pager.launch import connect_all
 
+    names = _names_by_socket(store)
     found = []
-    with ImageStore.open(store, create=False) as images:
-        for summary in images.ls():
-            with images.open_image(summary.name) as image:
-                client = connect_existing(image.key, summary.name)
-            if client is None:
-                continue
-            with client:
-                stats = client.stats()
-            if pid is None or any(space.pid == pid for space in stats.spaces):
-                found.append(_fields(summary.name, stats, pid))
+    for path, client in connect_all():
+        with client:
+            stats = client.stats()
+        name = names.get(path, "(removed, or of another store)")
+        served = [space for space in stats.spaces if pid is None or space.pid == pid]
+        if served and (path in names or pid is not None):
+            found.append(_fields(name, stats, pid))
     if pid is not None and not found:
         raise NoSuchProcess(
-            f"process {pid}",
-            "stats",
-            f"no pager of {store} serves it",
-            "`lazyrestore stats` shows those that are served",
+            f"process {pid}", "stats", "no pager serves it", "`lazyrestore stats` shows those that are served"
         )
     if json_output:
         click.echo(json.dumps(found))
@@ -56,6 +53,22 @@ def stats_command(store: str, pid: int | None, json_output: bool) -> None:
         click.echo("no restored process is served")
     for each in found:
         click.echo("\n".join(_lines(each)))
+
+
+def _names_by_socket(store: str) -> dict[Path, str]:
+    """The store's snapshots by the socket on which their pager listens, if they have one."""
+    from lazyrestore.cli import default_store
+    from lazyrestore.pager.launch import socket_path
+    from lazyrestore.store import ImageStore
+
+    if store == default_store() and not os.path.lexists(store):
+        return {}
+    names = {}
+    with ImageStore.open(store, create=False) as images:
+        for summary in images.ls():
+            with images.open_image(summary.name) as image:
+                names[socket_path(image.key)] = summary.name
+    return names
 
 
 def _fields(name: str, stats: PagerStats, pid: int | None) -> dict[str, Any]:

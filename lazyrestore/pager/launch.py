@@ -128,6 +128,22 @@ def connect_existing(key: str, name: str, *, runtime_dir: Path | None = None) ->
             return None
 
 
+def connect_all(*, runtime_dir: Path | None = None) -> Iterator[tuple[Path, PagerClient]]:
+    """Every running pager of this user, with its socket's path; the caller closes the clients."""
+    for path in sorted(_directory(runtime_dir).glob("*.sock")):
+        with _locked(path):
+            try:
+                client = _connect(path, f"pager {path.stem}")
+            except (FileNotFoundError, ConnectionRefusedError, PagerGone):
+                continue
+        yield path, client
+
+
+def socket_path(key: str, *, runtime_dir: Path | None = None) -> Path:
+    """Where the pager of the snapshot `key` listens."""
+    return _socket_path(_directory(runtime_dir), key)
+
+
 def _directory(given: Path | None) -> Path:
     if given is None:
         return runtime_directory()

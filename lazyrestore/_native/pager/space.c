@@ -19,10 +19,12 @@ struct space *space_new(struct pager *pager) {
 	space->pager = pager;
 	space->uffd = space->pidfd = -1;
 	interval_map_init(&space->map);
+	window_init(&space->window);
 	return space;
 }
 
 void space_free(struct space *space) {
+	window_deinit(&space->window);
 	pthread_mutex_lock(&space->pager->lock);
 	for (uint32_t i = 0; i < space->n_shared; i++)
 		pager_shared_put(space->pager, space->shared[i]);
@@ -94,11 +96,18 @@ static struct lr_error adopt_child(struct space *parent, struct space *child) {
 		child->shared[child->n_shared]->references++;
 	}
 	pthread_mutex_unlock(&parent->pager->lock);
-	struct lr_error error = unpacker_init(&child->unpacker);
-	return error.code ? error : space_start(child);
+	return unpacker_init(&child->unpacker);
 }
 
-/* A child that cannot be served must not run on zeros: its descriptor stays open, and its first fault waits for good. */
+void space_orphan(struct space *parent, struct space *child, struct lr_error error) {
+	log_line("snapshot %s: a child of process %d cannot be served and will wait: %s: %s", parent->pager->image.name,
+		 (int)parent->pid, error.step, strerror(error.code));
+	if (child) {
+		child->uffd = -1;
+		space_free(child);
+	}
+}
+
 static void on_fork(struct space *parent, int uffd) {
 	struct space *child = space_new(parent->pager);
 	struct lr_error error = lr_fail("calloc", ENOMEM, 0);
@@ -107,14 +116,10 @@ static void on_fork(struct space *parent, int uffd) {
 		fcntl(uffd, F_SETFL, fcntl(uffd, F_GETFL) | O_NONBLOCK);
 		error = adopt_child(parent, child);
 	}
-	if (!error.code)
-		return;
-	log_line("snapshot %s: a child of process %d cannot be served and will wait: %s: %s", parent->pager->image.name,
-		 (int)parent->pid, error.step, strerror(error.code));
-	if (child) {
-		child->uffd = -1;
-		space_free(child);
-	}
+	if (error.code)
+		space_orphan(parent, child, error);
+	else
+		window_fork(parent, child);
 }
 
 static int on_fault(struct space *space, const struct uffd_msg *message, uint64_t now) {
@@ -145,13 +150,13 @@ static int on_message(struct space *space, const struct uffd_msg *message, uint6
 		return 0;
 	case UFFD_EVENT_REMAP:
 		stats_add(&space->stats, LR_COUNT_REMAP, 1);
-		return from == to ? 0 : interval_map_move(&space->map, from, to, length);
+		return from == to ? 0 : window_remap(space, from, to, length);
 	case UFFD_EVENT_REMOVE:
 		stats_add(&space->stats, LR_COUNT_REMOVE, 1);
 		return on_remove(space, message->arg.remove.start, message->arg.remove.end);
 	case UFFD_EVENT_UNMAP:
 		stats_add(&space->stats, LR_COUNT_UNMAP, 1);
-		return interval_map_erase(&space->map, message->arg.remove.start, message->arg.remove.end);
+		return window_unmap(space, message->arg.remove.start, message->arg.remove.end);
 	default:
 		return EPROTO;
 	}
@@ -204,11 +209,34 @@ static void await_event(struct space *space, unsigned round) {
 	poll(&readable, 1, 1);
 }
 
+/* One step of closing the window; a fault is served after it only. */
+static enum verdict close_window(struct space *space, unsigned *round) {
+	uint32_t n_read;
+	switch (window_close(space)) {
+	case WINDOW_CLOSED:
+		return SERVED;
+	case WINDOW_GONE:
+		return DEAD;
+	case WINDOW_OPEN:
+		break;
+	}
+	if (!space_drain(space, &n_read))
+		return DEAD;
+	if (!n_read)
+		await_event(space, (*round)++);
+	return AGAIN;
+}
+
 /* False: the address space is gone. */
 static bool serve_all(struct space *space) {
 	unsigned round = 0;
 	uint32_t n_read;
-	while (space->first_fault < space->n_faults) {
+	while (space->window.open || space->first_fault < space->n_faults) {
+		enum verdict verdict = close_window(space, &round);
+		if (verdict == DEAD)
+			return false;
+		if (verdict == AGAIN || space->first_fault == space->n_faults)
+			continue;
 		struct fault fault = space->faults[space->first_fault];
 		switch (serve_fault(space, fault.address)) {
 		case DEAD:
@@ -235,6 +263,8 @@ static bool serve_all(struct space *space) {
  * outlive it, and a forked child has none; hence a look from time to time. */
 static void serve_space(struct space *space) {
 	enum { UFFD, PID };
+	if (!serve_all(space)) /* a forked child may begin with an open window */
+		return;
 	for (;;) {
 		struct pollfd fds[] = {
 			[UFFD] = {.fd = space->uffd, .events = POLLIN},

@@ -10,15 +10,19 @@
  *   in a zero interval             zeros: private memory after MADV_DONTNEED (EVENT_REMOVE)
  *   in no interval                 a mapping grew there (mremap in place tells nothing): beyond a shared mapping's end the
  *                                  file goes on, anything else is zero
+ * The order of events of calls that ran side by side is dealt with in window.h.
  * Cost: MADV_REMOVE and MADV_DONTNEED of shared memory look the same; the latter, which keeps contents, is assumed, so a
- * chunk that is punched out before its first touch comes back (LR_ATTACH_EAGER avoids it). When one thread forks while
- * another is inside munmap or madvise, the kernel may queue the second event first, though the child was copied
- * before; the child then sees the effect of a call that ran at the same time as fork. */
+ * chunk that is punched out before its first touch comes back (LR_ATTACH_EAGER avoids it). */
 #pragma once
 #include "interval_map.h"
 #include "pager.h"
+#include "window.h"
 
-enum { INTERVAL_ZERO = 1 }; /* interval.flags */
+/* interval.flags */
+enum {
+	INTERVAL_ZERO = 1,
+	INTERVAL_SUSPECT = 2 /* perhaps not mapped any more; see window.h */
+};
 
 enum { ZERO_STREAMS = 8 };
 
@@ -44,6 +48,7 @@ struct space {
 	bool poison; /* UFFDIO_POISON works */
 	uint64_t bytes_registered;
 	struct interval_map map;
+	struct window window; /* while it is open, nothing is served */
 	_Atomic uint32_t intervals; /* map.count for other threads */
 	struct backing **shared;    /* one reference each */
 	uint32_t n_shared;
@@ -69,6 +74,10 @@ struct backing *space_backing(struct space *space, uint32_t kind);
 
 /* Reads all messages: events change the map, faults join the queue. False: the space cannot be kept right. */
 bool space_drain(struct space *space, uint32_t *n_read);
+
+/* A child that cannot be served must not run on zeros: its descriptor stays open, and its first fault waits for good.
+ * Frees `child`, which may be NULL, without its descriptor. */
+void space_orphan(struct space *parent, struct space *child, struct lr_error error);
 
 /* Kills the process, for want of a way to give it the right bytes. */
 void space_kill(struct space *space, const char *why);

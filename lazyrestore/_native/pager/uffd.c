@@ -4,6 +4,9 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
+
+#define PROBE_MAX (1ull << 40) /* bytes */
 
 struct lr_error uffd_api(int uffd, bool *poison, bool *hugetlb) {
 	const uint64_t needed = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE |
@@ -66,6 +69,36 @@ struct uffd_result uffd_poison(int uffd, uint64_t start, uint64_t end) {
 void uffd_wake(int uffd, uint64_t start, uint64_t end) {
 	struct uffdio_range range = {.start = start, .len = end - start};
 	ioctl(uffd, UFFDIO_WAKE, &range);
+}
+
+/* 1 TiB of addresses that cannot be read: the source of copies that must fail. Reserved low, so that source + length is an address. */
+static uint64_t unreadable(void) {
+	static _Atomic uint64_t reserved;
+	if (!reserved) {
+		void *at = mmap((void *)(1ull << 42), PROBE_MAX, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		if (at != MAP_FAILED)
+			reserved = (uint64_t)(uintptr_t)at; /* two threads at once waste one reservation */
+	}
+	return reserved;
+}
+
+enum probe uffd_probe(int uffd, uint64_t start, uint64_t end) {
+	uint64_t source = unreadable();
+	if (end - start > PROBE_MAX || !source)
+		return PROBE_NOT_ONE;
+	struct uffdio_copy range = {.dst = start, .src = source, .len = end - start, .mode = UFFDIO_COPY_MODE_DONTWAKE};
+	if (!ioctl(uffd, UFFDIO_COPY, &range))
+		return PROBE_REGISTERED; /* cannot be: the source is unreadable */
+	switch (errno) {
+	case ENOENT:
+		return PROBE_NOT_ONE;
+	case EAGAIN:
+		return PROBE_BUSY;
+	case ESRCH:
+		return PROBE_GONE;
+	default:
+		return PROBE_REGISTERED;
+	}
 }
 
 bool uffd_alive(int uffd) {
