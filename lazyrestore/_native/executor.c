@@ -1,5 +1,4 @@
-/* See executor.h. Compiled so that the section holds everything it needs: no calls out, no tables, no stack protector.
- * */
+/* See executor.h. Compiled so that the section holds all it needs: no calls out, no tables, no stack protector. */
 #include "executor.h"
 
 #define EXECUTOR __attribute__((section("lr_executor"), used, noinline, no_stack_protector, visibility("hidden"), \
@@ -27,8 +26,7 @@ stop(uint64_t index, uint64_t why, int64_t result)
 	__asm__ volatile("int3" : : "a"(result), "D"(index), "S"(why) : "memory");
 }
 
-/* clone3: the child starts on its own stack with every register as it was, so r12 carries its list to the entry point.
- * */
+/* clone3: the child starts on its own stack with every register as it was, so r12 carries its list to the entry. */
 __attribute__((always_inline)) static inline int64_t
 spawn_thread(uint64_t args, uint64_t size, uint64_t list)
 {

@@ -19,7 +19,8 @@ enum lr_stop { LR_STOP_ASKED = 0, LR_STOP_END = 1, LR_STOP_SURPRISE = 2 };
 
 struct lr_op {
 	uint32_t number;  /* system call number, or enum lr_special */
-	uint8_t kind[6];  /* enum lr_arg_kind of each argument: the value itself, the result of op number `arg`, the int32 at address `arg` */
+	/* enum lr_arg_kind of each argument: the value itself, the result of op number `arg`, the int32 at address `arg` */
+	uint8_t kind[6];
 	uint8_t expect;   /* enum lr_expect: any result that is no error, exactly `want`, anything */
 	uint8_t reserved;
 	uint64_t arg[6];  /* LR_OP_THREAD: clone_args, their size, the new thread's list */

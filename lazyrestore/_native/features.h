@@ -58,7 +58,7 @@ int lr_try_exe_link(const char **step);      /* whether PR_SET_MM_MAP may set th
 int lr_try_move(uint64_t start, uint64_t end, const char **step); /* mremap [start, end) elsewhere, in a child */
 int lr_try_memfd(const char **step);
 int lr_try_memfd_exec(const char **step);    /* run a tiny ELF file from a memfd */
-int lr_try_sparse_memfd(uint64_t size, const char **step); /* write and read back the last page of a file of size bytes */
+int lr_try_sparse_memfd(uint64_t size, const char **step); /* write and read back the last page of `size` bytes */
 int lr_try_pagemap_scan(const char **step);
 
 /* The CPU's state components that the kernel has switched on (XCR0), and the size in bytes of an XSAVE area that holds

@@ -3,12 +3,13 @@
  * Facts. A feature bit says that the kernel was built with it, not that a fault of this process arrives. A fault taken
  * inside a system call reaches the userfaultfd only if it was opened without UFFD_USER_MODE_ONLY. Closing a userfaultfd
  * wakes whoever waits for it, but only once every copy of the descriptor is closed: also the one in a child that
- * another thread is just forking. munmap, mremap and madvise wait until their event was read. Consequence. A thread of
- * ours touches the mapping, the caller answers as the pager would, and the bytes are compared. Choice. The toucher says
- * by an eventfd that it is done; the caller polls for that and for events, so that no time-out is needed: either an
- * event comes or the toucher got through without. After a failure the range is unregistered, which wakes the toucher,
- * and events are still read until it is done; closing is not relied on. fork() is tried elsewhere (features_process.c):
- * with EVENT_FORK in this process, every thread's fork would wait for us. Cost. A thread per attempt.
+ * another thread is just forking. munmap, mremap and madvise wait until their event was read.
+ * Consequence. A thread of ours touches the mapping, the caller answers as the pager would, and the bytes are compared.
+ * Choice. The toucher says by an eventfd that it is done; the caller polls for that and for events, so that no time-out
+ * is needed: either an event comes or the toucher got through without. After a failure the range is unregistered, which
+ * wakes the toucher, and events are still read until it is done; closing is not relied on. fork() is tried elsewhere
+ * (features_process.c): with EVENT_FORK in this process, every thread's fork would wait for us.
+ * Cost. A thread per attempt.
  */
 #define _GNU_SOURCE
 #include "features.h"

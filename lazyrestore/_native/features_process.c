@@ -4,8 +4,8 @@
  * namespace, on security modules (Yama) and on seccomp filters of a container; none of these can be read off reliably.
  * Choice. Do it to a child that was made for that. The child is a raw clone() without an end signal, so that no handler
  * and no other waiter of this process notices; it makes system calls only (a lock of libc may be held by another
- * thread), and waits in read() on a pipe whose other end only we hold: when we die, it ends. Cost. Each attempt copies
- * this process's page tables once.
+ * thread), and waits in read() on a pipe whose other end only we hold: when we die, it ends.
+ * Cost. Each attempt copies this process's page tables once.
  */
 #define _GNU_SOURCE
 #include "features.h"
@@ -186,7 +186,9 @@ static int trace_rseq(pid_t pid, const char **step)
 {
 	struct __ptrace_rseq_configuration rseq;
 
-	return ptrace(PTRACE_GET_RSEQ_CONFIGURATION, pid, sizeof rseq, &rseq) < 0 ? FAILED("PTRACE_GET_RSEQ_CONFIGURATION") : 0;
+	if (ptrace(PTRACE_GET_RSEQ_CONFIGURATION, pid, sizeof rseq, &rseq) < 0)
+		return FAILED("PTRACE_GET_RSEQ_CONFIGURATION");
+	return 0;
 }
 
 static int trace_memory(pid_t pid, uint64_t address, const char **step)

@@ -100,7 +100,8 @@ lr_copy_runs(int32_t pid, const struct lr_run *runs, size_t count, void *buffer,
 }
 
 int64_t
-lr_scan_populated(int32_t pagemap, uint64_t start, uint64_t end, int32_t anonymous, uint64_t *ranges, size_t room, uint64_t *next)
+lr_scan_populated(int32_t pagemap, uint64_t start, uint64_t end, int32_t anonymous, uint64_t *ranges, size_t room,
+		  uint64_t *next)
 {
 	struct page_region regions[256];
 	size_t written = 0;

@@ -1,12 +1,11 @@
-/* Spawning: a new process that runs a given executable file, stopped at its first instruction and traced by the caller.
- * */
+/* Spawning: a new process that runs a given executable file, stopped at its first instruction, traced by the caller. */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
 enum lr_spawn_step {
-	LR_SPAWN_CLONE = 1, LR_SPAWN_DUP = 2, LR_SPAWN_TRACEME = 3, LR_SPAWN_EXEC = 4, LR_SPAWN_SETNS = 5, LR_SPAWN_WAIT = 6,
-	LR_SPAWN_SESSION = 7, LR_SPAWN_LIMIT = 8
+	LR_SPAWN_CLONE = 1, LR_SPAWN_DUP = 2, LR_SPAWN_TRACEME = 3, LR_SPAWN_EXEC = 4,
+	LR_SPAWN_SETNS = 5, LR_SPAWN_WAIT = 6, LR_SPAWN_SESSION = 7, LR_SPAWN_LIMIT = 8
 };
 
 struct lr_spawn {

@@ -121,7 +121,12 @@ lr_kcmp_file(int32_t pid, int32_t a, int32_t b)
 
 int lr_pidfd_open(int32_t pid) { return result_of(syscall(SYS_pidfd_open, pid, 0)); }
 int lr_pidfd_getfd(int32_t pidfd, int32_t fd) { return result_of(syscall(SYS_pidfd_getfd, pidfd, fd, 0)); }
-int lr_pidfd_send_signal(int32_t pidfd, int32_t signal) { return result_of(syscall(SYS_pidfd_send_signal, pidfd, signal, NULL, 0)); }
+
+int
+lr_pidfd_send_signal(int32_t pidfd, int32_t signal)
+{
+	return result_of(syscall(SYS_pidfd_send_signal, pidfd, signal, NULL, 0));
+}
 
 int
 lr_syscall_stop(int32_t tid, int32_t *status)
@@ -168,7 +173,8 @@ lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint
 }
 
 int
-lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, uint64_t number, const uint64_t *args, int64_t *result)
+lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, uint64_t number, const uint64_t *args,
+		  int64_t *result)
 {
 	struct lr_registers registers = *base;
 	int32_t status;
@@ -242,8 +248,8 @@ await_stop(int32_t tid, int32_t timeout_ms)
 }
 
 int
-lr_stop_thread(int32_t tid, uint64_t options, const int32_t *again, int32_t count, int32_t timeout_ms, struct lr_registers *registers,
-	       uint64_t *mask)
+lr_stop_thread(int32_t tid, uint64_t options, const int32_t *again, int32_t count, int32_t timeout_ms,
+	       struct lr_registers *registers, uint64_t *mask)
 {
 	int error = lr_seize(tid, options);
 	if (error < 0)
