@@ -5,8 +5,8 @@ address of a new process (see `_native/executor.h`). Nothing here knows a resour
 `call()`, and the builder keeps for every operation which resource it serves, so that a failure is reported as
 `fd 7 (timerfd): timerfd_settime: EINVAL` and `explain()` can print the program without running it.
 
-Descriptors are allocated while the program is compiled. The kernel always gives the lowest free number, so `Descriptors` knows which number a
-call will return; the executor checks that it did.
+Descriptors are allocated while the program is compiled. The kernel always gives the lowest free number, so
+`Descriptors` knows which number a call will return; the executor checks that it did.
 """
 
 from __future__ import annotations
