@@ -1,10 +1,10 @@
 """Compiling a manifest to a restore program: the order in which a new process becomes the old one.
 
-The order, and why. The new process's own vdso goes aside and everything else is unmapped, so that every address is free. All VMAs are mapped
-before the exe link is set (the old executable must be unmapped by then). Descriptors and paths come before the root and working directory change.
-userfaultfd comes next, then a stop: the tracer hands it to the pager and writes what must be there at once. Only
-then may anything touch lazy memory, so threads, robust lists and rseq (which the kernel writes to) come after. Limits and credentials are
-last: before, we need the privileges.
+The order, and why. The new process's own vdso goes aside and everything else is unmapped, so that every address is
+free. All VMAs are mapped before the exe link is set (the old executable must be unmapped by then). Descriptors and
+paths come before the root and working directory change. userfaultfd comes next, then a stop: the tracer hands it to the
+pager and writes what must be there at once. Only then may anything touch lazy memory, so threads, robust lists and rseq
+(which the kernel writes to) come after. Limits and credentials are last: before, we need the privileges.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A program ready to run: `kernel_moves` are the operations whose first argument is where the new process's vdso parts lie."""
+    """A program ready to run.
+
+    `kernel_moves` are the operations whose first argument is where the new process's vdso parts lie.
+    """
 
     program: Program
     linked: Linked
@@ -152,7 +155,10 @@ def _shared_lookup(manifest: Manifest, layout: Layout) -> Callable[[int, int], i
 
 
 def _as_mappings(manifest: Manifest) -> list[procfs.Mapping]:
-    """The manifest's VMAs in the form that find_hole() takes; the space around the stack is kept free for it to grow."""
+    """The manifest's VMAs in the form that find_hole() takes.
+
+    The space around the stack is kept free for it to grow.
+    """
     limit = min(1 << 30, 256 * HOLE_GAP)
     return [
         procfs.Mapping(v.start - (limit if v.grows_down else 0), v.end, False, False, False, False, 0, "", 0, "", False)
