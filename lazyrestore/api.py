@@ -66,10 +66,10 @@ class Store:
     ) -> Snapshot:
         """Snapshot a running process.
 
-        The process runs on, unless `kill`: then it is ended once the snapshot is safely stored. `replace` allows a name that
-        exists. `level` is zstd's (1 to 19). `progress(done, total)` is called with bytes. Returns the snapshot, with
-        pages, raw_bytes, stored_bytes, pause_ms and seconds set. Raises the exceptions of lazyrestore.errors; the process then runs
-        on and the store is unchanged.
+        The process runs on, unless `kill`: then it is ended once the snapshot is safely stored. `replace` allows a name
+        that exists. `level` is zstd's (1 to 19). `progress(done, total)` is called with bytes. Returns the snapshot,
+        with pages, raw_bytes, stored_bytes, pause_ms and seconds set. Raises the exceptions of lazyrestore.errors; the
+        process then runs on and the store is unchanged.
         """
         from lazyrestore import snapshot
 
@@ -101,7 +101,10 @@ class Store:
 
 
 class Snapshot:
-    """A stored process. Restoring it the first time compiles its program and starts or finds its pager; both are kept."""
+    """A stored process.
+
+    Restoring it the first time compiles its program and starts or finds its pager; both are kept.
+    """
 
     def __init__(self, image: StoredImage) -> None:
         from lazyrestore import manifest
@@ -165,9 +168,9 @@ class Snapshot:
     def restore(self, *, new_pid: bool = False, streams: Sequence[int] = (0, 1, 2)) -> RestoredProcess:
         """Start a copy of the process under its old process id, as a child of this process.
 
-        `new_pid`: in a fresh PID namespace, where the old id is free; the `pid` of the result is then the one that the caller
-        sees. `streams` are descriptors for its standard streams, used where these were terminals or pipes to other processes. Raises
-        RestoreError's subclasses; nothing is left of the new process then.
+        `new_pid`: in a fresh PID namespace, where the old id is free; the `pid` of the result is then the one that the
+        caller sees. `streams` are descriptors for its standard streams, used where these were terminals or pipes to
+        other processes. Raises RestoreError's subclasses; nothing is left of the new process then.
         """
         began = time.perf_counter()
         from lazyrestore import restore
