@@ -1,9 +1,10 @@
 """Taking a snapshot: look, refuse what cannot be restored, freeze, capture, copy the memory, thaw, compress and store.
 
-The process is frozen while its state is read and its populated pages are copied to a buffer; hashing, compressing and writing come after it runs
-again (with kill=True it stays frozen until the snapshot is safely stored, so nothing it does afterwards is lost). When the copy would take more than half of the
-available memory, the memory is copied, compressed and stored piece by piece while it is frozen.
-Whatever fails, leaving the `Frozen` block lets the process go on, and the store's writer leaves nothing visible.
+The process is frozen while its state is read and its populated pages are copied to a buffer; hashing, compressing and
+writing come after it runs again (with kill=True it stays frozen until the snapshot is safely stored, so nothing it does
+afterwards is lost). When the copy would take more than half of the available memory, the memory is copied, compressed
+and stored piece by piece while it is frozen. Whatever fails, leaving the `Frozen` block lets the process go on, and the
+store's writer leaves nothing visible.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import struct
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -22,9 +24,17 @@ import msgspec
 from lazyrestore import manifest as manifests
 from lazyrestore._native import _core
 from lazyrestore.errors import (
-    AlreadyTraced, KernelThread, NoSuchProcess, NotPermitted, OutOfMemory, OwnProcess, SnapshotFailed, UnsupportedResources,
-    WrongArchitecture, ZombieProcess,
-)  # fmt: skip
+    AlreadyTraced,
+    KernelThread,
+    NoSuchProcess,
+    NotPermitted,
+    OutOfMemory,
+    OwnProcess,
+    SnapshotFailed,
+    UnsupportedResources,
+    WrongArchitecture,
+    ZombieProcess,
+)
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import Frozen, check, vdso_hash
 from lazyrestore.manifest import Host, Manifest
@@ -35,9 +45,8 @@ from lazyrestore.store import HUGE_CHUNK, ImageStore, ImageWriter
 lib, ffi = _core.lib, _core.ffi
 
 PIECE = 256 << 10  # bytes copied by one call: small enough that all cores get their share
-STREAM = (
-    32 << 20
-)  # bytes copied at a time when the whole does not fit, or need not: with kill=True nobody waits for the thaw
+# Bytes copied at a time when the whole does not fit, or need not: with kill=True nobody waits for the thaw.
+STREAM = 32 << 20
 XFEATURES_AT = 464  # offset of XCR0 in the software part of the XSAVE area that ptrace gives
 
 Progress = Callable[[int, int], None]
@@ -255,8 +264,8 @@ def _capture(frozen: Frozen, pidfd: int, identities: dict[str, vma.FileIdentity]
 
 
 def _read_unreadable(frozen: Frozen, run: Run) -> Run:
-    """Content of a restored process that is behind PROT_NONE and may not have arrived: only a page fault brings it, so the range is
-    made readable for a moment. /proc/PID/mem, which ignores protection, does not wait for a pager."""
+    """Content of a restored process that is behind PROT_NONE and may not have arrived: only a page fault brings it, so
+    the range is made readable for a moment. /proc/PID/mem, which ignores protection, does not wait for a pager."""
     with frozen.calls(frozen.pid) as call:
         check(call(lib.SYS_mprotect, run.address, run.length, lib.PROT_READ), frozen.pid, "mprotect")
         data = frozen.read(run.address, run.length)
@@ -298,7 +307,10 @@ def _without_overlap(runs: list[Run]) -> list[Run]:
 
 
 def _batches(runs: list[Run]) -> Iterator[list[Run]]:
-    """Runs in groups of STREAM bytes and at most 2 MiB more, cut at borders of 2 MiB, so that no chunk is in two groups."""
+    """Runs in groups of STREAM bytes and at most 2 MiB more.
+
+    They are cut at borders of 2 MiB, so that no chunk is in two groups.
+    """
     border = 2 << 20
     batch: list[Run] = []
     size = 0
@@ -342,10 +354,8 @@ class _Buffer:
         except OSError as error:
             raise OutOfMemory("copy buffer", "mmap", errno=error.errno) from error
         self._map.madvise(mmap.MADV_HUGEPAGE)
-        try:
+        with suppress(OSError):  # before Linux 5.14, or too little memory: it is populated on use
             self._map.madvise(lib.MADV_POPULATE_WRITE)
-        except OSError:
-            pass  # before Linux 5.14, or too little memory: it is populated on use
 
     @property
     def memory(self) -> memoryview:
@@ -353,7 +363,10 @@ class _Buffer:
         return memoryview(self._map)
 
     def make_room(self, needed: int, *, all_at_once: bool) -> bool:
-        """Whether `needed` bytes fit at once, if that is wanted; if not, there is room for STREAM bytes and a little more."""
+        """Whether `needed` bytes fit at once, if that is wanted.
+
+        If not, there is room for STREAM bytes and a little more.
+        """
         if all_at_once and self._map is not None and len(self._map) >= needed:
             return True
         self._map = None
