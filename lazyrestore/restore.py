@@ -1,8 +1,9 @@
 """Restoring: a new process runs the compiled program, the pager takes its lazy memory, and it is let go.
 
-The steps, each timed as a phase: check (this host, the mapped files), compile, pager (found or started), spawn, map (the program up to the
-userfaultfd), attach (the pager registers the ranges), write (what cannot be lazy), finish (threads, credentials, registers, detach).
-Whatever fails, the new process is killed and reaped before the exception leaves.
+The steps, each timed as a phase: check (this host, the mapped files), compile, pager (found or started), spawn, map
+(the program up to the userfaultfd), attach (the pager registers the ranges), write (what cannot be lazy), finish
+(threads, credentials, registers, detach). Whatever fails, the new process is killed and reaped before the exception
+leaves.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from lazyrestore.errors import CpuMismatch, KernelMismatch, MissingFeature, NoSu
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import Registers, vdso_hash
 from lazyrestore.manifest import Manifest
-from lazyrestore.pid_namespace import Namespace, new_namespace
 from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, PagerClient, Range
+from lazyrestore.pid_namespace import Namespace, new_namespace
 from lazyrestore.program import Op, lib
 from lazyrestore.resources import attributes, descriptors, threads, vma
 from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
@@ -37,7 +38,7 @@ COLLECT_SECONDS = 3.0  # how long a parent may take to collect the ended origina
 
 @dataclass(slots=True)
 class Started:
-    """A restored process that runs: pid (ours, not its namespace's), pidfds that the caller owns, and what it took, in ms."""
+    """A restored process that runs: pid (ours, not its namespace's), pidfds that the caller owns, times in ms."""
 
     pid: int
     pidfd: int
@@ -81,7 +82,10 @@ def prepare(name: str, manifest: Manifest, image: StoredImage) -> Prepared:
 
 
 def compiled_for(prepared: Prepared, *, new_pid: bool, above: int = 0) -> Compiled:
-    """The program, from the last time if it can be used again; handed-over descriptors get numbers higher than `above`."""
+    """The program, from the last time if it can be used again.
+
+    Handed-over descriptors get numbers higher than `above`.
+    """
     compiled = prepared.compiled.get(new_pid)
     if compiled is None or above >= compiled.layout.program:
         layout = layout_for(prepared.manifest, above + 1)
@@ -177,9 +181,7 @@ def _this_host() -> tuple[str, list[tuple[str, int]], frozenset[str]]:
         if vdso is None:
             raise KernelMismatch("kernel", "check", "it gives processes no vdso", "boot without vdso=0")
         content = bytes(ffi.buffer(ffi.cast("char *", vdso.start), vdso.size))
-        _own_host = (
-            vdso_hash(content), [(m.path, m.size) for m in kernel], procfs.cpu_flags()
-        )  # fmt: skip
+        _own_host = (vdso_hash(content), [(m.path, m.size) for m in kernel], procfs.cpu_flags())
     return _own_host
 
 
@@ -189,9 +191,11 @@ def check_host(name: str, manifest: Manifest) -> None:
     host = manifest.host
     if host.vdso_hash != own_hash or [(entry[0], entry[2]) for entry in host.vdso] != layout:
         raise KernelMismatch(
-            f"snapshot {name}", "check kernel", f"it was taken on kernel {host.kernel}, whose vdso differs from this kernel's ({os.uname().release})",
+            f"snapshot {name}",
+            "check kernel",
+            f"it was taken on kernel {host.kernel}, whose vdso differs from this kernel's ({os.uname().release})",
             "restore on the same kernel build",
-        )  # fmt: skip
+        )
     missing = sorted(set(host.cpu_flags) - flags)
     if missing:
         raise CpuMismatch(
@@ -205,7 +209,8 @@ def check_host(name: str, manifest: Manifest) -> None:
 def _check_pid_free(pid: int) -> None:
     """PidTaken if the process id is in use; before sockets are bound, as the one in use may be the original.
 
-    An original that was killed keeps its id until its parent has collected it, which may take a moment, so that is waited for.
+    An original that was killed keeps its id until its parent has collected it, which may take a moment, so that is
+    waited for.
     """
     deadline = time.monotonic() + COLLECT_SECONDS
     while True:
@@ -260,7 +265,10 @@ def _nothing(owned: ExitStack) -> int:
 
 
 def _shared_file(prepared: Prepared, index: int, owned: ExitStack) -> int:
-    """The memory file of one shared object. A memfd can be read by descriptor, which never faults, so it is filled here."""
+    """The memory file of one shared object.
+
+    A memfd can be read by descriptor, which never faults, so it is filled here.
+    """
     shared = prepared.manifest.shared[index]
     if shared.anonymous:
         descriptor = _memory_file(vma.ANONYMOUS_SHARED_NAME.removeprefix("/memfd:"), owned)
@@ -292,9 +300,12 @@ def _spawn_failure(pid: int, error: OSError) -> RestoreError | MissingFeature:
     step, number = error.filename, error.errno
     if step == "clone3" and number == errno.EEXIST:
         return PidTaken(
-            f"process id {pid}", "start process", "it is in use by another process or group",
-            "end that one, or restore with --pid new", errno=number,
-        )  # fmt: skip
+            f"process id {pid}",
+            "start process",
+            "it is in use by another process or group",
+            "end that one, or restore with --pid new",
+            errno=number,
+        )
     if step == "clone3" and number == errno.EPERM:
         advice = "run as root"
         return MissingFeature(
