@@ -116,10 +116,10 @@ static void on_fork(struct space *parent, int uffd) {
 		fcntl(uffd, F_SETFL, fcntl(uffd, F_GETFL) | O_NONBLOCK);
 		error = adopt_child(parent, child);
 	}
+	if (!error.code && window_fork(parent, child))
+		error = lr_fail("interval map", ENOMEM, 0);
 	if (error.code)
 		space_orphan(parent, child, error);
-	else
-		window_fork(parent, child);
 }
 
 static int on_fault(struct space *space, const struct uffd_msg *message, uint64_t now) {
@@ -201,12 +201,13 @@ bool space_drain(struct space *space, uint32_t *n_read) {
 /* After EAGAIN without an event to read: the event is about to be queued, or was read and its thread has not run since. The
  * kernel tells of the former by POLLIN, of the latter not at all; hence the short time-out. */
 static void await_event(struct space *space, unsigned round) {
-	if (round < 4) {
-		sched_yield();
-		return;
-	}
+	enum { YIELDS = 100 };
+	const struct timespec pause = {.tv_nsec = 100000};
 	struct pollfd readable = {.fd = space->uffd, .events = POLLIN};
-	poll(&readable, 1, 1);
+	if (round < YIELDS)
+		sched_yield();
+	else
+		ppoll(&readable, 1, &pause, NULL);
 }
 
 /* One step of closing the window; a fault is served after it only. */
@@ -297,6 +298,7 @@ static void *space_main(void *argument) {
 	struct pager *pager = space->pager;
 	prctl(PR_SET_NAME, "lr-space");
 	serve_space(space);
+	window_abandon(space);
 	await_end(space);
 	pthread_mutex_lock(&pager->lock);
 	for (struct space **link = &pager->spaces; *link; link = &(*link)->next)

@@ -1,0 +1,100 @@
+"""Events in every order in which threads can queue them: the maps that come out are the kernel's truth.
+
+A scenario is a string of steps, see window.c: real calls of one thread, so what is true is known. Their events are then
+applied in all orders that several threads could have caused: only the events of one call stay in order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.requires("root")
+
+HERE = Path(__file__).parent
+NATIVE = HERE.parents[1] / "lazyrestore/_native"
+EVENTS = {"u": 1, "h": 1, "s": 2, "d": 2, "k": 1, "b": 2, "f": 1}  # a move: REMAP, then UNMAP of its source
+X, S, D, SIZE = "100000000", "200000000", "300000000", "10000"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("window") / "window"
+    sources = [HERE / "window.c", *(NATIVE / "pager" / f"{name}.c" for name in ("window", "interval_map", "uffd"))]
+    flags = ["-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-pthread"]
+    subprocess.run(["cc", *flags, "-iquote", NATIVE, *sources, "-o", path], check=True)
+    return path
+
+
+def orders(scenario: str) -> list[str]:
+    """All orders in which each call's own events stay in order."""
+    owner = [call for call, step in enumerate(scenario) for _ in range(EVENTS[step])]
+
+    def possible(order: tuple[int, ...]) -> bool:
+        return all(a < b for i, a in enumerate(order) for b in order[i + 1 :] if owner[a] == owner[b])
+
+    return ["".join(map(str, order)) for order in itertools.permutations(range(len(owner))) if possible(order)]
+
+
+def run(program: Path, scenario: str, order: str) -> set[str]:
+    done = subprocess.run([program, scenario, order], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines())
+
+
+def at(whose: str, address: str, image: str) -> str:
+    return f"{whose} {address}+{SIZE} {image}"
+
+
+@pytest.mark.parametrize("order", orders("us"))
+def test_a_move_into_what_was_just_unmapped(program: Path, order: str) -> None:
+    assert run(program, "us", order) == {at("self", S, X)}
+
+
+@pytest.mark.parametrize("order", [order for order in orders("db") if order[0] == "0"])
+def test_there_and_back_again(program: Path, order: str) -> None:
+    """The move back begins only when the first has returned, so its REMAP at least was read."""
+    assert run(program, "db", order) == {at("self", X, X), at("self", S, S)}
+
+
+def test_moved_and_unmapped_by_one_thread(program: Path) -> None:
+    """Where the REMAP did come before the UNMAP of its destination: nothing is left there."""
+    assert run(program, "usu", "0123") == set()
+
+
+@pytest.mark.parametrize("scenario", ["uf", "fu"])
+@pytest.mark.parametrize("order", orders("uf"))
+def test_fork_beside_unmap(program: Path, scenario: str, order: str) -> None:
+    child = {at("child", X, X)} | ({at("child", S, S)} if scenario == "fu" else set())
+    assert run(program, scenario, order) == {at("self", X, X)} | child
+
+
+@pytest.mark.parametrize("scenario", ["hf", "fh"])
+@pytest.mark.parametrize("order", orders("hf"))
+def test_fork_beside_unmap_of_a_part(program: Path, scenario: str, order: str) -> None:
+    size = SIZE if scenario == "fh" else "8000"
+    expected = {at("self", X, X), f"self {S}+8000 {S}", at("child", X, X), f"child {S}+{size} {S}"}
+    assert run(program, scenario, order) == expected
+
+
+@pytest.mark.parametrize(("scenario", "order"), [(s, o) for s in ("df", "fd") for o in orders(s)])
+def test_fork_beside_move(program: Path, scenario: str, order: str) -> None:
+    place = D if scenario == "df" else X
+    expected = {at("self", D, X), at("self", S, S), at("child", place, X), at("child", S, S)}
+    assert run(program, scenario, order) == expected
+
+
+@pytest.mark.parametrize(("scenario", "order"), [(s, o) for s in ("kf", "fk") for o in orders(s)])
+def test_fork_beside_dontunmap(program: Path, scenario: str, order: str) -> None:
+    """MREMAP_DONTUNMAP leaves empty memory behind, and tells no UNMAP."""
+    mine = {at("self", D, X), at("self", X, "zero 0"), at("self", S, S)}
+    lines = run(program, scenario, order)
+    assert {line for line in lines if line.startswith("self")} == mine
+    assert at("child", S, S) in lines
+    if scenario == "kf":
+        assert at("child", D, X) in lines
+    else:
+        assert not any(f" {D}+" in line for line in lines if line.startswith("child"))

@@ -1,0 +1,203 @@
+/* Real mapping calls, their real events, applied to a real window in another order; prints the maps that come out.
+ *
+ * usage: window SCENARIO ORDER; ORDER: a digit per event, the position in which it really came. */
+#define _GNU_SOURCE
+#include "pager/space.h"
+#include "pager/uffd.h"
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+
+enum { SIZE = 16 * LR_PAGE, MAX_EVENTS = 8 };
+#define X 0x100000000ull /* two registered mappings, and free room */
+#define S 0x200000000ull
+#define D 0x300000000ull
+#define CHECK(condition)                                                                                               \
+	do {                                                                                                           \
+		if (!(condition)) {                                                                                    \
+			perror(#condition);                                                                            \
+			exit(1);                                                                                       \
+		}                                                                                                      \
+	} while (0)
+
+static struct uffd_msg events[MAX_EVENTS];
+static unsigned n_events;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t more = PTHREAD_COND_INITIALIZER;
+static int uffd;
+
+/* -- what window.c needs of the pager ---------------------------------------------------------------------------------- */
+
+void log_line(const char *format, ...) {
+	fprintf(stderr, "%s\n", format);
+}
+
+void space_kill(struct space *space, const char *why) {
+	(void)space;
+	fprintf(stderr, "killed: %s\n", why);
+	exit(1);
+}
+
+void space_orphan(struct space *parent, struct space *child, struct lr_error error) {
+	(void)child;
+	space_kill(parent, error.step);
+}
+
+struct backing *space_backing(struct space *space, uint32_t kind) {
+	static struct backing backing = {.page = LR_PAGE};
+	(void)space, (void)kind;
+	return &backing;
+}
+
+static void print_map(const char *whose, const struct interval_map *map) {
+	struct interval found;
+	for (uint64_t at = 0; interval_map_next(map, at, &found); at = found.end)
+		printf("%s %llx+%llx %s%llx%s\n", whose, (unsigned long long)found.start,
+		       (unsigned long long)(found.end - found.start), found.flags & INTERVAL_ZERO ? "zero " : "",
+		       found.flags & INTERVAL_ZERO ? 0 : (unsigned long long)found.image,
+		       found.flags & INTERVAL_SUSPECT ? " suspect" : "");
+}
+
+struct lr_error space_start(struct space *child) {
+	enum closing result;
+	do
+		result = window_close(child);
+	while (result == WINDOW_OPEN);
+	CHECK(result == WINDOW_CLOSED);
+	print_map("child", &child->map);
+	return LR_OK;
+}
+
+/* -- events ------------------------------------------------------------------------------------------------------------ */
+
+static void *read_events(void *unused) {
+	struct uffd_msg message;
+	while (read(uffd, &message, sizeof message) == sizeof message) {
+		pthread_mutex_lock(&lock);
+		CHECK(n_events < MAX_EVENTS);
+		events[n_events++] = message;
+		pthread_cond_signal(&more);
+		pthread_mutex_unlock(&lock);
+	}
+	return unused;
+}
+
+static void await_events(unsigned n) {
+	pthread_mutex_lock(&lock);
+	while (n_events < n)
+		pthread_cond_wait(&more, &lock);
+	pthread_mutex_unlock(&lock);
+}
+
+static void apply(struct space *space, const struct uffd_msg *event) {
+	switch (event->event) {
+	case UFFD_EVENT_UNMAP:
+		CHECK(!window_unmap(space, event->arg.remove.start, event->arg.remove.end));
+		break;
+	case UFFD_EVENT_REMAP:
+		CHECK(!window_remap(space, event->arg.remap.from, event->arg.remap.to, event->arg.remap.len));
+		break;
+	case UFFD_EVENT_FORK: {
+		struct space *child = calloc(1, sizeof *child);
+		CHECK(child);
+		interval_map_init(&child->map);
+		window_init(&child->window);
+		child->uffd = (int)event->arg.fork.ufd;
+		CHECK(!interval_map_copy(&space->map, &child->map));
+		CHECK(!window_fork(space, child));
+		break;
+	}
+	default:
+		CHECK(!"an expected event");
+	}
+}
+
+/* -- scenarios --------------------------------------------------------------------------------------------------------- */
+
+static void add(struct space *space, int memfd, uint64_t at) {
+	CHECK(mmap((void *)at, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED_NOREPLACE, memfd, (off_t)at) !=
+	      MAP_FAILED);
+	CHECK(!uffd_register(uffd, at, at + SIZE).code);
+	CHECK(!interval_map_insert(&space->map, (struct interval){.start = at, .end = at + SIZE, .image = at}));
+}
+
+static void move(uint64_t from, uint64_t to, int flags) {
+	CHECK(mremap((void *)from, SIZE, SIZE, MREMAP_MAYMOVE | MREMAP_FIXED | flags, (void *)to) != MAP_FAILED);
+}
+
+static pid_t fork_child(void) {
+	pid_t child = fork();
+	CHECK(child >= 0);
+	while (!child)
+		pause();
+	return child;
+}
+
+int main(int argc, char **argv) {
+	struct space space = {0};
+	bool poison, hugetlb;
+	pthread_t reader;
+	pid_t child = 0;
+	CHECK(argc == 3);
+	const char *scenario = argv[1], *order = argv[2];
+	int memfd = memfd_create("template", MFD_CLOEXEC);
+	CHECK(memfd >= 0 && !ftruncate(memfd, (off_t)LR_ADDRESS_END));
+	uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
+	CHECK(uffd >= 0 && !uffd_api(uffd, &poison, &hugetlb).code);
+	CHECK(!fcntl(uffd, F_SETFL, 0)); /* read blocks */
+	space.uffd = uffd;
+	interval_map_init(&space.map);
+	window_init(&space.window);
+	add(&space, memfd, X);
+	add(&space, memfd, S);
+	CHECK(!pthread_create(&reader, NULL, read_events, NULL));
+
+	for (const char *step = scenario; *step; step++)
+		switch (*step) {
+		case 'u': /* unmap S */
+			CHECK(!munmap((void *)S, SIZE));
+			break;
+		case 'h': /* unmap half of S */
+			CHECK(!munmap((void *)(S + SIZE / 2), SIZE / 2));
+			break;
+		case 's': /* X to S */
+			move(X, S, 0);
+			break;
+		case 'd': /* X to D */
+			move(X, D, 0);
+			break;
+		case 'k': /* X to D, and X stays mapped */
+			move(X, D, MREMAP_DONTUNMAP);
+			break;
+		case 'b': /* D back to X */
+			move(D, X, 0);
+			break;
+		case 'f':
+			child = fork_child();
+			break;
+		default:
+			CHECK(!"a known step");
+		}
+	unsigned n = (unsigned)strlen(order);
+	await_events(n);
+	CHECK(n_events == n);
+	for (unsigned i = 0; i < n; i++)
+		apply(&space, &events[order[i] - '0']);
+	enum closing result;
+	do
+		result = window_close(&space);
+	while (result == WINDOW_OPEN);
+	CHECK(result == WINDOW_CLOSED);
+	print_map("self", &space.map);
+	if (child) {
+		kill(child, SIGKILL);
+		waitpid(child, NULL, 0);
+	}
+	fflush(stdout);
+	_exit(0);
+}
