@@ -5,6 +5,8 @@ Encoded as MessagePack by msgspec, which checks every type when decoding. `versi
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from lazyrestore.errors import ChunkInvalid, StoreVersionError
@@ -58,8 +60,30 @@ class _Version(msgspec.Struct):
     version: int
 
 
+# Names that are not UTF-8 come as strings with surrogates (PEP 383), which MessagePack cannot hold. They are written with
+# the last 128 characters of Unicode's private plane instead: byte 0x80 + n is U+10FF00 + 0x80 + n.
+_ESCAPE = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
+_UNESCAPE = {escaped: surrogate for surrogate, escaped in _ESCAPE.items()}
+_ESCAPED = (b"\xf4\x8f\xbe", b"\xf4\x8f\xbf")  # how these characters begin in UTF-8
+
+
+def _translated(value: Any, table: dict[int, int]) -> Any:
+    """`value`, made of built-in types, with every string in it translated."""
+    if isinstance(value, str):
+        return value.translate(table)
+    if isinstance(value, dict):
+        return {_translated(key, table): _translated(item, table) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_translated(item, table) for item in value]
+    return value
+
+
 def encode(manifest: Manifest) -> bytes:
-    return _encoder.encode(manifest)
+    try:
+        return _encoder.encode(manifest)
+    except UnicodeEncodeError:
+        plain = msgspec.to_builtins(manifest, builtin_types=(bytes,))
+        return _encoder.encode(_translated(plain, _ESCAPE))
 
 
 def decode(data: bytes | memoryview, name: str) -> Manifest:
@@ -73,6 +97,8 @@ def decode(data: bytes | memoryview, name: str) -> Manifest:
                 f"its manifest has version {version}, this lazyrestore knows {VERSION}",
                 "use a newer lazyrestore",
             )
+        if any(mark in bytes(data) for mark in _ESCAPED):
+            return msgspec.convert(_translated(msgspec.msgpack.decode(data), _UNESCAPE), Manifest, strict=False)
         return _decoder.decode(data)
     except msgspec.MsgspecError as error:
         raise ChunkInvalid(f"snapshot {name}", "read manifest", str(error), "run lazyrestore verify") from error

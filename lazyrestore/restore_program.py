@@ -10,6 +10,7 @@ pager and writes what must be there at once. Only then may anything touch lazy m
 from __future__ import annotations
 
 import os
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +24,8 @@ from lazyrestore.resources.attributes import Credentials
 from lazyrestore.resources.descriptor import RestoreContext
 
 TASK_END = 0x7FFF_FFFF_F000  # the end of user space with four-level page tables
-FIRST_HIGH = 1000  # handed-over descriptors start here, or above the snapshot's highest
+FIRST_HIGH = 1000  # handed-over descriptors start here, or lower if the limit is low, or above the snapshot's highest
+ROOM_ABOVE = 16  # numbers above the handed-over ones, for descriptors that are moved out of the way
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,9 @@ class Compiled:
 def layout_for(manifest: Manifest, minimum: int = 0) -> Layout:
     """Where handed-over descriptors go: above the snapshot's own numbers and not below `minimum`."""
     highest = max((descriptor.number for descriptor in manifest.descriptors.descriptors), default=0)
-    base = max(FIRST_HIGH, highest + 1, minimum)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fits = FIRST_HIGH if hard == resource.RLIM_INFINITY else hard - 6 - len(manifest.shared) - ROOM_ABOVE
+    base = max(min(FIRST_HIGH, fits), highest + 1, minimum)
     shared = {number: base + 6 + number for number in range(len(manifest.shared))}
     return Layout(base, base + 1, base + 2, shared, {stream: base + 3 + stream for stream in range(3)})
 

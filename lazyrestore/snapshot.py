@@ -187,6 +187,8 @@ def _unsupported_attributes(pid: int) -> list[str]:
             continue
     if procfs.read(pid, "timers").strip():
         items.append("POSIX timers (timer_create)")
+    if not attributes.executable_in_place(pid):
+        items.append(f"an executable that was deleted or replaced ({os.readlink(f'/proc/{pid}/exe')})")
     leader = attributes.credentials_of(pid, pid)
     for tid in procfs.threads(pid):
         try:
@@ -224,7 +226,7 @@ class _Capture:
 def _capture(frozen: Frozen, pidfd: int, identities: dict[str, vma.FileIdentity], *, stopped: bool) -> _Capture:
     pid = frozen.pid
     mappings = procfs.parse_maps(procfs.read(pid, "smaps"))
-    items = vma.unsupported(mappings)
+    items = _unsupported_attributes(pid) + vma.unsupported(mappings)
     table = descriptors.survey(pid, pidfd)
     if items or table.unsupported:
         raise UnsupportedResources(f"process {pid}", items + table.unsupported)

@@ -56,7 +56,7 @@ def start(
     request.pid_namespace = pid_namespace
     request.new_pid_namespace = new_pid_namespace
     request.new_session = session
-    request.descriptor_limit = max(target for _, target in pairs) + 64
+    request.descriptor_limit = max(target for _, target in pairs) + 16
     request.trace = 1
     error = lib.lr_spawn(request)
     if error:

@@ -16,6 +16,7 @@ HEADERS = ["executor.h", "spawn.h", "trace.h", "memory.h", "features.h"]
 SOURCES = sorted(path.name for path in HERE.glob("*.c") if not path.name.startswith("_"))
 
 SYSCALLS = """
+    ioprio_get
     accept4 arch_prctl bind brk capset chdir chmod fchmodat chroot chown fchownat clone3 close close_range dup3
     epoll_create1 epoll_ctl eventfd2 execveat fcntl fchdir fchmod ftruncate futex getpid getresuid getrlimit gettid
     ioctl ioprio_set kill listen lseek madvise membarrier memfd_create mlock2 mlockall mmap mprotect mremap msync munmap

@@ -93,9 +93,9 @@ lr_set_signal_mask(int32_t tid, uint64_t mask)
 }
 
 int
-lr_peek_signals(int32_t tid, int32_t shared, void *infos, int32_t room)
+lr_peek_signals(int32_t tid, int32_t shared, uint64_t offset, void *infos, int32_t room)
 {
-	struct __ptrace_peeksiginfo_args args = {.off = 0, .flags = shared ? PTRACE_PEEKSIGINFO_SHARED : 0, .nr = room};
+	struct __ptrace_peeksiginfo_args args = {.off = offset, .flags = shared ? PTRACE_PEEKSIGINFO_SHARED : 0, .nr = room};
 	return result_of(ptrace(PTRACE_PEEKSIGINFO, tid, &args, infos));
 }
 
@@ -188,6 +188,7 @@ lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, u
 	registers.r8 = args[4];
 	registers.r9 = args[5];
 	int error = lr_set_registers(tid, &registers);
+	int stop_signal = 0;
 	for (int stops = 0; !error && stops < 2;) {
 		error = lr_syscall_stop(tid, &status);
 		if (error)
@@ -196,27 +197,30 @@ lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, u
 			return -ESRCH;
 		if (WSTOPSIG(status) == (SIGTRAP | 0x80))
 			stops++;
+		else if (status >> 16 == 0 && WSTOPSIG(status) == SIGSTOP)
+			stop_signal = 1; /* it cannot be blocked; the caller sends it again later */
 		else if (status >> 16 == 0 && WSTOPSIG(status) != SIGTRAP)
-			return -EINTR; /* a signal that cannot be blocked */
+			return -EINTR;
 	}
 	if (error)
 		return error;
 	error = lr_get_registers(tid, &registers);
 	*result = (int64_t)registers.rax;
-	return error;
+	return error ? error : stop_signal;
 }
 
-/* Whether a signal that the thread would take now waits for it. */
+/* Whether one of `signals` waits for the thread. */
 static bool
-signal_waits(int32_t tid, uint64_t mask)
+signal_waits(int32_t tid, uint64_t signals)
 {
 	enum { ROOM = 32 };
 	static _Thread_local siginfo_t infos[ROOM];
 	for (int shared = 0; shared < 2; shared++) {
-		int count = lr_peek_signals(tid, shared, infos, ROOM);
-		for (int i = 0; i < count; i++)
-			if (!(mask >> (infos[i].si_signo - 1) & 1))
-				return true;
+		int count;
+		for (uint64_t offset = 0; (count = lr_peek_signals(tid, shared, offset, infos, ROOM)) > 0; offset += (uint64_t)count)
+			for (int i = 0; i < count; i++)
+				if (signals >> (infos[i].si_signo - 1) & 1)
+					return true;
 	}
 	return false;
 }
@@ -248,7 +252,7 @@ await_stop(int32_t tid, int32_t timeout_ms)
 }
 
 int
-lr_stop_thread(int32_t tid, uint64_t options, const int32_t *again, int32_t count, int32_t timeout_ms,
+lr_stop_thread(int32_t tid, uint64_t options, const int32_t *again, int32_t count, uint64_t caught, int32_t timeout_ms,
 	       struct lr_registers *registers, uint64_t *mask)
 {
 	int error = lr_seize(tid, options);
@@ -265,7 +269,7 @@ lr_stop_thread(int32_t tid, uint64_t options, const int32_t *again, int32_t coun
 	if (error || (int64_t)registers->orig_rax < 0 || (int64_t)registers->rax != -EINTR)
 		return error ? error : 1;
 	for (int i = 0; i < count; i++) {
-		if ((int32_t)registers->orig_rax != again[i] || signal_waits(tid, *mask))
+		if ((int32_t)registers->orig_rax != again[i] || signal_waits(tid, caught & ~*mask))
 			continue;
 		registers->rax = registers->orig_rax;
 		registers->orig_rax = ~0ull;

@@ -25,7 +25,7 @@ int lr_get_xstate(int32_t tid, void *buffer, size_t *length); /* length: in, the
 int lr_set_xstate(int32_t tid, const void *buffer, size_t length);
 int lr_get_signal_mask(int32_t tid, uint64_t *mask);
 int lr_set_signal_mask(int32_t tid, uint64_t mask);
-int lr_peek_signals(int32_t tid, int32_t shared, void *infos, int32_t room); /* returns how many siginfo_t, 128 bytes each */
+int lr_peek_signals(int32_t tid, int32_t shared, uint64_t offset, void *infos, int32_t room); /* returns how many siginfo_t, 128 bytes each */
 int lr_get_rseq(int32_t tid, struct lr_rseq *rseq);
 int lr_get_robust_list(int32_t tid, uint64_t *head, uint64_t *length);
 int lr_kcmp_file(int32_t pid, int32_t a, int32_t b); /* 1: the same open file description, 0: not */
@@ -41,13 +41,14 @@ int lr_run_executor(int32_t tid, uint64_t entry, uint64_t list, uint64_t stack);
 int lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint64_t *why, int64_t *result);
 
 /* One system call by a stopped thread, through the stub at `stub` (a syscall instruction at its first byte). The thread
- * must be in a ptrace stop; afterwards it is in a syscall-exit stop at the stub, and the caller sets its registers. */
+ * must be in a ptrace stop; afterwards it is in a syscall-exit stop at the stub, and the caller sets its registers. 1: done, and a SIGSTOP that came
+ * meanwhile was taken away. */
 int lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, uint64_t number, const uint64_t *args,
 		      int64_t *result);
 
 /* Seize a thread, stop it, and put right at once what the stop did to it: a call in `again` (system call numbers) that
  * was made to return -EINTR by nothing but the stop is made again. In one function, because a tracer that is killed
- * between the stop and the repair leaves the -EINTR to the thread. 1: stopped, registers and mask filled; 0: the thread
+ * between the stop and the repair leaves the -EINTR to the thread. `caught` are the signals with a handler: only those interrupt a call. 1: stopped, registers and mask filled; 0: the thread
  * ended; -errno (-ETIMEDOUT after `timeout_ms`, still seized). */
-int lr_stop_thread(int32_t tid, uint64_t options, const int32_t *again, int32_t count, int32_t timeout_ms,
+int lr_stop_thread(int32_t tid, uint64_t options, const int32_t *again, int32_t count, uint64_t caught, int32_t timeout_ms,
 		   struct lr_registers *registers, uint64_t *mask);

@@ -25,6 +25,7 @@ import os
 import signal
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -144,6 +145,8 @@ class Frozen:
         self._stub: int | None = None
         self._scratch = 0
         self._seized: set[int] = set()
+        self._caught = 0  # signals with a handler
+        self._stop_came = False
         self._registers, self._mask = ffi.new("struct lr_registers *"), ffi.new("uint64_t *")
 
     def __enter__(self) -> Frozen:
@@ -163,9 +166,14 @@ class Frozen:
         except NoSuchProcess:
             pass  # it was killed meanwhile: nothing to put back
         finally:
-            for tid in self._seized:
+            # The leader first: a traced one makes the kernel queue signals that the process ignores, and wake threads for them.
+            for tid in sorted(self._seized, key=lambda tid: tid != self.pid):
                 lib.lr_detach(tid, 0)
             self._seized.clear()
+            if self._stop_came:
+                self._stop_came = False
+                with suppress(ProcessLookupError):
+                    os.kill(self.pid, signal.SIGSTOP)
             if self.memory >= 0:
                 os.close(self.memory)
                 self.memory = -1
@@ -188,11 +196,12 @@ class Frozen:
     # -- stopping ------------------------------------------------------------------------------------------------------
 
     def _freeze(self) -> None:
+        self._caught = int(procfs.parse_status(procfs.read(self.pid, "status"))["SigCgt"], 16)
         while True:
             new = [tid for tid in procfs.threads(self.pid) if tid not in self._seized]
             if not new:
                 break
-            for tid in new:
+            for tid in sorted(new, key=lambda tid: tid == self.pid):  # the leader last: see __exit__
                 self._stop(tid)
             if not self._seized:
                 raise NoSuchProcess(f"process {self.pid}", "attach", "it ended")
@@ -208,7 +217,7 @@ class Frozen:
         other code, which ends the section's protection.
         """
         result = lib.lr_stop_thread(
-            tid, lib.PTRACE_O_TRACESYSGOOD, _AGAIN, len(_AGAIN), FREEZE_MS, self._registers, self._mask
+            tid, lib.PTRACE_O_TRACESYSGOOD, _AGAIN, len(_AGAIN), self._caught, FREEZE_MS, self._registers, self._mask
         )
         if result in (0, -errno.ESRCH):  # it ended between the listing and now
             return
@@ -357,7 +366,8 @@ class _Diverted:
                 check(lib.lr_set_signal_mask(tid, (1 << 64) - 1), frozen.pid, "block signals")
                 masked = True
             error = lib.lr_remote_syscall(tid, base, stub, number, arguments, result)
-            check(error, frozen.pid, "make a system call in the process")
+            if check(error, frozen.pid, "make a system call in the process"):
+                frozen._stop_came = True  # a SIGSTOP, which cannot be blocked: sent again when the process goes on
             return int(result[0])
 
         return call

@@ -90,6 +90,15 @@ def credentials_of(pid: int, tid: int) -> Credentials:
     )
 
 
+def executable_in_place(pid: int) -> bool:
+    """Whether the path of the process's executable still leads to the file that it runs."""
+    try:
+        running, there = os.stat(f"/proc/{pid}/exe"), os.stat(os.readlink(f"/proc/{pid}/exe"))
+    except OSError:
+        return False
+    return (running.st_dev, running.st_ino) == (there.st_dev, there.st_ino)
+
+
 def capture(frozen: Frozen, *, stopped: bool) -> Attributes:
     """stopped: whether it was stopped by job control before it was frozen."""
     pid = frozen.pid

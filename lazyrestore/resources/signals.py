@@ -45,7 +45,7 @@ def capture(frozen: Frozen) -> Signals:
         for which in ITIMERS:
             check(call(lib.SYS_getitimer, which, frozen.scratch), pid, "getitimer")
             value = frozen.read(frozen.scratch, 32)
-            if any(value[16:]):
+            if any(value):  # a timer whose signal is still pending has an interval, and no time left
                 timers[which] = value
     return Signals(actions, timers, pending_signals(pid, shared=True))
 
@@ -62,5 +62,8 @@ def restore_queue_and_timers(signals: Signals, pid: int, program: Program, ops: 
         with ops.serving("pending signal"):
             ops.call(lib.SYS_rt_sigqueueinfo, pid, struct.unpack_from("<i", info)[0], program.place(info))
     for which, value in signals.timers.items():
+        if not any(value[16:]):
+            # The kernel re-arms it when the pending signal is taken: let it expire at once, which that signal stands for.
+            value = value[:16] + struct.pack("<qq", 0, 1)
         with ops.serving(f"interval timer {which}"):
             ops.call(lib.SYS_setitimer, which, program.place(value), 0)

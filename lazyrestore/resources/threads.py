@@ -76,6 +76,7 @@ class Thread(msgspec.Struct, frozen=True):
     rt_priority: int
     affinity: list[int] | None  # None: all CPUs of the machine
     timer_slack: int
+    io_priority: int
 
 
 def capture(frozen: Frozen, tid: int) -> Thread:
@@ -85,6 +86,7 @@ def capture(frozen: Frozen, tid: int) -> Thread:
         check(call(lib.SYS_prctl, lib.PR_GET_TID_ADDRESS, frozen.scratch), pid, "PR_GET_TID_ADDRESS")
         check(call(lib.SYS_sigaltstack, 0, frozen.scratch + 8), pid, "sigaltstack")
         slack = call(lib.SYS_prctl, lib.PR_GET_TIMERSLACK)
+        io_priority = call(lib.SYS_ioprio_get, 1, 0)
         tid_address, address, flags, size = struct.unpack("<QQixxxxQ", frozen.read(frozen.scratch, 32))
     head, length = ffi.new("uint64_t *"), ffi.new("uint64_t *")
     check(lib.lr_get_robust_list(tid, head, length), pid, "get_robust_list")
@@ -97,7 +99,7 @@ def capture(frozen: Frozen, tid: int) -> Thread:
     cpus = os.sched_getaffinity(tid)
     return Thread(
         tid=tid,
-        name=procfs.read(pid, f"task/{tid}/comm").rstrip(b"\n"),
+        name=procfs.read(pid, f"task/{tid}/comm").removesuffix(b"\n"),
         registers=_resumable(frozen, tid).pack(),
         xstate=bytes(ffi.buffer(room, used[0])),
         signal_mask=frozen.masks[tid],
@@ -112,13 +114,17 @@ def capture(frozen: Frozen, tid: int) -> Thread:
         rt_priority=stat.rt_priority,
         affinity=None if len(cpus) == os.cpu_count() else sorted(cpus),
         timer_slack=slack,
+        io_priority=io_priority,
     )
 
 
 def pending_signals(tid: int, *, shared: bool) -> list[bytes]:
+    """The siginfo_t of every queued signal, of the thread or (shared) of its process, in order."""
     room = ffi.new(f"char[{64 * SIGINFO}]")
-    count = lib.lr_peek_signals(tid, shared, room, 64)
-    return [bytes(ffi.buffer(room + index * SIGINFO, SIGINFO)) for index in range(max(count, 0))]
+    infos: list[bytes] = []
+    while (count := lib.lr_peek_signals(tid, shared, len(infos), room, 64)) > 0:
+        infos += (bytes(ffi.buffer(room + index * SIGINFO, SIGINFO)) for index in range(count))
+    return infos
 
 
 def _resumable(frozen: Frozen, tid: int) -> Registers:
@@ -165,17 +171,21 @@ def restore_own(thread: Thread, program: Program, ops: OpList, *, leader: bool) 
         if address:
             ops.call(lib.SYS_rseq, address, length, 0, signature)
         ops.call(lib.SYS_prctl, lib.PR_SET_NAME, program.string(thread.name))
-        if thread.timer_slack > 0 and thread.timer_slack != 50000:
+        # The restorer's own settings are inherited, so what equals the kernel's default must be set too.
+        if thread.timer_slack > 0:
             ops.call(lib.SYS_prctl, lib.PR_SET_TIMERSLACK, thread.timer_slack)
-        if thread.affinity is not None:
+        if thread.io_priority >= 0:
+            ops.try_call(lib.SYS_ioprio_set, 1, 0, thread.io_priority)
+        cpus = set(range(os.cpu_count() or 1)) if thread.affinity is None else set(thread.affinity)
+        if cpus != os.sched_getaffinity(0):
             mask = bytearray(128)
-            for cpu in thread.affinity:
+            for cpu in cpus:
                 mask[cpu // 8] |= 1 << cpu % 8
             ops.try_call(lib.SYS_sched_setaffinity, 0, 128, program.place(bytes(mask)))
-        if thread.policy:
+        if thread.policy or os.sched_getscheduler(0):
             attributes = struct.pack("<IIQiIQQQ", 48, thread.policy, 0, thread.nice, thread.rt_priority, 0, 0, 0)
             ops.call(lib.SYS_sched_setattr, 0, program.place(attributes), 0)
-        elif thread.nice:
+        elif thread.nice != os.getpriority(os.PRIO_PROCESS, 0):
             ops.call(lib.SYS_setpriority, lib.PRIO_PROCESS, 0, thread.nice)
 
 
