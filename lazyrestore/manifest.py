@@ -60,8 +60,8 @@ class _Version(msgspec.Struct):
     version: int
 
 
-# Names that are not UTF-8 come as strings with surrogates (PEP 383), which MessagePack cannot hold. They are written with
-# the last 128 characters of Unicode's private plane instead: byte 0x80 + n is U+10FF00 + 0x80 + n.
+# Names that are not UTF-8 come as strings with surrogates (PEP 383), which MessagePack cannot hold. They are written
+# with the last 128 characters of Unicode's private plane instead: byte 0x80 + n is U+10FF00 + 0x80 + n.
 _ESCAPE = {0xDC00 + byte: 0x10FF00 + byte for byte in range(0x80, 0x100)}
 _UNESCAPE = {escaped: surrogate for surrogate, escaped in _ESCAPE.items()}
 _ESCAPED = (b"\xf4\x8f\xbe", b"\xf4\x8f\xbf")  # how these characters begin in UTF-8

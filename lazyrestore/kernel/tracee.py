@@ -166,7 +166,8 @@ class Frozen:
         except NoSuchProcess:
             pass  # it was killed meanwhile: nothing to put back
         finally:
-            # The leader first: a traced one makes the kernel queue signals that the process ignores, and wake threads for them.
+            # The leader first: a traced one makes the kernel queue signals that the process ignores, and wake threads
+            # for them.
             for tid in sorted(self._seized, key=lambda tid: tid != self.pid):
                 lib.lr_detach(tid, 0)
             self._seized.clear()

@@ -63,7 +63,8 @@ def restore_queue_and_timers(signals: Signals, pid: int, program: Program, ops: 
             ops.call(lib.SYS_rt_sigqueueinfo, pid, struct.unpack_from("<i", info)[0], program.place(info))
     for which, value in signals.timers.items():
         if not any(value[16:]):
-            # The kernel re-arms it when the pending signal is taken: let it expire at once, which that signal stands for.
+            # The kernel re-arms it when the pending signal is taken: let it expire at once, which that signal stands
+            # for.
             value = value[:16] + struct.pack("<qq", 0, 1)
         with ops.serving(f"interval timer {which}"):
             ops.call(lib.SYS_setitimer, which, program.place(value), 0)
