@@ -59,6 +59,13 @@ class LazyGroup(click.Group):
                 _print_traceback()
             click.echo(f"lazyrestore: {error}", err=True)
             ctx.exit(error.exit_status)
+        except OSError as error:
+            if isinstance(error, BrokenPipeError):
+                raise  # click ends quietly
+            if ctx.params.get("debug"):
+                _print_traceback()
+            click.echo(f"lazyrestore: {error}", err=True)
+            ctx.exit(1)
         except KeyboardInterrupt:
             if ctx.params.get("debug"):
                 _print_traceback()

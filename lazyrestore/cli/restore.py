@@ -65,11 +65,13 @@ def restore_command(store: str, name: str, detach: bool, pid_choice: str, explai
             click.echo(json.dumps(lines) if json_output else "\n".join(lines))
         elif detach:
             process = snapshot.restore(new_pid=pid_choice == "new")
-            click.echo(
-                _as_json(process)
-                if json_output
-                else f"{name}: process {process.pid}, restored in {process.restore_ms:.1f} ms"
-            )
+            text = f"{name}: process {process.pid}, restored in {process.restore_ms:.1f} ms"
+            try:
+                click.echo(_as_json(process) if json_output else text)
+            except OSError:  # nobody would know its process id
+                process.kill()
+                process.wait()
+                raise
         else:
             sys.exit(_foreground(snapshot, pid_choice == "new", json_output))
 
@@ -93,12 +95,43 @@ def _foreground(snapshot: Snapshot, new_pid: bool, json_output: bool) -> int:
             same_group = os.getpgid(process.pid) == os.getpgid(0)
             while (status := process.poll()) is None:
                 caught = signal.sigwaitinfo(awaited)
-                from_terminal = caught.si_code == SI_KERNEL
-                if caught.si_signo != signal.SIGCHLD and not (from_terminal and same_group):
+                if caught.si_signo == signal.SIGCHLD:
+                    if not same_group and _stopped(process.pid):
+                        _stop_with(process.pid)
+                elif not (caught.si_code == SI_KERNEL and same_group):
                     process.send_signal(caught.si_signo)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
     return status if status >= 0 else 128 - status
+
+
+def _stopped(pid: int) -> bool:
+    """Whether our child `pid` has been stopped by job control since this was last asked."""
+    try:
+        result = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
+    except ChildProcessError:
+        return False
+    return result is not None and result.si_code == os.CLD_STOPPED
+
+
+def _stop_with(pid: int) -> None:
+    """The process was stopped (Ctrl-Z): give the terminal back and stop too, so that the shell has it; `fg` continues both."""
+    group = os.getpgid(pid)
+    foreground = os.isatty(0) and os.getsid(pid) == os.getsid(0)
+    if foreground:
+        _give_terminal(os.getpgrp())
+    os.kill(os.getpid(), signal.SIGSTOP)
+    if foreground and os.tcgetpgrp(0) == os.getpgrp():
+        _give_terminal(group)
+    os.killpg(group, signal.SIGCONT)
+
+
+def _give_terminal(group: int) -> None:
+    handler = signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # we may be in the background when we do it
+    try:
+        os.tcsetpgrp(0, group)
+    finally:
+        signal.signal(signal.SIGTTOU, handler)
 
 
 @contextmanager
@@ -116,10 +149,8 @@ def _terminal_given_to(pid: int) -> Iterator[None]:
     if not terminal:
         yield
         return
-    handler = signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+    _give_terminal(pid)
     try:
-        os.tcsetpgrp(0, pid)
         yield
-        os.tcsetpgrp(0, os.getpgrp())
     finally:
-        signal.signal(signal.SIGTTOU, handler)
+        _give_terminal(os.getpgrp())

@@ -69,6 +69,8 @@ class Attributes(msgspec.Struct, frozen=True):
     parent_death_signal: int
     child_subreaper: int
     thp_disable: int
+    deny_write_execute: int  # PR_GET_MDWE
+    memory_merge: int
     oom_score_adjust: int
     session_leader: bool
     group_leader: bool
@@ -108,6 +110,8 @@ def capture(frozen: Frozen, *, stopped: bool) -> Attributes:
         dumpable = check(call(lib.SYS_prctl, lib.PR_GET_DUMPABLE), pid, "PR_GET_DUMPABLE")
         keep = check(call(lib.SYS_prctl, lib.PR_GET_KEEPCAPS), pid, "PR_GET_KEEPCAPS")
         secure_bits = check(call(lib.SYS_prctl, lib.PR_GET_SECUREBITS), pid, "PR_GET_SECUREBITS")
+        deny = max(0, call(lib.SYS_prctl, lib.PR_GET_MDWE))  # before Linux 6.3: EINVAL
+        merge = max(0, call(lib.SYS_prctl, lib.PR_GET_MEMORY_MERGE))
         thp = check(call(lib.SYS_prctl, lib.PR_GET_THP_DISABLE), pid, "PR_GET_THP_DISABLE")
         check(call(lib.SYS_prctl, lib.PR_GET_PDEATHSIG, frozen.scratch), pid, "PR_GET_PDEATHSIG")
         check(call(lib.SYS_prctl, lib.PR_GET_CHILD_SUBREAPER, frozen.scratch + 8), pid, "PR_GET_CHILD_SUBREAPER")
@@ -142,6 +146,8 @@ def capture(frozen: Frozen, *, stopped: bool) -> Attributes:
         parent_death_signal=death,
         child_subreaper=subreaper,
         thp_disable=thp,
+        deny_write_execute=deny,
+        memory_merge=merge,
         oom_score_adjust=int(procfs.read(pid, "oom_score_adj")),
         session_leader=stat.session == pid,
         group_leader=stat.pgrp == pid,
@@ -269,6 +275,10 @@ def restore_outside(attributes: Attributes, pid: int) -> None:
 def restore_after_credentials(attributes: Attributes, ops: OpList) -> None:
     """What a change of credentials would have reset."""
     with ops.serving("process attributes"):
+        if attributes.memory_merge:
+            ops.call(lib.SYS_prctl, lib.PR_SET_MEMORY_MERGE, 1, 0, 0, 0)
+        if attributes.deny_write_execute:
+            ops.call(lib.SYS_prctl, lib.PR_SET_MDWE, attributes.deny_write_execute, 0, 0, 0)
         if attributes.dumpable in (0, 1):
             ops.call(lib.SYS_prctl, lib.PR_SET_DUMPABLE, attributes.dumpable, 0, 0, 0)
         if attributes.parent_death_signal:

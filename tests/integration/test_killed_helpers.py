@@ -15,6 +15,8 @@ from helpers_cli import command, run_cli
 from helpers_copies import Copies, Copy
 from helpers_threads import Threads64
 
+from lazyrestore.pager.launch import connect_existing
+
 ROUNDS = 40
 
 
@@ -87,7 +89,10 @@ def answer_or_death(control: Path, pid: int) -> str:
 
 
 def pager_and_keeper(copy: Copy) -> tuple[int, int]:
-    return copy.process._pager.pids()
+    client = connect_existing(copy.process._key, copy.process.name)
+    assert client is not None
+    with client:
+        return client.pids()
 
 
 @pytest.mark.parametrize("touched", [False, True], ids=["untouched", "touched"])
