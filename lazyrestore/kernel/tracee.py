@@ -375,8 +375,9 @@ class _Diverted:
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
         frozen, tid = self.frozen, self.tid
-        frozen._set(tid, frozen.registers[tid])
+        # In this order: a thread whose tracer dies in between is still in the stub, which puts back both.
         lib.lr_set_signal_mask(tid, frozen.masks[tid])
+        frozen._set(tid, frozen.registers[tid])
 
 
 def _stub_code(registers: Registers, mask: int, scratch: int) -> bytes:
