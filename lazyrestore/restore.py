@@ -264,6 +264,11 @@ def _nothing(owned: ExitStack) -> int:
     return descriptor
 
 
+def _put(memory: int, label: str, at: int, data: bytes) -> None:
+    if os.pwrite(memory, data, at) != len(data):
+        raise RestoreError(label, "write contents", "short write")
+
+
 def _shared_file(prepared: Prepared, index: int, owned: ExitStack) -> int:
     """The memory file of one shared object.
 
@@ -371,9 +376,10 @@ class _Child:
         try:
             for v in manifest.vmas:
                 for start, end in v.written:
+                    if v.kind in ("file", "shared"):  # zeros are not stored, and a file shows through
+                        _put(memory, v.label, start, bytes(end - start))
                     for at, data in self.prepared.image.contents(start, end):
-                        if os.pwrite(memory, data, at) != len(data):
-                            raise RestoreError(v.label, "write contents", "short write")
+                        _put(memory, v.label, at, data)
         except OSError as error:
             raise RestoreError(f"process {self.pid}", "write contents", errno=error.errno) from error
         finally:

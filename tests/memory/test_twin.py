@@ -1,0 +1,95 @@
+"""Random memory operations on two identical victims, one of which is snapshotted and restored: nobody can tell which.
+
+A failing program is shrunk, printed, and belongs into regressions/ then. $LAZYRESTORE_TWIN_SEEDS says how many programs
+are tried, $LAZYRESTORE_TWIN_FIRST which seed is the first; tools/soak goes on for as long as one likes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from helpers import Builder, Victims
+from helpers_twin import (
+    ARENA,
+    PAGE,
+    Difference,
+    Pair,
+    Step,
+    from_text,
+    pair_in,
+    random_program,
+    run_program,
+    shrink,
+    to_text,
+)
+
+import lazyrestore
+
+SEEDS = int(os.environ.get("LAZYRESTORE_TWIN_SEEDS", "40"))
+FIRST = int(os.environ.get("LAZYRESTORE_TWIN_FIRST", "1"))
+STEPS = 60
+REGRESSIONS = sorted((Path(__file__).parent / "regressions").glob("*.txt"))
+RACE_PAGES = 64
+numbers = itertools.count()
+
+
+class Bench:
+    """Everything a program needs to run."""
+
+    def __init__(self, victims: Victims, build: Builder, store: lazyrestore.Store, run: Path) -> None:
+        self._parts = victims, build, store
+        self._run = run
+
+    def pair(self) -> AbstractContextManager[Pair]:
+        return pair_in(*self._parts, self._run / f"t{next(numbers)}")
+
+    def difference(self, program: list[Step]) -> str:
+        """What the twins did not agree on, "" if they did."""
+        try:
+            with self.pair() as pair:
+                run_program(pair, program)
+        except Difference as error:
+            return str(error)
+        return ""
+
+
+@pytest.fixture(scope="session")
+def bench(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path) -> Bench:
+    return Bench(victims, build, store, run)
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
+def test_random_program(bench: Bench, seed: int) -> None:
+    program = random_program(seed, STEPS)
+    if first := bench.difference(program):
+        shortest = shrink(program, lambda shorter: bool(bench.difference(shorter)))
+        shown = bench.difference(shortest) or f"(not every time) {first}"
+        pytest.fail(f"seed {seed}: {shown}\n\nas a regression case:\n{to_text(shortest)}", pytrace=False)
+
+
+@pytest.mark.parametrize("path", REGRESSIONS, ids=lambda path: path.stem)
+def test_regression(bench: Bench, path: Path) -> None:
+    assert not (shown := bench.difference(from_text(path.read_text()))), shown
+
+
+@pytest.mark.parametrize("touched", [0, RACE_PAGES // 2])
+def test_threads_race(bench: Bench, touched: int) -> None:
+    """Readers, MADV_DONTNEED and fork at the same time: every page is what it was or zero, in every child too."""
+    size = RACE_PAGES * PAGE
+    with bench.pair() as pair:
+        pair.send("map", ARENA, size, 3, 0, 0, 0)
+        pair.send("write", ARENA, size, 77)
+        for times in (4, 4, 4):
+            pair.restore()
+            if touched:
+                pair.send("read", ARENA, touched * PAGE)
+            pair.send("race", ARENA, size, times, 77)
+            stats = pair.stats().counters
+            assert stats.forks == times
+            assert stats.removes >= times * RACE_PAGES
+            pair.send("write", ARENA, size, 77)
+        pair.send("digest")
