@@ -115,7 +115,7 @@ def _stopped(pid: int) -> bool:
 
 
 def _stop_with(pid: int) -> None:
-    """The process was stopped (Ctrl-Z): give the terminal back and stop too, so that the shell has it; `fg` continues both."""
+    """The process was stopped (Ctrl-Z): give the terminal back and stop too; `fg` continues both."""
     group = os.getpgid(pid)
     foreground = os.isatty(0) and os.getsid(pid) == os.getsid(0)
     if foreground:
