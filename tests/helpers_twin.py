@@ -37,7 +37,7 @@ ADVICE = {
     "POPULATE_READ": 22, "POPULATE_WRITE": 23, "NORMAL": 0, "RANDOM": 1, "SEQUENTIAL": 2,
     "WILLNEED": 3,
 }  # fmt: skip
-# Advice that a file mapping takes otherwise than anonymous memory: known differences, with the result of either process.
+# Advice that a file mapping takes otherwise than anonymous memory: known differences, with either result.
 DIFFERENT = {
     "FREE": ("0 0", f"-1 {errno.EINVAL}"),
     "REMOVE": (f"-1 {errno.EINVAL}", f"-1 {errno.EACCES}"),
@@ -135,6 +135,7 @@ class Model:
         self.pages: dict[int, Page] = {}
         self._origins = itertools.count()
         self._brk = 0
+        self._trimmed = False  # some mapping of anonymous shared memory does not show all of it any more
 
     # -- ranges ----
 
@@ -169,7 +170,12 @@ class Model:
     def _forget(self, start: int, n: int) -> None:
         self._split(start, n)
         for i in range(start, start + n):
-            self.pages.pop(i, None)
+            page = self.pages.pop(i, None)
+            if page and page.kind == SHARED:
+                self._trimmed = True
+
+    def _hidden(self, start: int) -> bool:
+        return bool(TRIMMED) and self._trimmed and self.pages[start].kind == SHARED
 
     # -- steps ----
 
@@ -220,6 +226,8 @@ class Model:
         new = min(new, ARENA_PAGES - target)
         if stays and new != n:
             return
+        if new > n and self._hidden(start):
+            return
         if target < start + n and start < target + new:  # they overlap
             return
         flags = DONTUNMAP if stays else MAYMOVE_FIXED
@@ -241,6 +249,8 @@ class Model:
         start, n = self._mapped(place, ARENA_PAGES, lambda page: page.origin)
         new = min(max(1, n + by % 33 - 16), ARENA_PAGES - start)
         if not n or any(start + i in self.pages for i in range(n, max(n + 1, new))):
+            return
+        if new > n and self._hidden(start):
             return
         if not self.pair.send("remap", ARENA + start * PAGE, n * PAGE, new * PAGE, 0, 0).startswith("0 "):
             return
@@ -308,6 +318,7 @@ NAMES = [name.removeprefix("do_") for name in vars(Model) if name.startswith("do
 COMMON = ["map", "map", "move", "write", "write", "read", "advise", "advise", "protect", "resize", "fork"]
 MOST_RESTORES = 3
 AVOIDED = "a restored shared mapping without PROT_READ cannot be snapshotted again yet: EIO from /proc/PID/mem"
+TRIMMED = "what an anonymous shared object holds where no mapping shows it is not stored: growing there reads zero"
 
 
 def random_program(seed: int, steps: int) -> list[Step]:

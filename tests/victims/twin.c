@@ -338,8 +338,10 @@ static void serve(char *request)
 	else if (!strcmp(name, "race"))
 		race(a[0], a[1], a[2], a[3]);
 	else if (!strcmp(name, "list")) {
+		fprintf(out, "mapped:");
 		arena(false, out);
 	} else if (!strcmp(name, "digest")) {
+		fprintf(out, "mapped:");
 		uint64_t hash = arena(true, out);
 
 		fprintf(out, " %lx", (unsigned long)hash);
