@@ -98,3 +98,19 @@ def test_threads_race(bench: Bench, touched: int) -> None:
             assert stats.removes >= times * RACE_PAGES
             pair.send("write", ARENA, size, 77)
         pair.send("digest")
+
+
+def test_moves_into_what_is_being_unmapped(bench: Bench) -> None:
+    """One thread unmaps, another is given the range at once, others read and fork: what was moved is all there."""
+    size = RACE_PAGES * PAGE
+    with bench.pair() as pair:
+        for _ in range(3):
+            pair.send("map", ARENA, 3 * size, 3, 0, 0, 1)
+            pair.send("write", ARENA, 3 * size, 78)
+            pair.restore()
+            assert pair.send("swap", ARENA, size, 6, 78).startswith("0 ")
+            stats = pair.stats().counters
+            assert stats.remaps == RACE_PAGES // 2
+            assert stats.unmaps >= RACE_PAGES
+            assert stats.forks == 6
+        pair.send("digest")

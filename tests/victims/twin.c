@@ -274,6 +274,70 @@ static void race(word start, word length, word times, word seed)
 	report(wrong, 0);
 }
 
+/* -- one thread is given what another has just unmapped ---------------------------------------------------------------- */
+
+struct swap {
+	word from, to, pieces;
+	long wrong;
+};
+
+#define PIECE (2 * PAGE)
+
+static void *swap_unmap(void *argument)
+{
+	struct swap *swap = argument;
+
+	for (word i = 0; i < swap->pieces; i++)
+		if (munmap(at(swap->to + i * PIECE), PIECE))
+			swap->wrong++;
+	return NULL;
+}
+
+/* Moves a piece as soon as its destination is free, which is before the munmap has returned. */
+static void *swap_move(void *argument)
+{
+	struct swap *swap = argument;
+	unsigned char resident[PIECE / PAGE];
+
+	for (word i = 0; i < swap->pieces; i++) {
+		void *to = at(swap->to + i * PIECE);
+
+		while (!mincore(to, PIECE, resident) || errno != ENOMEM)
+			;
+		if (mremap(at(swap->from + i * PIECE), PIECE, PIECE, MREMAP_MAYMOVE | MREMAP_FIXED, to) != to)
+			swap->wrong++;
+	}
+	return NULL;
+}
+
+/* [start, start + length) is unmapped while what lies behind it moves there, and what lies behind that is read, and forked. */
+static void swap(word start, word length, word times, word seed)
+{
+	uint64_t *expected = calloc(2, length);
+	struct swap swaps[2];
+	struct racer racers[2];
+	pthread_t threads[4];
+	long wrong = 0;
+
+	if (!expected)
+		control_die("calloc");
+	for (word a = start + length; a < start + 3 * length; a += PAGE)
+		write_pattern_to(expected + (a - start - length) / 8, a, PAGE, seed);
+	for (int i = 0; i < 2; i++) {
+		swaps[i] = (struct swap){ start + length, start, length / PIECE, 0 };
+		racers[i] = (struct racer){ start + 2 * length, length, times, expected + length / 8, 0 };
+	}
+	if (pthread_create(&threads[0], NULL, swap_unmap, &swaps[0]) || pthread_create(&threads[1], NULL, swap_move, &swaps[1]) ||
+	    pthread_create(&threads[2], NULL, race_touch, &racers[0]) || pthread_create(&threads[3], NULL, race_fork, &racers[1]))
+		control_die("pthread_create");
+	for (int i = 0; i < 4; i++)
+		pthread_join(threads[i], NULL);
+	for (word i = 0; i < length / 8; i++)
+		wrong += ((uint64_t *)at(start))[i] != expected[i];
+	free(expected);
+	report(wrong + swaps[0].wrong + swaps[1].wrong + racers[0].wrong + racers[1].wrong, 0);
+}
+
 /* Like fill(), each page by itself, so that race() can tell what each holds. */
 static int fill_pages(word start, word length, word seed)
 {
@@ -337,6 +401,8 @@ static void serve(char *request)
 		grow_heap((long)a[0], a[1]);
 	else if (!strcmp(name, "race"))
 		race(a[0], a[1], a[2], a[3]);
+	else if (!strcmp(name, "swap"))
+		swap(a[0], a[1], a[2], a[3]);
 	else if (!strcmp(name, "list")) {
 		fprintf(out, "mapped:");
 		arena(false, out);
