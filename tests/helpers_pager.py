@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -132,7 +133,8 @@ class Victim:
 
     def ask(self, *words: object) -> str:
         assert self.process.stdin and self.process.stdout
-        self.send(*words)
+        with suppress(BrokenPipeError):  # it died before the question
+            self.send(*words)
         return self.process.stdout.readline().strip()
 
     def send(self, *words: object) -> None:
@@ -188,7 +190,8 @@ class Victim:
         self.process.wait()
         for stream in (self.process.stdin, self.process.stdout):
             assert stream
-            stream.close()
+            with suppress(BrokenPipeError):  # what it never read
+                stream.close()
         self.end_child()
         self._child_reader.close()
         os.close(self.pidfd)
