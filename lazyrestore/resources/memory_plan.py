@@ -151,7 +151,7 @@ class Planner:
                     start,
                     end - start,
                     protection=protection_of(m),
-                    lazy=is_template(m),
+                    lazy=is_template(m) or m.path == ANONYMOUS_SHARED_NAME,
                     huge="ht" in m.flags,
                 )
             )
@@ -181,7 +181,8 @@ class Planner:
     def _shared(self, m: Mapping) -> Vma:
         major, minor = (int(part, 16) for part in m.device.split(":"))
         key = (os.makedev(major, minor), m.inode)
-        anonymous = m.path in ("/dev/zero", ANONYMOUS_SHARED_NAME)
+        lazy = m.path == ANONYMOUS_SHARED_NAME  # a restored one: part of it may not have arrived
+        anonymous = lazy or m.path == "/dev/zero"
         if key not in self._objects:
             self._objects[key] = len(self.plan.shared)
             descriptor = os.open(f"/proc/{self.pid}/map_files/{m.start:x}-{m.end:x}", os.O_RDONLY | os.O_CLOEXEC)
@@ -189,13 +190,13 @@ class Planner:
             size = os.fstat(descriptor).st_size
             image = (len(self.plan.shared) + 1) * OBJECT_SPAN
             self.plan.shared.append(SharedObject(m.path, size, image, key, anonymous))
-            if not anonymous:
+            if not lazy:
                 for start, end in _data_ranges(descriptor, size):
                     self.plan.runs.append(Run(image + start, start, end - start, descriptor))
         number = self._objects[key]
         shared = self.plan.shared[number]
         stored, written = 0, []
-        if anonymous:
+        if lazy:
             end = min(m.end, m.start + max(0, _round_up(shared.size) - m.offset))
             covered = [(m.start, end)] if end > m.start else []
             stored = self._add(m, covered, shared.image + m.offset)
