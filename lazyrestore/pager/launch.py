@@ -125,6 +125,7 @@ def connect_existing(key: str, name: str, *, runtime_dir: Path | None = None) ->
         try:
             return _connect(path, f"pager of {name}")
         except (FileNotFoundError, ConnectionRefusedError, PagerGone):
+            path.with_suffix(".lock").unlink(missing_ok=True)  # made by asking
             return None
 
 
@@ -168,12 +169,23 @@ def _open_lock(path: Path) -> int:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    lock = _open_lock(path)
+    """The lock of the socket at `path`. A pager that leaves removes the file, so it is looked at again once locked."""
+    while True:
+        lock = _open_lock(path)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_at(lock, path.with_suffix(".lock")):
+                yield
+                return
+        finally:
+            os.close(lock)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _connect(path: Path, name: str) -> PagerClient:

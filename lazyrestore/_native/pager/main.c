@@ -153,6 +153,18 @@ static bool is_idle(struct pager *pager, bool *stopping) {
 	return !pager->n_spaces && !pager->n_clients;
 }
 
+/* The lock file goes with the socket: whoever has taken a lock looks whether its file is still the one at the path. */
+static void unlink_socket_and_lock(const char *socket_path) {
+	char lock[128];
+	size_t length = strlen(socket_path);
+	unlink(socket_path);
+	if (length < 5 || length >= sizeof lock || strcmp(socket_path + length - 5, ".sock") != 0)
+		return;
+	memcpy(lock, socket_path, length + 1);
+	memcpy(lock + length - 5, ".lock", 5);
+	unlink(lock);
+}
+
 /* True with the lock held for good, the socket gone and nobody waiting. */
 static bool may_leave(struct pager *pager, const struct options *options) {
 	bool stopping;
@@ -160,7 +172,7 @@ static bool may_leave(struct pager *pager, const struct options *options) {
 		return false;
 	accept_all(pager, options->fds[LISTEN]);
 	if (is_idle(pager, &stopping)) {
-		unlink(pager->keeper.socket_path);
+		unlink_socket_and_lock(pager->keeper.socket_path);
 		return true;
 	}
 	flock(options->fds[LOCK], LOCK_UN);
