@@ -92,12 +92,12 @@ def descriptors(pid: int) -> dict[int, tuple[str, str, str]]:
     """
     found: dict[int, tuple[str, str, str]] = {}
     for entry in os.scandir(f"/proc/{pid}/fd"):
-        target = re.sub(r"^(pipe|socket):\[\d+\]$", r"\1", os.readlink(entry.path))
-        info = dict(
-            line.split(":", 1)
-            for line in Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text().splitlines()
-            if ":" in line
-        )
+        try:
+            target = re.sub(r"^(pipe|socket):\[\d+\]$", r"\1", os.readlink(entry.path))
+            lines = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text().splitlines()
+        except FileNotFoundError:
+            continue  # a JVM at work opens and closes files: this one was closed since it was listed
+        info = dict(line.split(":", 1) for line in lines if ":" in line)
         found[int(entry.name)] = (target, info["pos"].strip(), info["flags"].strip())
     return found
 

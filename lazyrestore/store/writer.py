@@ -22,16 +22,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 from lazyrestore.errors import SnapshotExists, StoreError
 from lazyrestore.store import format, garbage
 from lazyrestore.store.chunking import Run, Source, Span, check_runs, cut
 from lazyrestore.store.environment import Environment, Transaction
 from lazyrestore.store.locks import WriterLock
-
-if TYPE_CHECKING:
-    import zstandard
 
 Progress = Callable[[int, int], None]
 # A chunk from a worker: image address, raw length, hash, LOCATION if it is stored already, else the frame.
@@ -40,6 +36,9 @@ Result = tuple[int, int, bytes, bytes | None, bytes | None]
 BATCH = 4 << 20  # raw bytes that a worker takes at once: some milliseconds
 WAITING = 3  # batches in the queue per worker: they have work while the calling thread fills packs
 PACKS_PER_TRANSACTION = 4
+
+
+POORLY = 0.8  # of its length: what level -1 leaves of a chunk that is worth no more effort
 
 
 class ImageWriter:
@@ -187,7 +186,7 @@ class ImageWriter:
     def _compress(self, source: Source, batch: list[Span]) -> list[Result]:
         from blake3 import blake3
 
-        compress = self._compressor().compress
+        compress = self._compressors()
         new = self._new
         results: list[Result] = []
         with self._environment.read() as txn:
@@ -206,14 +205,26 @@ class ImageWriter:
                 results.append((address, length, digest, location, frame))
         return results
 
-    def _compressor(self) -> zstandard.ZstdCompressor:
-        compressor: zstandard.ZstdCompressor | None = getattr(self._local, "compressor", None)
-        if compressor is None:
+    def _compressors(self) -> Callable[[bytes | memoryview], bytes]:
+        """This thread's way to make a frame.
+
+        At the default level, data that hardly compresses (numbers, mostly) gets zstd's level -1: it leaves out the
+        entropy coding, which saves a few percent of such data and makes each first touch of it several times as slow.
+        """
+        frame: Callable[[bytes | memoryview], bytes] | None = getattr(self._local, "frame", None)
+        if frame is None:
             from zstandard import ZstdCompressor
 
-            compressor = ZstdCompressor(level=self._level, write_checksum=True, write_content_size=True)
-            self._local.compressor = compressor
-        return compressor
+            chosen = ZstdCompressor(level=self._level, write_checksum=True, write_content_size=True).compress
+            fast = ZstdCompressor(level=-1, write_checksum=True, write_content_size=True).compress
+
+            def adaptive(content: bytes | memoryview) -> bytes:
+                quick = fast(content)
+                return quick if len(quick) > POORLY * len(content) else chosen(content)
+
+            frame = adaptive if self._level == 1 else chosen
+            self._local.frame = frame
+        return frame
 
     # -- the calling thread --------------------------------------------------------------------------------------------
 
