@@ -35,7 +35,6 @@ result_of(long value)
 }
 
 int lr_seize(int32_t tid, uint64_t options) { return result_of(ptrace(PTRACE_SEIZE, tid, 0, options)); }
-int lr_interrupt(int32_t tid) { return result_of(ptrace(PTRACE_INTERRUPT, tid, 0, 0)); }
 int lr_set_options(int32_t tid, uint64_t options) { return result_of(ptrace(PTRACE_SETOPTIONS, tid, 0, options)); }
 int lr_continue(int32_t tid, int32_t signal) { return result_of(ptrace(PTRACE_CONT, tid, 0, (long)signal)); }
 int lr_detach(int32_t tid, int32_t signal) { return result_of(ptrace(PTRACE_DETACH, tid, 0, (long)signal)); }
@@ -135,20 +134,6 @@ lr_syscall_stop(int32_t tid, int32_t *status)
 		return -errno;
 	int got = lr_wait(tid, status);
 	return got < 0 ? got : 0;
-}
-
-int
-lr_run_executor(int32_t tid, uint64_t entry, uint64_t list, uint64_t stack)
-{
-	struct lr_registers registers;
-	int error = lr_get_registers(tid, &registers);
-	if (error)
-		return error;
-	registers.rip = entry;
-	registers.r12 = list;
-	registers.rsp = stack;
-	registers.orig_rax = ~0ull;
-	return lr_set_registers(tid, &registers);
 }
 
 int

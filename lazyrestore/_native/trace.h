@@ -14,7 +14,6 @@ struct lr_rseq { /* struct ptrace_rseq_configuration, Linux 5.13 */
 };
 
 int lr_seize(int32_t tid, uint64_t options);
-int lr_interrupt(int32_t tid);
 int lr_set_options(int32_t tid, uint64_t options);
 int lr_continue(int32_t tid, int32_t signal);
 int lr_detach(int32_t tid, int32_t signal);
@@ -34,8 +33,6 @@ int lr_pidfd_getfd(int32_t pidfd, int32_t fd);
 int lr_pidfd_send_signal(int32_t pidfd, int32_t signal);
 int lr_syscall_stop(int32_t tid, int32_t *status); /* PTRACE_SYSCALL and wait for the next stop */
 
-/* Start each thread at `entry` with r12 = lists[i] and rsp = stacks[i], and so on: see executor.h. */
-int lr_run_executor(int32_t tid, uint64_t entry, uint64_t list, uint64_t stack);
 /* Let the executor go on to its next stop: 0, or -errno; index, why (enum lr_stop) and result as it left them in its
  * registers. A stop that is not the executor's own: -ECHILD with status set. */
 int lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint64_t *why, int64_t *result);

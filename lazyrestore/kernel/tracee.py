@@ -296,11 +296,6 @@ class Frozen:
         """A page of the target for results and arguments, between begin_calls and end_calls."""
         return self._scratch
 
-    @property
-    def own_range(self) -> tuple[int, int]:
-        """What of the target's memory is ours: (start, end) of the scratch page."""
-        return self._scratch, self._scratch + 4096
-
     def read(self, address: int, length: int) -> bytes:
         """Bytes of the process's memory.
 
