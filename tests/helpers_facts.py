@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import resource
+from contextlib import suppress
 from pathlib import Path
 
 SHARED_FIELDS = ["Name", "Pid", "Uid", "Gid", "Groups", "SigPnd", "SigBlk", "CapPrm", "CapEff", "Cpus_allowed"]
@@ -40,13 +41,14 @@ def tasks(pid: int) -> dict[int, dict[str, str]]:
     """Per thread: name, masks, credentials, nice value."""
     found: dict[int, dict[str, str]] = {}
     for task in sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda path: int(path.name)):
-        stat = (task / "stat").read_text().rpartition(")")[2].split()
-        found[int(task.name)] = {
-            **_status(task / "status", SHARED_FIELDS),
-            "comm": (task / "comm").read_text(),
-            "nice": stat[16],
-            "policy": stat[38],
-        }
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended since it was listed
+            stat = (task / "stat").read_text().rpartition(")")[2].split()
+            found[int(task.name)] = {
+                **_status(task / "status", SHARED_FIELDS),
+                "comm": (task / "comm").read_text(),
+                "nice": stat[16],
+                "policy": stat[38],
+            }
     return found
 
 

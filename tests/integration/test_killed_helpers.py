@@ -7,6 +7,7 @@ import random
 import select
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,10 @@ ROUNDS = 40
 def tracer_of(pid: int) -> int:
     """The tracer of any thread of the process, 0 if there is none."""
     for task in os.listdir(f"/proc/{pid}/task"):
-        for line in Path(f"/proc/{pid}/task/{task}/status").read_text().splitlines():
-            if line.startswith("TracerPid:") and (tracer := int(line.split()[1])):
-                return tracer
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended since it was listed
+            for line in Path(f"/proc/{pid}/task/{task}/status").read_text().splitlines():
+                if line.startswith("TracerPid:") and (tracer := int(line.split()[1])):
+                    return tracer
     return 0
 
 
