@@ -116,6 +116,7 @@ class Snapshot:
         self.seconds: float = 0.0
         self._prepared: Prepared | None = None
         self._pager: PagerClient | None = None
+        self._gone: list[PagerClient] = []  # other threads may still be using their descriptors
         self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -157,6 +158,8 @@ class Snapshot:
             if self._pager is not None:
                 self._pager.close()
                 self._pager = None
+            while self._gone:
+                self._gone.pop().close()
             self._image.close()
 
     def explain(self) -> list[str]:
@@ -185,6 +188,7 @@ class Snapshot:
             # It exited for want of work just as we came; a connected one stays.
             with self._lock:
                 if self._pager is pager:
+                    self._gone.append(pager)
                     self._pager = None
             pager = self._connect()
             started = restore.run(prepared, pager, streams, new_pid=new_pid)

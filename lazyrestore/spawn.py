@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 
 from lazyrestore._native import _core
 from lazyrestore.kernel.tracee import Registers
@@ -31,6 +32,7 @@ STEPS = {
 }
 
 _executable: int | None = None
+_executable_lock = threading.Lock()
 
 
 def start(
@@ -97,13 +99,14 @@ def _check(result: int) -> None:
 def _stub_executable() -> int:
     """The memory file with the executable, made once."""
     global _executable
-    if _executable is None:
-        header = struct.pack(
-            "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, ADDRESS + 176, 64, 0, 0, 64, 56, 2, 0, 0, 0
-        )  # ET_EXEC, EM_X86_64
-        load = struct.pack("<IIQQQQQQ", 1, 5, 0, ADDRESS, ADDRESS, 180, 180, 4096)
-        stack = struct.pack("<IIQQQQQQ", 0x6474E551, 6, 0, 0, 0, 0, 0, 16)  # PT_GNU_STACK, not executable
-        descriptor = os.memfd_create("lazyrestore-start", os.MFD_CLOEXEC)
-        os.write(descriptor, header + load + stack + CODE)
-        _executable = descriptor
-    return _executable
+    with _executable_lock:
+        if _executable is None:
+            header = struct.pack(
+                "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, ADDRESS + 176, 64, 0, 0, 64, 56, 2, 0, 0, 0
+            )  # ET_EXEC, EM_X86_64
+            load = struct.pack("<IIQQQQQQ", 1, 5, 0, ADDRESS, ADDRESS, 180, 180, 4096)
+            stack = struct.pack("<IIQQQQQQ", 0x6474E551, 6, 0, 0, 0, 0, 0, 16)  # PT_GNU_STACK, not executable
+            descriptor = os.memfd_create("lazyrestore-start", os.MFD_CLOEXEC)
+            os.write(descriptor, header + load + stack + CODE)
+            _executable = descriptor
+        return _executable
