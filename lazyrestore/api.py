@@ -47,6 +47,11 @@ class Store:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def path(self) -> str:
+        """Its directory."""
+        return self._images.path
+
     def __repr__(self) -> str:
         return f"<Store {self._images.path!r}>"
 

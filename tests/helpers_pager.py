@@ -9,7 +9,7 @@ import select
 import subprocess
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -53,6 +53,8 @@ class Image:
     key: str = "test"
     name: str = "test"
     hugetlb: bool = False
+    working_set: bytes = b""
+    recorder: Sequence[str] = ()
     per_pack: int = 7
     data_fd: int = -1
     pin_fd: int = -1
@@ -166,6 +168,8 @@ class Victim:
         shared: Mapping[int, int] | None = None,
         *,
         eager: bool = False,
+        record: bool = False,
+        replay: bool = False,
     ) -> None:
         """Hands the victim's memory to the pager, and leaves no userfaultfd open but the pager's."""
         inner = int(self.ask("uffd"))
@@ -173,14 +177,17 @@ class Victim:
         assert uffd >= 0, os.strerror(ctypes.get_errno())
         try:
             assert self.ask("close", inner) == "ok"
-            client.attach(uffd, self.pidfd, ranges, shared, eager=eager)
+            client.attach(uffd, self.pidfd, ranges, shared, eager=eager, record=record, replay=replay)
         finally:
             os.close(uffd)
 
-    def clone(self, client: PagerClient, start: int, length: int) -> None:
+    def clone(
+        self, client: PagerClient, start: int, length: int, *, record: bool = False, replay: bool = False
+    ) -> None:
         """Maps [start, start + length) of the template at the same address, and attaches."""
         self.map(start, length, self.open(f"/proc/{os.getpid()}/fd/{client.template_fd}"), start)
-        self.attach(client, [Range(start, start + length, start, BACKING_TEMPLATE)])
+        ranges = [Range(start, start + length, start, BACKING_TEMPLATE)]
+        self.attach(client, ranges, record=record, replay=replay)
 
     def open(self, path: str) -> int:
         return int(self.ask("open " + path))

@@ -39,6 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kernel",
         "_native",
     },
+    "working_set": {"pager", "store"},
     "api": {"snapshot", "restore", "manifest", "store", "pager", "kernel"},
     "__init__": {"api"},
     "cli": {"__init__", "api", "store", "manifest", "kernel", "snapshot", "restore", "pager", "program", "resources"},

@@ -62,6 +62,7 @@ class Counters(Struct, frozen=True):
     exists: int
     gone: int
     poisoned: int
+    replayed: int  # pages of the working set, installed before they were touched
 
 
 class SpaceStats(Struct, frozen=True):
@@ -145,12 +146,14 @@ class PagerClient:
         shared: Mapping[int, int] | None = None,
         *,
         eager: bool = False,
+        record: bool = True,
+        replay: bool = True,
     ) -> None:
         """Hands one address space over; when this returns, its faults are served.
 
         userfaultfd: fresh, no UFFDIO_API done, created by or in the process (pidfd_getfd). ranges: sorted by start, not
         overlapping, already mapped. shared: shared object number to memfd. eager: fill the shared memfds wholly before
-        returning. All descriptors stay the caller's. Raises PagerError with errno, step, and the address in the
+        returning. record, replay: whether it may record the working set, and gets it. All descriptors stay the caller's. Raises PagerError with errno, step, and the address in the
         resource; the process must then be killed.
         """
         shared = shared or {}
@@ -160,7 +163,10 @@ class PagerClient:
         memfd = os.memfd_create("lazyrestore-ranges", os.MFD_CLOEXEC)
         try:
             os.writev(memfd, [b"".join(packed)])
-            request = _request(wire.ATTACH, wire.ATTACH_EAGER if eager else 0, len(packed), list(shared))
+            flags = wire.ATTACH_EAGER if eager else 0
+            flags |= 0 if record else wire.ATTACH_NO_RECORD
+            flags |= 0 if replay else wire.ATTACH_NO_REPLAY
+            request = _request(wire.ATTACH, flags, len(packed), list(shared))
             self._ask(request, [userfaultfd, pidfd, memfd, *shared.values()])
         finally:
             os.close(memfd)
@@ -179,6 +185,21 @@ class PagerClient:
             uptime, total, filled, bad, bytes_filled, bytes_read, faults,
             ServiceTimes(*times), Counters(*head[14:]), ended, spaces,
         )  # fmt: skip
+
+    def working_set(self, *, end: bool = False) -> bytes:
+        """The chunks touched first, as little-endian u32 positions in the chunk index, in the order of their first touch;
+        empty if none are known. end: end a recording that is under way. Raises PagerGone, PagerError."""
+        with self._lock:
+            self._send(_request(wire.WORKING_SET, wire.WORKING_SET_END if end else 0))
+            data, fds, _, _ = socket.recv_fds(self._socket, wire.REPLY.size, 1)
+            try:
+                self._check(data)
+                if not fds:
+                    raise PagerError(self._name, "working set", "no descriptor arrived")
+                return os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
+            finally:
+                for fd in fds:
+                    os.close(fd)
 
     def stop(self) -> None:
         """Asks the pager to exit when no address space and no connection is left. Raises PagerGone."""

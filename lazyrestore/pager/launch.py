@@ -61,6 +61,14 @@ class StoredImage(Protocol):
         """(offset into the data file, length), bytes."""
 
     @property
+    def working_set(self) -> bytes:
+        """Little-endian u32 positions in the index, in the order of their first touch; empty if none was recorded."""
+
+    @property
+    def recorder(self) -> Sequence[str]:
+        """The command that asks the pager for a recorded working set and stores it; empty: none."""
+
+    @property
     def hugetlb(self) -> bool:
         """Whether the snapshot has hugetlb memory."""
 
@@ -202,12 +210,21 @@ def _image_memfd(image: StoredImage) -> int:
     flags = wire.IMAGE_HUGETLB if image.hugetlb else 0
     name = image.name.encode()[:95]
     header = wire.IMAGE.pack(
-        wire.IMAGE_MAGIC, wire.VERSION, flags, len(image.packs), image.index_offset, image.n_chunks, name
+        wire.IMAGE_MAGIC,
+        wire.VERSION,
+        flags,
+        len(image.packs),
+        image.index_offset,
+        image.n_chunks,
+        len(image.working_set) // 4,
+        0,
+        name,
     )
     memfd = os.memfd_create("lazyrestore-image", os.MFD_CLOEXEC)
     with os.fdopen(memfd, "wb", closefd=False) as file:
         file.write(header)
         file.writelines(wire.PACK.pack(offset, length) for offset, length in image.packs)
+        file.write(image.working_set)
     return memfd
 
 
@@ -235,10 +252,11 @@ def _start(image: StoredImage, directory: Path, path: Path, linger_ms: int) -> N
         duplicates = {k: owned(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)) for k, fd in fds.items() if fd < 3}
         fds |= duplicates
         arguments = [word for key, fd in fds.items() for word in (key, str(fd))]
+        recorder = ["--", *image.recorder] if image.recorder else []
         try:
             pid = os.posix_spawn(
                 os.fspath(PAGERD),
-                ["pagerd", *arguments, "--linger", str(linger_ms)],
+                ["pagerd", *arguments, "--linger", str(linger_ms), *recorder],
                 {},
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in fds.values()],
             )

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from struct import Struct
 
-VERSION = 1
+VERSION = 2
 IMAGE_MAGIC = 0x474D494C
 IMAGE_HUGETLB = 1
 MAX_SHARED = 248
 MAX_CHUNK = 2 << 20
 
-HELLO, ATTACH, STATS, STOP = 1, 2, 3, 4
-ATTACH_EAGER = 1
+HELLO, ATTACH, STATS, STOP, WORKING_SET = 1, 2, 3, 4, 5
+ATTACH_EAGER, ATTACH_NO_RECORD, ATTACH_NO_REPLAY = 1, 2, 4
+WORKING_SET_END = 1
 
-IMAGE = Struct("<IIIIQQ96s")  # magic, version, flags, packs, index offset, chunks, name
+IMAGE = Struct("<IIIIQQII96s")  # magic, version, flags, packs, index offset, chunks, working set, 0, name
 PACK = Struct("<QQ")  # offset into the data file, length
 CHUNK = Struct("<QIIII")  # image address, raw length, pack, offset into the pack, stored length
 RANGE = Struct("<QQQII")  # start, end, image address, backing, flags
 REQUEST = Struct("<5I248I")  # kind, version, flags, ranges, shared, shared object numbers
 REPLY = Struct("<IiQ64siiII")  # kind, errno, address, step, pager, keeper, descriptors, spaces
-TOTALS = Struct("<IiII10Q14Q")
-SPACE = Struct("<iI6Q14Q")
+TOTALS = Struct("<IiII10Q15Q")
+SPACE = Struct("<iI6Q15Q")
 
 COUNTERS = (
     "missing",
@@ -37,4 +38,5 @@ COUNTERS = (
     "exists",
     "gone",
     "poisoned",
+    "replayed",
 )

@@ -19,7 +19,7 @@ MAGIC = "lazyrestore"
 VERSION = 1
 
 PAGE = 4096  # bytes; image addresses and chunk lengths are multiples of it, whatever the page size of the machine
-CHUNK = 64 << 10  # bytes; chunks do not cross multiples of this image address
+CHUNK = 16 << 10  # bytes; chunks do not cross multiples of this image address
 HUGE_CHUNK = 2 << 20  # bytes; the same for memory in huge pages, and the longest chunk there is
 HASH = 32  # bytes of BLAKE3
 PACK = (4 << 20) - 16  # bytes at which a pack is full; with LMDB's 16-byte page header exactly 1024 pages
@@ -42,6 +42,7 @@ SNAPSHOTS = b"S"  # + id: Record
 INDEXES = b"I"  # + id: ENTRYs, then zeros
 HASHES = b"H"  # + id: 32 bytes for each chunk
 MANIFESTS = b"M"  # + id: opaque here
+WORKING_SETS = b"W"  # + id: u32 positions in the index, in the order of their first touch; may be absent
 PACKS = b"P"  # + id: zstd frames, then zeros
 CONTENTS = b"C"  # + id of a pack: 32 bytes for each chunk in it
 CHUNKS = b"D"  # + hash: LOCATION

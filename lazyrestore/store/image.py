@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -31,7 +32,8 @@ class StoredImage:
     key: names this very snapshot in this very file, on this host; snapshot: its id; data_fd: the LMDB data file, read
     only; index_offset: bytes into it; n_chunks: 24-byte entries of the index; packs: (file offset, length in bytes) by
     slot; pin_fd: keeps all of this valid while any copy of the descriptor is open, in whatever process; stored_bytes:
-    compressed bytes that the snapshot refers to; hugetlb: whether it has chunks for huge pages.
+    compressed bytes that the snapshot refers to; hugetlb: whether it has chunks for huge pages; directory: the store's; working_set: little-endian u32 positions in the
+    index, in the order of their first touch, empty if none was recorded.
     """
 
     name: str
@@ -46,6 +48,8 @@ class StoredImage:
     raw_bytes: int
     stored_bytes: int
     hugetlb: bool
+    directory: str = ""
+    working_set: bytes = b""
     _lengths: list[int] = field(default_factory=list, repr=False)
     _map: mmap.mmap | None = field(default=None, repr=False)
     _skip: int = field(default=0, repr=False)  # bytes of the map before the index
@@ -107,6 +111,14 @@ class StoredImage:
         return ChunkInvalid(
             f"snapshot {self.name}", f"chunk at {address:#x}", reason, "the store is damaged: see `verify`"
         )
+
+    @property
+    def recorder(self) -> list[str]:
+        """The command that keeps a recorded working set, for a pager; see lazyrestore/working_set.py."""
+        module = "lazyrestore.working_set"
+        python = sys.executable
+        known = python and os.path.basename(python).startswith("python")  # a program that embeds Python names itself
+        return [python, "-I", "-m", module, self.directory, self.name, str(self.snapshot)] if known else []
 
     def close(self) -> None:
         """Close both descriptors; copies of pin_fd in other processes keep the pin."""
@@ -220,5 +232,7 @@ def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int
         raw_bytes=record.raw_bytes,
         stored_bytes=record.stored_bytes,
         hugetlb=record.hugetlb,
+        directory=environment.directory,
+        working_set=bytes(txn.get(format.key(format.WORKING_SETS, snapshot), b"")),
         _lengths=[length for _, length in packs],
     )

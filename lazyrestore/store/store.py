@@ -80,6 +80,27 @@ class ImageStore:
             snapshot = image.find(environment, txn, name)
             return bytes(environment.need(txn, format.key(format.MANIFESTS, snapshot)))
 
+    def keep_working_set(self, name: str, snapshot: int, working_set: bytes) -> bool:
+        """Store the working set (little-endian u32 positions in the index) of the snapshot with that name and id.
+
+        False, and nothing stored, if it has gone or was replaced. Raises ValueError for positions beyond the index.
+        """
+        environment = self._environment
+
+        def keep(txn: Transaction) -> bool:
+            found = txn.get(format.NAMES + format.check_name(name))
+            if found is None or format.number_of(found, environment.resource) != snapshot:
+                return False
+            chunks = image.record_of(environment, txn, snapshot).chunks
+            if len(working_set) % 4 or max(memoryview(working_set).cast("I"), default=0) >= max(chunks, 1):
+                raise ValueError("a working set with positions beyond the index")
+            txn.put(format.key(format.WORKING_SETS, snapshot), working_set)
+            return True
+
+        kept = environment.update(keep, room=len(working_set))
+        environment.sync()
+        return kept
+
     def rm(self, name: str) -> Freed:
         """Remove the name at once, and free what only this snapshot needed: later, by a writer, if it is in use or
         another writer is at work."""

@@ -88,6 +88,7 @@ def test_threads_race(bench: Bench, touched: int) -> None:
     with bench.pair() as pair:
         pair.send("map", ARENA, size, 3, 0, 0, 0)
         pair.send("write", ARENA, size, 77)
+        replayed = 0
         for times in (4, 4, 4):
             pair.restore()
             if touched:
@@ -95,8 +96,11 @@ def test_threads_race(bench: Bench, touched: int) -> None:
             pair.send("race", ARENA, size, times, 77)
             stats = pair.stats().counters
             assert stats.forks == times
+            assert not stats.replayed or pair.replays
+            replayed += stats.replayed
             assert stats.removes >= times * RACE_PAGES
             pair.send("write", ARENA, size, 77)
+        assert replayed
         pair.send("digest")
 
 

@@ -12,7 +12,7 @@ from lazyrestore.pager import wire
 
 PROTOCOL = Path(__file__).parents[2] / "lazyrestore/_native/pager/protocol.h"
 STRUCTS = {
-    "lr_image": (wire.IMAGE, "magic version flags n_packs index_offset n_chunks name"),
+    "lr_image": (wire.IMAGE, "magic version flags n_packs index_offset n_chunks n_working_set reserved name"),
     "lr_pack": (wire.PACK, "offset length"),
     "lr_chunk": (wire.CHUNK, "address length pack offset stored"),
     "lr_range": (wire.RANGE, "start end image backing flags"),
@@ -40,7 +40,11 @@ CONSTANTS = {
     "LR_ATTACH": wire.ATTACH,
     "LR_STATS": wire.STATS,
     "LR_STOP": wire.STOP,
+    "LR_WORKING_SET": wire.WORKING_SET,
     "LR_ATTACH_EAGER": wire.ATTACH_EAGER,
+    "LR_ATTACH_NO_RECORD": wire.ATTACH_NO_RECORD,
+    "LR_ATTACH_NO_REPLAY": wire.ATTACH_NO_REPLAY,
+    "LR_WORKING_SET_END": wire.WORKING_SET_END,
     "LR_N_COUNTERS": len(wire.COUNTERS),
 }
 

@@ -41,7 +41,7 @@ def test_the_golden_store_is_readable(store: ImageStore) -> None:
 def test_the_golden_store_is_writable(store: ImageStore) -> None:
     content = helpers_golden.PIECES[helpers_golden.PRIVATE]
     with store.writer("new") as writer:
-        writer.add(memoryview(content), [(helpers_golden.PRIVATE, 0, len(content))])
+        writer.add(memoryview(content), [(helpers_golden.PRIVATE, 0, len(content))], chunk_size=1 << 16)
         writer.commit(b"")
     assert store.show("new").added_bytes == 0
     store.rm("golden")

@@ -130,8 +130,13 @@ static struct lr_error attach_owned(struct pager *pager, const struct lr_request
 		error = register_ranges(space->uffd, ranges, request->n_ranges);
 	for (uint32_t i = 0; !error.code && request->flags & LR_ATTACH_EAGER && i < space->n_shared; i++)
 		error = backing_fill_all(space->shared[i], &pager->image, &space->unpacker);
-	if (!error.code)
-		error = space_start(space);
+	if (error.code)
+		return error;
+	space->records = !(request->flags & LR_ATTACH_NO_RECORD) && working_set_claim(&pager->working_set, &pager->image);
+	space->replays = !(request->flags & LR_ATTACH_NO_REPLAY) && !space->records;
+	error = space_start(space);
+	if (error.code && space->records)
+		working_set_end(&pager->working_set, false);
 	if (!error.code)
 		space = NULL; /* its thread owns it */
 	return error;

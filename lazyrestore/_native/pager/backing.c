@@ -141,6 +141,11 @@ enum chunk_state backing_fill(struct backing *backing, const struct image *image
 	return atomic_load_explicit(state, memory_order_acquire);
 }
 
+bool backing_is_filled(const struct backing *backing, uint64_t chunk) {
+	uint64_t slot = chunk - backing->first;
+	return slot < backing->n && atomic_load_explicit(&backing->states[slot], memory_order_acquire) == CHUNK_FILLED;
+}
+
 struct lr_error backing_fill_all(struct backing *backing, const struct image *image, struct unpacker *unpacker) {
 	for (uint64_t chunk = backing->first; chunk < backing->first + backing->n; chunk++)
 		if (backing_fill(backing, image, chunk, unpacker) != CHUNK_FILLED)

@@ -47,5 +47,8 @@ struct lr_error backing_create_template(const struct image *image, bool hugetlb,
 enum chunk_state backing_fill(struct backing *backing, const struct image *image, uint64_t chunk,
 			      struct unpacker *unpacker);
 
+/* Without waiting. `chunk` may be any number. */
+bool backing_is_filled(const struct backing *backing, uint64_t chunk);
+
 /* Every chunk of it; the first bad one is the error. */
 struct lr_error backing_fill_all(struct backing *backing, const struct image *image, struct unpacker *unpacker);

@@ -26,6 +26,7 @@ void image_deinit(struct image *image) {
 	if (image->map)
 		munmap(image->map, image->map_length);
 	free(image->packs);
+	free(image->working_set);
 	if (image->data_fd >= 0)
 		close(image->data_fd);
 	*image = (struct image){.data_fd = -1};
@@ -61,20 +62,29 @@ struct lr_error image_init(int image_fd, int data_fd, struct image *image) {
 		return error;
 	if (header.magic != LR_IMAGE_MAGIC || header.version != LR_PROTOCOL_VERSION)
 		return lr_fail("image: magic or version", EPROTO, header.version);
-	if ((uint64_t)about.st_size != sizeof header + header.n_packs * (uint64_t)sizeof(struct lr_pack))
+	uint64_t packs_size = header.n_packs * (uint64_t)sizeof(struct lr_pack);
+	uint64_t working_set_size = header.n_working_set * (uint64_t)sizeof(uint32_t);
+	if ((uint64_t)about.st_size != sizeof header + packs_size + working_set_size)
 		return lr_fail("image: size", EINVAL, (uint64_t)about.st_size);
 	struct image made = {
 		.data_fd = -1,
 		.data_size = (uint64_t)data.st_size,
 		.n_chunks = header.n_chunks,
 		.n_packs = header.n_packs,
+		.n_working_set = header.n_working_set,
 		.hugetlb = header.flags & LR_IMAGE_HUGETLB,
 		.packs = calloc(header.n_packs ? header.n_packs : 1, sizeof *made.packs),
+		.working_set = calloc(header.n_working_set ? header.n_working_set : 1, sizeof *made.working_set),
 	};
-	if (!made.packs)
+	made.data_fd = -1;
+	if (!made.packs || !made.working_set) {
+		image_deinit(&made);
 		return lr_fail("calloc", ENOMEM, 0);
+	}
 	memcpy(made.name, header.name, sizeof made.name - 1);
-	error = read_whole(image_fd, made.packs, made.n_packs * sizeof *made.packs, sizeof header);
+	error = read_whole(image_fd, made.packs, packs_size, sizeof header);
+	if (!error.code)
+		error = read_whole(image_fd, made.working_set, working_set_size, sizeof header + packs_size);
 	for (uint32_t i = 0; !error.code && i < made.n_packs; i++)
 		if (!inside(made.packs[i].offset, made.packs[i].length, made.data_size))
 			error = lr_fail("image: pack beyond the data file", EINVAL, i);

@@ -9,9 +9,11 @@
 #define _GNU_SOURCE
 #include "log.h"
 #include "pager.h"
+#include "replay.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -29,6 +31,7 @@ enum { LISTEN, DATA, PIN, LOCK, LOG, IMAGE, N_FDS };
 struct options {
 	int fds[N_FDS];
 	uint64_t linger_ms;
+	char **recorder; /* what follows "--": the command that keeps a recorded working set */
 };
 
 static struct lr_error parse(int argc, char **argv, struct options *options) {
@@ -36,6 +39,10 @@ static struct lr_error parse(int argc, char **argv, struct options *options) {
 	unsigned seen = 0;
 	options->linger_ms = 1000;
 	for (int i = 1; i + 1 < argc; i += 2) {
+		if (!strcmp(argv[i], "--")) {
+			options->recorder = argv + i + 1;
+			break;
+		}
 		char *rest;
 		unsigned long value = strtoul(argv[i + 1], &rest, 10);
 		bool linger = !strcmp(argv[i], "--linger");
@@ -126,8 +133,16 @@ static struct lr_error pager_init(struct pager *pager, const struct options *opt
 	close(options->fds[IMAGE]);
 	if (!error.code)
 		error = open_backings(pager);
+	working_set_init(&pager->working_set);
+	if (!error.code)
+		error = working_set_load(&pager->working_set, &pager->image, pager->image.working_set, pager->image.n_working_set);
+	if (!error.code && pager->image.n_working_set)
+		options = NULL; /* it is kept already */
+	pager->recorder = options ? options->recorder : NULL;
 	if (!error.code)
 		error = keeper_start(&pager->keeper);
+	if (!error.code)
+		replay_prefetch(pager);
 	return error;
 }
 
@@ -190,6 +205,25 @@ static void restart_keeper(struct pager *pager) {
 		log_line("the keeper died; process %d took its place", (int)pager->keeper.pid);
 }
 
+/* Once, when a recording has ended: the command asks this pager for the working set and stores it. Its end is nobody's
+ * concern; the init process collects it. */
+static void keep_working_set(struct pager *pager) {
+	if (!pager->recorder || !working_set_is_recorded(&pager->working_set))
+		return;
+	char **command = pager->recorder;
+	pager->recorder = NULL;
+	pid_t child = fork();
+	if (!child) {
+		const struct sched_param none = {0};
+		sched_setscheduler(0, SCHED_IDLE, &none);
+		if (!fork())
+			execv(command[0], command);
+		_exit(0);
+	}
+	if (child > 0)
+		waitpid(child, NULL, 0);
+}
+
 static void serve(struct pager *pager, const struct options *options) {
 	enum { RETRY_MS = 50 };
 	uint64_t idle_since = now_ns();
@@ -222,6 +256,7 @@ static void serve(struct pager *pager, const struct options *options) {
 		if (fds[1].revents && read(pager->wake_fd, &drained, sizeof drained) < 0)
 			continue;
 		accept_all(pager, options->fds[LISTEN]);
+		keep_working_set(pager);
 		if (fds[2].revents || pager->keeper.pidfd < 0)
 			restart_keeper(pager);
 	}

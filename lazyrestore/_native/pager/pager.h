@@ -3,6 +3,7 @@
 #include "backing.h"
 #include "keeper.h"
 #include "stats.h"
+#include "working_set.h"
 #include <pthread.h>
 
 struct space;
@@ -11,6 +12,8 @@ struct pager {
 	struct image image;
 	struct backing template;
 	struct backing huge; /* only if image.hugetlb */
+	struct working_set working_set;
+	char **recorder; /* argv of what keeps a recorded working set, NULL-terminated; NULL: nobody */
 	struct keeper keeper;
 	uint64_t started_ns;
 	int wake_fd; /* eventfd: the main thread should look again */

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 enum {
-	LR_PROTOCOL_VERSION = 1,
+	LR_PROTOCOL_VERSION = 2,
 	LR_IMAGE_MAGIC = 0x474d494c,
 	LR_IMAGE_HUGETLB = 1, /* lr_image.flags: there are hugetlb VMAs */
 	LR_MAX_SHARED = 248,  /* the kernel passes 253 descriptors in one packet; three are taken */
@@ -18,12 +18,20 @@ enum {
 	LR_HELLO = 1,  /* reply: lr_reply with [template memfd, hugetlb template memfd if the image has one] */
 	LR_ATTACH = 2, /* fds: userfaultfd, pidfd, memfd of lr_range[n_ranges], n_shared memfds; reply: lr_reply */
 	LR_STATS = 3,  /* reply: lr_totals, then n_spaces packets of lr_space_stats */
-	LR_STOP = 4    /* exit when no address space is left, without lingering; reply: lr_reply */
+	LR_STOP = 4,   /* exit when no address space is left, without lingering; reply: lr_reply */
+	LR_WORKING_SET = 5 /* reply: lr_reply with [memfd of uint32_t: positions in the chunk index, in first-touch order] */
 };
 
 /* lr_request.flags of LR_ATTACH */
 enum {
-	LR_ATTACH_EAGER = 1 /* fill the given shared backings wholly before the reply: read(2) on a memfd never faults */
+	LR_ATTACH_EAGER = 1, /* fill the given shared backings wholly before the reply: read(2) on a memfd never faults */
+	LR_ATTACH_NO_RECORD = 2, /* do not record a working set */
+	LR_ATTACH_NO_REPLAY = 4  /* do not bring the working set */
+};
+
+/* lr_request.flags of LR_WORKING_SET */
+enum {
+	LR_WORKING_SET_END = 1 /* end the recording now */
 };
 
 /* lr_range.backing */
@@ -33,7 +41,7 @@ enum {
 	LR_BACKING_SHARED = 2 /* 2 + k: shared object k */
 };
 
-/* The image memfd: this header, then n_packs times lr_pack. */
+/* The image memfd: this header, then n_packs times lr_pack, then n_working_set times uint32_t, positions in the index. */
 struct lr_image {
 	uint32_t magic;
 	uint32_t version;
@@ -41,6 +49,8 @@ struct lr_image {
 	uint32_t n_packs;
 	uint64_t index_offset; /* bytes into the data file; lr_chunk[n_chunks] */
 	uint64_t n_chunks;
+	uint32_t n_working_set;
+	uint32_t reserved; /* 0 */
 	char name[96]; /* the snapshot's, for log lines; ends with a zero byte */
 };
 
@@ -102,7 +112,8 @@ enum {
 	LR_COUNT_EEXIST = 11, /* pages that somebody had installed before */
 	LR_COUNT_GONE = 12,   /* faults whose range was gone when they were served */
 	LR_COUNT_POISON = 13, /* faults answered with SIGBUS: a damaged chunk */
-	LR_N_COUNTERS = 14
+	LR_COUNT_REPLAYED = 14, /* pages (4 KiB) of the working set installed before they were touched */
+	LR_N_COUNTERS = 15
 };
 
 struct lr_totals {
@@ -120,7 +131,7 @@ struct lr_totals {
 	uint64_t service_p50_ns; /* from the read of the fault message to the wake of its thread */
 	uint64_t service_p99_ns;
 	uint64_t service_max_ns;
-	uint64_t counters[14];
+	uint64_t counters[15];
 };
 
 struct lr_space_stats {
@@ -132,5 +143,5 @@ struct lr_space_stats {
 	uint64_t service_p50_ns;
 	uint64_t service_p99_ns;
 	uint64_t service_max_ns;
-	uint64_t counters[14];
+	uint64_t counters[15];
 };

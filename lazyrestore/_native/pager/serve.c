@@ -4,10 +4,11 @@
 #include "log.h"
 #include "uffd.h"
 #include <errno.h>
+#include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
 
-enum { ZERO_BLOCK = 64 * 1024, ZERO_RUN_MAX = 2 * 1024 * 1024, MAX_SKIPS = 4 };
+enum { CHUNKS_AHEAD_MAX = 16, ZERO_BLOCK = 64 * 1024, ZERO_RUN_MAX = 2 * 1024 * 1024, MAX_SKIPS = 4 };
 
 enum install { INSTALL_CONTINUE, INSTALL_ZERO, INSTALL_COPY_ZERO, INSTALL_POISON };
 
@@ -232,6 +233,52 @@ static enum verdict serve_zero(struct space *space, struct job job) {
 	return SERVED;
 }
 
+static void record(struct space *space, const struct backing *backing, uint64_t chunk) {
+	if (space->records && backing->kind == LR_BACKING_TEMPLATE)
+		working_set_touch(&space->pager->working_set, &space->pager->image, chunk);
+}
+
+/* How many chunks to bring behind `chunk`, which was asked for: none, unless it goes on where a stream ended. */
+static struct chunk_stream *choose_stream(struct space *space, uint64_t chunk) {
+	for (unsigned i = 0; i < CHUNK_STREAMS; i++) {
+		struct chunk_stream *stream = &space->chunk_streams[i];
+		if (!stream->next || stream->next != chunk)
+			continue;
+		stream->ahead = stream->ahead ? 2 * stream->ahead : 1;
+		if (stream->ahead > CHUNKS_AHEAD_MAX)
+			stream->ahead = CHUNKS_AHEAD_MAX;
+		return stream;
+	}
+	struct chunk_stream *stream = &space->chunk_streams[space->next_chunk_stream++ % CHUNK_STREAMS];
+	*stream = (struct chunk_stream){0};
+	return stream;
+}
+
+/* After `chunk`, whose fault was served: those behind it, for a thread that walks through memory. A favour, given up at the
+ * first surprise, and when somebody waits. */
+static void serve_ahead(struct space *space, const struct interval *interval, struct backing *backing, uint64_t chunk) {
+	const struct image *image = &space->pager->image;
+	struct chunk_stream *stream = choose_stream(space, chunk);
+	uint64_t last = chunk + stream->ahead, end = image->chunks[chunk].address + image->chunks[chunk].length;
+	stream->next = chunk + 1;
+	while (stream->next <= last && stream->next < backing->first + backing->n) {
+		const struct lr_chunk *next = &image->chunks[stream->next];
+		struct pollfd waiting = {.fd = space->uffd, .events = POLLIN};
+		uint64_t start = interval->start + (end - interval->image);
+		if (next->address != end || start + next->length > interval->end || poll(&waiting, 1, 0))
+			return;
+		if (backing_fill(backing, image, stream->next, &space->unpacker) != CHUNK_FILLED)
+			return;
+		struct uffd_result result = uffd_continue(space->uffd, start, start + next->length);
+		count_pages(space, INSTALL_CONTINUE, result.done);
+		record(space, backing, stream->next);
+		if (result.code)
+			return;
+		end += next->length;
+		stream->next++;
+	}
+}
+
 enum verdict serve_fault(struct space *space, uint64_t address) {
 	const struct image *image = &space->pager->image;
 	struct interval interval = locate(space, address);
@@ -254,5 +301,11 @@ enum verdict serve_fault(struct space *space, uint64_t address) {
 	job.what = INSTALL_CONTINUE;
 	if (backing_fill(backing, image, place.chunk, &space->unpacker) != CHUNK_FILLED)
 		return poison(space, job);
-	return install(space, job);
+	enum verdict verdict = install(space, job);
+	if (verdict != SERVED)
+		return verdict;
+	record(space, backing, place.chunk);
+	if (backing->page == LR_PAGE)
+		serve_ahead(space, &interval, backing, place.chunk);
+	return SERVED;
 }

@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 
@@ -157,6 +158,20 @@ static bool hello(struct connection *connection) {
 	return send_reply(connection, LR_OK, fds, pager->image.hugetlb ? 2 : 1);
 }
 
+/* As a memfd: the list may be longer than a packet. */
+static bool send_working_set(struct connection *connection) {
+	struct working_set *set = &connection->pager->working_set;
+	uint32_t n;
+	if (connection->request.flags & LR_WORKING_SET_END && working_set_end(set, false))
+		pager_wake(connection->pager);
+	scoped_free uint32_t *chunks = working_set_copy(set, &n);
+	scoped_fd memfd = memfd_create("lazyrestore-working-set", MFD_CLOEXEC);
+	ssize_t bytes = (ssize_t)(n * sizeof *chunks);
+	if (memfd < 0 || (n && write(memfd, chunks, (size_t)bytes) != bytes))
+		return send_reply(connection, lr_fail("memfd of the working set", errno, 0), NULL, 0);
+	return send_reply(connection, LR_OK, &memfd, 1);
+}
+
 static bool answer(struct connection *connection) {
 	struct pager *pager = connection->pager;
 	if (connection->request.version != LR_PROTOCOL_VERSION)
@@ -171,6 +186,8 @@ static bool answer(struct connection *connection) {
 	}
 	case LR_STATS:
 		return send_stats(connection);
+	case LR_WORKING_SET:
+		return send_working_set(connection);
 	case LR_STOP:
 		pthread_mutex_lock(&pager->lock);
 		pager->stopping = true;

@@ -2,6 +2,7 @@
 #include "space.h"
 
 #include "log.h"
+#include "replay.h"
 #include "uffd.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -86,6 +87,7 @@ static struct lr_error adopt_child(struct space *parent, struct space *child) {
 	child->pid = 0;
 	child->generation = parent->generation + 1;
 	child->poison = parent->poison;
+	child->records = parent->records;
 	child->bytes_registered = parent->bytes_registered;
 	child->shared = calloc(parent->n_shared ? parent->n_shared : 1, sizeof *child->shared);
 	if (!child->shared || interval_map_copy(&parent->map, &child->map))
@@ -228,8 +230,7 @@ static enum verdict close_window(struct space *space, unsigned *round) {
 	return AGAIN;
 }
 
-/* False: the address space is gone. */
-static bool serve_all(struct space *space) {
+bool space_serve_all(struct space *space) {
 	unsigned round = 0;
 	uint32_t n_read;
 	while (space->window.open || space->first_fault < space->n_faults) {
@@ -264,7 +265,9 @@ static bool serve_all(struct space *space) {
  * outlive it, and a forked child has none; hence a look from time to time. */
 static void serve_space(struct space *space) {
 	enum { UFFD, PID };
-	if (!serve_all(space)) /* a forked child may begin with an open window */
+	if (!space_serve_all(space)) /* a forked child may begin with an open window */
+		return;
+	if (space->replays && !replay(space))
 		return;
 	for (;;) {
 		struct pollfd fds[] = {
@@ -272,6 +275,8 @@ static void serve_space(struct space *space) {
 			[PID] = {.fd = space->pidfd, .events = POLLIN},
 		};
 		int n = poll(fds, 2, space->pidfd >= 0 ? 1000 : 200);
+		if (!n && space->records && working_set_end(&space->pager->working_set, true))
+			pager_wake(space->pager);
 		if (fds[PID].revents) {
 			close(space->pidfd);
 			space->pidfd = -1;
@@ -281,7 +286,7 @@ static void serve_space(struct space *space) {
 				return;
 		if (n > 0 && fds[UFFD].revents) {
 			uint32_t n_read;
-			if (!space_drain(space, &n_read) || !serve_all(space))
+			if (!space_drain(space, &n_read) || !space_serve_all(space))
 				return;
 		}
 	}
@@ -300,6 +305,8 @@ static void *space_main(void *argument) {
 	serve_space(space);
 	window_abandon(space);
 	await_end(space);
+	if (space->records && space->pid) /* the one that was restored, not a child */
+		working_set_end(&pager->working_set, false);
 	pthread_mutex_lock(&pager->lock);
 	for (struct space **link = &pager->spaces; *link; link = &(*link)->next)
 		if (*link == space) {

@@ -24,12 +24,18 @@ enum {
 	INTERVAL_SUSPECT = 2 /* perhaps not mapped any more; see window.h */
 };
 
-enum { ZERO_STREAMS = 8 };
+enum { ZERO_STREAMS = 8, CHUNK_STREAMS = 8 };
 
 /* The last run of zeros of one of the threads that walk through memory, up or down: the next one will be longer. */
 struct zero_stream {
 	uint64_t start;
 	uint64_t end;
+};
+
+/* A thread that walks up through memory: the chunk it will ask for next, and how many it got ahead the last time. */
+struct chunk_stream {
+	uint64_t next;
+	uint32_t ahead;
 };
 
 struct fault {
@@ -46,6 +52,8 @@ struct space {
 	int32_t pid;
 	uint32_t generation;
 	bool poison; /* UFFDIO_POISON works */
+	bool records; /* its faults make the working set */
+	bool replays; /* it gets the working set */
 	uint64_t bytes_registered;
 	struct interval_map map;
 	struct window window; /* while it is open, nothing is served */
@@ -58,6 +66,8 @@ struct space {
 	uint32_t first_fault, n_faults, faults_capacity;
 	struct zero_stream streams[ZERO_STREAMS];
 	unsigned next_stream;
+	struct chunk_stream chunk_streams[CHUNK_STREAMS];
+	unsigned next_chunk_stream;
 };
 
 /* Allocates; owns nothing yet. NULL: no memory. */
@@ -74,6 +84,9 @@ struct backing *space_backing(struct space *space, uint32_t kind);
 
 /* Reads all messages: events change the map, faults join the queue. False: the space cannot be kept right. */
 bool space_drain(struct space *space, uint32_t *n_read);
+
+/* Serves the faults that were read. False: the address space is gone. */
+bool space_serve_all(struct space *space);
 
 /* A child that cannot be served must not run on zeros: its descriptor stays open, and its first fault waits for good.
  * Frees `child`, which may be NULL, without its descriptor. */

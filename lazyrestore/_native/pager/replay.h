@@ -1,0 +1,16 @@
+/* Giving an address space its working set before it asks.
+ *
+ * Facts: CONTINUE over a run of pages costs a fraction of a fault each, and a fault is two context switches. A page that is
+ * there already (EEXIST), a range that changed hands (ENOENT) or an event under way (EAGAIN) are no errors: whoever
+ * touches the page faults as ever. Choice: the space's own thread replays, before and between its other work, so that the
+ * rules of space.h hold without a word more; demand faults and events go first, after each run. What is filled in the
+ * template is mapped in runs by address; in a new pager, threads that run since its start fill the chunks in first-touch
+ * order, and the space's thread follows them. */
+#pragma once
+#include "space.h"
+
+/* False: the address space is gone. */
+bool replay(struct space *space);
+
+/* Starts the threads that fill the chunks of the working set; they end with it. No threads is no error. */
+void replay_prefetch(struct pager *pager);

@@ -1,0 +1,42 @@
+/* The working set of a snapshot: the chunks of private memory that a restored process touches first, in that order.
+ *
+ * Choice: the first address space records, and so do the children it forks, until it has touched nothing new for a while,
+ * or has ended, or a client says so; a process that has hardly run yet (a server that waits for its first request) is not
+ * done recording. The list is bounded, since a process that reads all of its memory has no working set. Later address
+ * spaces get these chunks before they ask (replay.h). Numbers are positions in the image's index, so they need no
+ * translation, and each is checked when it comes from a store. */
+#pragma once
+#include "image.h"
+#include <pthread.h>
+
+enum working_set_state { WORKING_SET_NONE, WORKING_SET_RECORDING, WORKING_SET_KNOWN };
+
+struct working_set {
+	pthread_mutex_t lock; /* guards all */
+	enum working_set_state state;
+	uint32_t *chunks; /* in the order of their first touch */
+	uint32_t n, capacity;
+	uint64_t bytes; /* raw */
+	uint8_t *member; /* a byte per chunk of the image; while recording */
+	uint64_t last_ns; /* of the last new chunk */
+};
+
+void working_set_init(struct working_set *set);
+
+/* Takes over `n` numbers from a store; those beyond the image are dropped. */
+struct lr_error working_set_load(struct working_set *set, const struct image *image, const uint32_t *chunks, uint32_t n);
+
+/* True: the caller's address space records from now on. */
+bool working_set_claim(struct working_set *set, const struct image *image);
+
+/* Chunk `chunk` is touched by a space that records. */
+void working_set_touch(struct working_set *set, const struct image *image, uint64_t chunk);
+
+/* Ends the recording: now, or only `if_quiet`. True if that ended it. */
+bool working_set_end(struct working_set *set, bool if_quiet);
+
+/* Whether a recording has ended with something in it. */
+bool working_set_is_recorded(struct working_set *set);
+
+/* A copy, owned by the caller, NULL if there is nothing; `n` numbers in first-touch order. */
+uint32_t *working_set_copy(struct working_set *set, uint32_t *n);

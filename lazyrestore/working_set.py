@@ -1,0 +1,39 @@
+"""Keeps a recorded working set: a pager, which knows no store, starts this once the recording has ended.
+
+usage: python -m lazyrestore.working_set STORE NAME ID     NAME, ID: the snapshot's, as the store knows it
+
+It asks the pager of that snapshot for the set and stores it beside the manifest. Whatever fails leaves things as they
+were: the next pager records again.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from lazyrestore.errors import LazyrestoreError
+from lazyrestore.pager.launch import connect_existing
+from lazyrestore.store import ImageStore
+
+
+def keep(directory: str, name: str, snapshot: int) -> bool:
+    """Whether a working set was stored. Raises LazyrestoreError, ValueError."""
+    with ImageStore.open(directory, create=False) as store, store.open_image(name) as image:
+        client = connect_existing(image.key, name) if image.snapshot == snapshot else None
+        if client is None:
+            return False
+        with client:
+            working_set = client.working_set()
+        return bool(working_set) and store.keep_working_set(name, snapshot, working_set)
+
+
+def main() -> None:
+    directory, name, snapshot = sys.argv[1:]
+    try:
+        kept = keep(directory, name, int(snapshot))
+    except (LazyrestoreError, ValueError) as error:
+        sys.exit(str(error))
+    sys.exit(0 if kept else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The working set: recorded in the order of first touch, brought to later address spaces before they ask."""
+
+from __future__ import annotations
+
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers_pager import CHUNK, PAGE, Image, Victim, stats_when
+
+from lazyrestore.pager import PagerClient
+
+pytestmark = pytest.mark.requires("root")
+
+BASE = 0x10_0000_0000
+LENGTH = 2 << 20
+FULL = 26  # chunks of the image; BASE + 2 * CHUNK is a hole
+
+Start = Callable[..., PagerClient]
+MakeImage = Callable[..., Image]
+MakeVictim = Callable[[], Victim]
+
+
+def numbers(working_set: bytes) -> tuple[int, ...]:
+    return struct.unpack(f"<{len(working_set) // 4}I", working_set)
+
+
+def packed(*chunks: int) -> bytes:
+    return struct.pack(f"<{len(chunks)}I", *chunks)
+
+
+def slot_of(image: Image, number: int) -> int:
+    """Position in the index of the chunk that begins `number` chunks after BASE."""
+    return sorted(image.chunks).index(BASE + number * CHUNK)
+
+
+def replayed(client: PagerClient, pages: int) -> None:
+    """Waits until so many pages were brought."""
+    stats_when(client, lambda stats: stats.counters.replayed >= pages)
+
+
+def test_order_of_first_touch(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    image = make_image()
+    client, victim = start(image), make_victim()
+    victim.clone(client, BASE, LENGTH, record=True)
+    touched = [20, 3, 30, 3, 0, 20]
+    for number in touched:
+        victim.ask("touch", BASE + number * CHUNK + 5 * PAGE)
+    victim.ask("touch", BASE + 2 * CHUNK)  # a hole is no chunk
+    stats_when(client, lambda stats: stats.faults == 5)
+    assert numbers(client.working_set()) == tuple(slot_of(image, number) for number in (20, 3, 30, 0))
+
+
+def test_next_one_needs_no_faults(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    image = make_image()
+    client, first, second = start(image), make_victim(), make_victim()
+    first.clone(client, BASE, LENGTH, record=True)
+    for number in (9, 8, 25):
+        first.ask("touch", BASE + number * CHUNK)
+    stats_when(client, lambda stats: stats.faults == 3)
+    assert len(numbers(client.working_set(end=True))) == 3
+    first.ask("touch", BASE)  # after the end of the recording
+    second.clone(client, BASE, LENGTH, replay=True)
+    replayed(client, 3 * CHUNK // PAGE)
+    for number in (8, 9, 25):
+        address = BASE + number * CHUNK
+        assert second.ask("crc", address, CHUNK) == str(zlib.crc32(image.raw(address, CHUNK)))
+    stats = client.stats()
+    assert stats.faults == 4
+    assert stats.counters.replayed == 3 * CHUNK // PAGE
+    assert second.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
+
+
+def test_recorded_until_the_process_ends(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    client, first, second = start(make_image()), make_victim(), make_victim()
+    first.clone(client, BASE, LENGTH, record=True)
+    first.ask("touch", BASE)
+    first.process.kill()
+    first.process.wait()
+    stats_when(client, lambda stats: stats.spaces_ended == 1)
+    second.clone(client, BASE, LENGTH, record=True, replay=True)
+    replayed(client, CHUNK // PAGE)
+    second.ask("touch", BASE + CHUNK)
+    stats_when(client, lambda stats: stats.faults == 2)
+    assert numbers(client.working_set()) == (0,)
+
+
+def test_children_record_too(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    client, victim = start(make_image()), make_victim()
+    victim.clone(client, BASE, LENGTH, record=True)
+    victim.fork()
+    victim.ask_child("touch", BASE + CHUNK)
+    victim.ask("touch", BASE)
+    stats_when(client, lambda stats: stats.faults == 2)
+    assert numbers(client.working_set()) == (1, 0)
+
+
+def test_no_record(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    client, victim = start(make_image()), make_victim()
+    victim.clone(client, BASE, LENGTH)
+    victim.ask("touch", BASE)
+    assert client.working_set(end=True) == b""
+
+
+def test_from_a_store(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    """A new pager fills what the image names; numbers beyond the index are dropped."""
+    image = make_image(working_set=packed(5, 4, 10_000, 0xFFFF_FFFF, 11))
+    client, victim = start(image), make_victim()
+    stats_when(client, lambda stats: stats.chunks_filled == 3)
+    victim.clone(client, BASE, LENGTH, replay=True)
+    replayed(client, 3 * CHUNK // PAGE)
+    assert numbers(client.working_set()) == (5, 4, 11)
+    assert victim.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
+
+
+def test_damaged_chunk_in_it(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    """It is left out; who touches it is told by SIGBUS, as ever."""
+    image = make_image(working_set=packed(0, 1, 3))
+    image.damage(BASE + CHUNK)
+    client, victim = start(image), make_victim()
+    victim.clone(client, BASE, LENGTH, replay=True)
+    replayed(client, 2 * CHUNK // PAGE)
+    assert victim.ask("crc", BASE, CHUNK) == str(zlib.crc32(image.raw(BASE, CHUNK)))
+    assert victim.ask("touch", BASE + CHUNK) == "SIGBUS"
+
+
+def test_moved_memory_is_not_overwritten(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    """What was dropped, moved or written before the replay gets there stays as the process left it."""
+    chunks = [n for n in range(32) if n % 8 not in (2, 5)]
+    image = make_image(working_set=packed(*range(len(chunks))))
+    client = start(image)
+    for _ in range(8):
+        victim = make_victim()
+        victim.clone(client, BASE, LENGTH, replay=True)
+        assert victim.ask("dontneed", BASE, 8 * CHUNK) in ("ok", "0")
+        assert victim.ask("crc", BASE, 8 * CHUNK) == str(zlib.crc32(bytes(8 * CHUNK)))
+        assert victim.ask("crc", BASE + 8 * CHUNK, CHUNK) == str(zlib.crc32(image.raw(BASE + 8 * CHUNK, CHUNK)))
+
+
+def test_walk_upwards_is_served_ahead(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    image = make_image({BASE + i * CHUNK: bytes([i + 1]) * CHUNK for i in range(32)})
+    client, victim = start(image), make_victim()
+    victim.clone(client, BASE, LENGTH, record=True)
+    assert victim.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
+    stats = stats_when(client, lambda stats: stats.chunks_filled == 32)
+    assert stats.faults < 32
+    assert numbers(client.working_set()) == tuple(range(32))
+
+
+def test_recorder_is_run_once(tmp_path: Path, start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    trace = tmp_path / "recorded"
+    program = f"open({str(trace)!r}, 'a').write('kept\\n')"
+    client = start(make_image(recorder=[sys.executable, "-c", program]))
+    for _ in range(2):
+        victim = make_victim()
+        victim.clone(client, BASE, LENGTH, record=True, replay=True)
+        victim.ask("touch", BASE)
+        stats_when(client, lambda stats: stats.faults >= 1)
+        client.working_set(end=True)
+    while not (trace.exists() and trace.read_text()):
+        client.stats()
+    assert trace.read_text() == "kept\n"

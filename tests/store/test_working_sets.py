@@ -1,0 +1,60 @@
+"""A working set beside a snapshot: kept, found again by whoever opens the image, gone with it."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+from lazyrestore.store import CHUNK, ImageStore, format
+
+BASE = 0x10_0000_0000
+
+
+def filled(path: Path) -> ImageStore:
+    store = ImageStore.open(path)
+    content = b"".join(bytes([number + 1]) * CHUNK for number in range(4))
+    with store.writer("one") as writer:
+        writer.add(memoryview(content), [(BASE, 0, len(content))])
+        writer.commit(b"")
+    return store
+
+
+def test_kept_and_found(tmp_path: Path) -> None:
+    working_set = struct.pack("<3I", 3, 0, 2)
+    with filled(tmp_path / "s") as store:
+        with store.open_image("one") as image:
+            assert image.working_set == b""
+            assert store.keep_working_set("one", image.snapshot, working_set)
+        with store.open_image("one") as image:
+            assert image.working_set == working_set
+        assert not store.verify().damage
+
+
+def test_positions_beyond_the_index(tmp_path: Path) -> None:
+    with filled(tmp_path / "s") as store, store.open_image("one") as image:
+        for wrong in (struct.pack("<I", 4), b"abc"):
+            with pytest.raises(ValueError, match="beyond the index"):
+                store.keep_working_set("one", image.snapshot, wrong)
+        assert store.open_image("one").working_set == b""
+
+
+def test_gone_or_replaced_meanwhile(tmp_path: Path) -> None:
+    with filled(tmp_path / "s") as store:
+        with store.open_image("one") as image:
+            old = image.snapshot
+        with store.writer("one", replace=True) as writer:
+            writer.commit(b"")
+        assert not store.keep_working_set("one", old, struct.pack("<I", 0))
+        assert not store.keep_working_set("none", old, struct.pack("<I", 0))
+
+
+def test_freed_with_its_snapshot(tmp_path: Path) -> None:
+    with filled(tmp_path / "s") as store:
+        with store.open_image("one") as image:
+            assert store.keep_working_set("one", image.snapshot, struct.pack("<I", 1))
+        store.rm("one")
+        environment = store._environment
+        with environment.read() as txn:
+            assert not list(environment.keys(txn, format.WORKING_SETS))
