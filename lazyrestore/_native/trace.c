@@ -2,6 +2,8 @@
  * or -EINTR; the kernel restarts it when it next leaves for user mode with a signal (or a trap) pending, and a detach
  * always makes one pending. Setting orig_rax to -1 prevents the restart, so a diverted thread does not have its rip
  * moved back. PTRACE_SYSCALL stops at entry and at exit; PTRACE_O_TRACESYSGOOD marks both with SIGTRAP | 0x80.
+ * A call with a signal mask of its own (epoll_pwait) leaves that mask in force until the thread has been through the signal
+ * code; PTRACE_GETSIGMASK gives the mask from before the call, and PTRACE_SETSIGMASK puts it in force.
  */
 #define _GNU_SOURCE
 #include "trace.h"
@@ -194,9 +196,8 @@ lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, u
 	return error ? error : stop_signal;
 }
 
-/* Whether one of `signals` waits for the thread. */
-static bool
-signal_waits(int32_t tid, uint64_t signals)
+int
+lr_signal_waits(int32_t tid, uint64_t signals)
 {
 	enum { ROOM = 32 };
 	static _Thread_local siginfo_t infos[ROOM];
@@ -205,9 +206,29 @@ signal_waits(int32_t tid, uint64_t signals)
 		for (uint64_t offset = 0; (count = lr_peek_signals(tid, shared, offset, infos, ROOM)) > 0; offset += (uint64_t)count)
 			for (int i = 0; i < count; i++)
 				if (signals >> (infos[i].si_signo - 1) & 1)
-					return true;
+					return 1;
 	}
-	return false;
+	return 0;
+}
+
+int
+lr_settle(int32_t tid, uint64_t caught, uint64_t mask, struct lr_registers *registers)
+{
+	bool ended = (int64_t)registers->orig_rax >= 0;
+	if (lr_signal_waits(tid, caught & ~mask) == ended)
+		return 0;
+	if (ended) {
+		registers->rax = registers->orig_rax;
+		registers->orig_rax = ~0ull;
+		registers->rip -= 2; /* the syscall instruction */
+	} else {
+		registers->orig_rax = registers->rax;
+		registers->rax = (uint64_t)-EINTR;
+		registers->rip += 2;
+	}
+	/* The call that is made again brings its own mask; until then no signal may come that only that mask lets through. */
+	int error = lr_set_signal_mask(tid, mask);
+	return error ? error : lr_set_registers(tid, registers);
 }
 
 /* 1: in the stop that was asked for; 0: it ended; -errno. Signals that were on their way are delivered. */
@@ -253,14 +274,10 @@ lr_stop_thread(int32_t tid, uint64_t options, const int32_t *again, int32_t coun
 		error = lr_get_signal_mask(tid, mask);
 	if (error || (int64_t)registers->orig_rax < 0 || (int64_t)registers->rax != -EINTR)
 		return error ? error : 1;
-	for (int i = 0; i < count; i++) {
-		if ((int32_t)registers->orig_rax != again[i] || signal_waits(tid, caught & ~*mask))
-			continue;
-		registers->rax = registers->orig_rax;
-		registers->orig_rax = ~0ull;
-		registers->rip -= 2; /* the syscall instruction */
-		error = lr_set_registers(tid, registers);
-		break;
-	}
-	return error ? error : 1;
+	for (int i = 0; i < count; i++)
+		if ((int32_t)registers->orig_rax == again[i]) {
+			error = lr_settle(tid, caught, *mask, registers);
+			return error ? error : 2;
+		}
+	return 1;
 }

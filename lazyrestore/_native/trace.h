@@ -43,9 +43,17 @@ int lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, 
 int lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, uint64_t number, const uint64_t *args,
 		      int64_t *result);
 
-/* Seize a thread, stop it, and put right at once what the stop did to it: a call in `again` (system call numbers) that
- * was made to return -EINTR by nothing but the stop is made again. In one function, because a tracer that is killed
- * between the stop and the repair leaves the -EINTR to the thread. `caught` are the signals with a handler: only those interrupt a call. 1: stopped, registers and mask filled; 0: the thread
- * ended; -errno (-ETIMEDOUT after `timeout_ms`, still seized). */
+int lr_signal_waits(int32_t tid, uint64_t signals); /* whether one of them is pending for the thread or its process: 1 or 0 */
+
+/* Whether a call that the kernel ended with -EINTR, and will not restart, stays ended: it does if a signal waits whose
+ * handler will run (`caught`: those with one; not in `mask`, the mask from before the call); otherwise only the stop
+ * ended it, and it is made again. `registers` are the thread's, as the stop or this function left them: it may be asked
+ * again, since a signal may have come. They are set if the answer is another one. 0 or -errno. */
+int lr_settle(int32_t tid, uint64_t caught, uint64_t mask, struct lr_registers *registers);
+
+/* Seize a thread, stop it, and at once settle a call in `again` (system call numbers) that returns -EINTR. In one
+ * function, because a tracer that is killed between the stop and the repair leaves the -EINTR to the thread. 1: stopped,
+ * registers and mask filled; 2: so, and lr_settle() was asked; 0: the thread ended; -errno (-ETIMEDOUT after
+ * `timeout_ms`, still seized). */
 int lr_stop_thread(int32_t tid, uint64_t options, const int32_t *again, int32_t count, uint64_t caught, int32_t timeout_ms,
 		   struct lr_registers *registers, uint64_t *mask);

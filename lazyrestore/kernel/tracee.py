@@ -7,14 +7,16 @@ orig_rax is still the call's number. A few calls return -EINTR instead of a rest
 …; signal(7), "stop signals"); a process that was merely looked at would see that.
 
 Consequence. A thread's registers are put back exactly as they were, and the kernel restarts what it would have
-restarted; for the calls that do not restart, rip is moved back over the syscall instruction, unless a signal is really
-pending.
+restarted. For the calls that return -EINTR, lr_settle() alone decides, at the stop and once more at the end, since a
+signal may have come: with a signal pending whose handler will run they stay ended, otherwise rip is moved back over the
+syscall instruction. What it left in the registers is not looked at again, neither for the stub nor for the copy.
 
 The stub. Calls that only the process itself can make (rt_sigaction, sigaltstack, PR_GET_TID_ADDRESS, getitimer) run
 from about 200 bytes in the zero padding behind the vdso's code. If the tracer is killed while a thread is in there, the
 thread finishes by itself: it unmaps the scratch page, puts back its signal mask and its registers and jumps to where it
 was. Nothing is written to the target's stack. At most one thread is diverted at a time. The cost: a private copy of one
-vdso page remains in the target, its bytes as before.
+vdso page remains in the target, its bytes as before. And where the kernel is no longer asked, because the tracer died,
+a call that restarts or not as the handler's SA_RESTART says is made again.
 """
 
 from __future__ import annotations
@@ -42,14 +44,16 @@ REGISTERS = (
     *("orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base", "ds", "es", "fs", "gs"),
 )
 _REGISTERS = struct.Struct(f"<{len(REGISTERS)}Q")
-ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK, EINTR = 512, 513, 514, 516, 4
+ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
+RESTARTED = (-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND)
 SYSCALL_LENGTH = 2  # bytes of the syscall instruction
 STUB_LENGTH = 256
 STUB_PREFIX = b"\x0f\x05\x48\xbf"  # syscall; movabs …, %rdi
 FREEZE_MS = 10000
 
 # Calls that return -EINTR to a thread that was only stopped and continued; each may be made again.
-NOT_RESTARTED = frozenset(
+_AGAIN = ffi.new(
+    "int32_t[]",
     (
         lib.SYS_epoll_wait,
         lib.SYS_epoll_pwait,
@@ -67,11 +71,8 @@ NOT_RESTARTED = frozenset(
         lib.SYS_sendmsg,
         lib.SYS_sendmmsg,
         lib.SYS_read,
-    )
+    ),
 )
-
-
-_AGAIN = ffi.new("int32_t[]", sorted(NOT_RESTARTED))
 
 HOLE_START = 0x10_0000_0000  # 64 GiB: above what is linked at fixed addresses, below where the kernel places mappings
 HOLE_GAP = 1 << 20
@@ -146,6 +147,7 @@ class Frozen:
         self._scratch = 0
         self._seized: set[int] = set()
         self._caught = 0  # signals with a handler
+        self._settled: set[int] = set()  # threads whose interrupted call lr_settle() decides
         self._stop_came = False
         self._registers, self._mask = ffi.new("struct lr_registers *"), ffi.new("uint64_t *")
 
@@ -169,6 +171,8 @@ class Frozen:
             # The leader first: a traced one makes the kernel queue signals that the process ignores, and wake threads
             # for them.
             for tid in sorted(self._seized, key=lambda tid: tid != self.pid):
+                with suppress(NoSuchProcess):
+                    self.settle(tid)
                 lib.lr_detach(tid, 0)
             self._seized.clear()
             if self._stop_came:
@@ -231,6 +235,8 @@ class Frozen:
             raise AlreadyTraced(f"process {self.pid}", "attach", by, "detach that tracer first")
         check(result, self.pid, "attach")
         self._seized.add(tid)
+        if result == 2:
+            self._settled.add(tid)
         state = Registers.unpack(bytes(ffi.buffer(self._registers)))
         self.masks[tid] = self._mask[0]
         if not state.in_syscall:
@@ -239,6 +245,18 @@ class Frozen:
                 state["rip"] = abort
                 self._set(tid, state)
         self.registers[tid] = state
+
+    def settle(self, tid: int) -> None:
+        """Decide once more whether the thread's interrupted call stays ended: a signal may have come since."""
+        if tid in self._settled:
+            packed = bytearray(self.registers[tid].pack())
+            registers = ffi.from_buffer("struct lr_registers *", packed)
+            check(lib.lr_settle(tid, self._caught, self.masks[tid], registers), self.pid, "settle a call")
+            self.registers[tid] = Registers.unpack(bytes(packed))
+
+    def handler_waits(self, tid: int) -> bool:
+        """Whether a signal waits for the thread whose handler will run before the thread goes on."""
+        return bool(lib.lr_signal_waits(tid, self._caught & ~self.masks[tid]))
 
     def _tracer(self) -> int:
         return int(procfs.parse_status(procfs.read(self.pid, "status")).get("TracerPid", "0"))
@@ -345,7 +363,8 @@ class _Diverted:
         stub = frozen._stub
         assert stub is not None
         registers = frozen.registers[tid]
-        os.pwrite(frozen.memory, _stub_code(registers, frozen.masks[tid], frozen._scratch), stub)
+        home = _home(registers, handled=frozen.handler_waits(tid))
+        os.pwrite(frozen.memory, _stub_code(home, frozen.masks[tid], frozen._scratch), stub)
         base = ffi.from_buffer("struct lr_registers *", registers.pack())
         arguments, result = ffi.new("uint64_t[6]"), ffi.new("int64_t *")
         masked = False
@@ -375,16 +394,19 @@ class _Diverted:
         frozen._set(tid, frozen.registers[tid])
 
 
-def _stub_code(registers: Registers, mask: int, scratch: int) -> bytes:
+def _home(registers: Registers, *, handled: bool) -> Registers:
+    """How a thread goes on by itself, after a handler has run if one is waited for: what the kernel would have done."""
+    if not registers.in_syscall:
+        return registers
+    if handled and registers.result in (-ERESTARTNOHAND, -ERESTART_RESTARTBLOCK):
+        return Registers(registers, rax=(1 << 64) - errno.EINTR)
+    if registers.result == -ERESTART_RESTARTBLOCK:
+        return call_again(registers, lib.SYS_restart_syscall)
+    return call_again(registers) if registers.result in RESTARTED else registers
+
+
+def _stub_code(home: Registers, mask: int, scratch: int) -> bytes:
     """The stub for one thread. All but the first instruction is the way home of a thread whose tracer died."""
-    home = registers
-    if registers.in_syscall:
-        if registers.result in (-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND):
-            home = call_again(registers)
-        elif registers.result == -ERESTART_RESTARTBLOCK:
-            home = call_again(registers, lib.SYS_restart_syscall)
-        elif registers.result == -EINTR and registers["orig_rax"] in NOT_RESTARTED:
-            home = call_again(registers)
     quad = struct.Struct("<Q").pack
     word = struct.Struct("<I").pack
     syscall = b"\x0f\x05"

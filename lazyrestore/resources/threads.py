@@ -2,11 +2,13 @@
 
 Facts. clone3() with set_tid gives a chosen thread id (CAP_CHECKPOINT_RESTORE), CLONE_CHILD_CLEARTID sets the tid
 address, CLONE_SETTLS the fs base. The rest only the thread itself can set. A thread inside an interruptible system call
-shows orig_rax = its number and rax = a restart code; the copy has no restart block, so a call that the kernel would
-resume from one is made anew: nanosleep and clock_nanosleep with the remaining time (which the kernel has just written,
-if the caller gave it a place), the others (poll, a futex wait with a relative time, a sleep without a place) with their
-full time, so they are never cut short. A futex call that needs to write the word (FUTEX_LOCK_PI, …) gets EFAULT where
-only a pager could bring the page, so those pages are brought before. Source: signal(7), kernel/futex.
+shows orig_rax = its number and rax = a restart code. The copy gets both, and the kernel does with them what it does
+with the original's when the thread goes on: it restarts the call, or ends it with EINTR, as the handler of a pending
+signal (restored too) says. But the copy has no restart block, so a call that the kernel would resume from one is made
+anew, unless a handler ends it: nanosleep and clock_nanosleep with the remaining time (which the kernel has just
+written, if the caller gave it a place), the others (poll, a futex wait with a relative time, a sleep without a place)
+with their full time, so they are never cut short. A futex call that needs to write the word (FUTEX_LOCK_PI, …) gets
+EFAULT where only a pager could bring the page, so those pages are brought before. Source: signal(7), kernel/futex.
 """
 
 from __future__ import annotations
@@ -18,18 +20,7 @@ import msgspec
 
 from lazyrestore._native import _core
 from lazyrestore.kernel import procfs
-from lazyrestore.kernel.tracee import (
-    EINTR,
-    ERESTART_RESTARTBLOCK,
-    ERESTARTNOHAND,
-    ERESTARTNOINTR,
-    ERESTARTSYS,
-    NOT_RESTARTED,
-    Frozen,
-    Registers,
-    call_again,
-    check,
-)
+from lazyrestore.kernel.tracee import ERESTART_RESTARTBLOCK, Frozen, Registers, call_again, check
 from lazyrestore.program import OpList, Pointer, Program, lib
 
 ffi = _core.ffi
@@ -129,25 +120,22 @@ def pending_signals(tid: int, *, shared: bool) -> list[bytes]:
 
 def _resumable(frozen: Frozen, tid: int) -> Registers:
     """The registers with which the copy goes on."""
-    registers = Registers(frozen.registers[tid])
-    if registers.in_syscall:
-        result, number = registers.result, registers["orig_rax"]
-        if result in (-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND) or (result == -EINTR and number in NOT_RESTARTED):
-            registers = call_again(registers)
-        elif result == -ERESTART_RESTARTBLOCK:
-            registers = call_again(registers)
-            if number == lib.SYS_nanosleep and registers["rsi"]:
-                registers["rdi"] = registers["rsi"]
-            elif number == lib.SYS_clock_nanosleep and registers["r10"]:
-                registers["rdx"] = registers["r10"]
-        registers["orig_rax"] = (1 << 64) - 1
+    frozen.settle(tid)
+    registers = frozen.registers[tid]
+    if not registers.in_syscall or registers.result != -ERESTART_RESTARTBLOCK or frozen.handler_waits(tid):
+        return registers
+    number, registers = registers["orig_rax"], call_again(registers)
+    if number == lib.SYS_nanosleep and registers["rsi"]:
+        registers["rdi"] = registers["rsi"]
+    elif number == lib.SYS_clock_nanosleep and registers["r10"]:
+        registers["rdx"] = registers["r10"]
     return registers
 
 
 def futex_words(thread: Thread) -> list[int]:
-    """The addresses that the thread's interrupted futex call names."""
+    """The addresses that the thread's futex call names, if it may be made again."""
     registers = Registers.unpack(thread.registers)
-    if registers["rax"] != lib.SYS_futex:
+    if registers["orig_rax" if registers.in_syscall else "rax"] != lib.SYS_futex:
         return []
     return [registers["rdi"], *([registers["r8"]] if (registers["rsi"] & 0x7F) in FUTEX_TWO_WORDS else [])]
 
