@@ -153,8 +153,9 @@ class PagerClient:
 
         userfaultfd: fresh, no UFFDIO_API done, created by or in the process (pidfd_getfd). ranges: sorted by start, not
         overlapping, already mapped. shared: shared object number to memfd. eager: fill the shared memfds wholly before
-        returning. record, replay: whether it may record the working set, and gets it. All descriptors stay the caller's. Raises PagerError with errno, step, and the address in the
-        resource; the process must then be killed.
+        returning. record, replay: whether it may record the working set, and whether it gets the known one. All
+        descriptors stay the caller's. Raises PagerError with errno, step, and the address in the resource; the process
+        must then be killed.
         """
         shared = shared or {}
         if len(shared) > wire.MAX_SHARED:
@@ -187,8 +188,10 @@ class PagerClient:
         )  # fmt: skip
 
     def working_set(self, *, end: bool = False) -> bytes:
-        """The chunks touched first, as little-endian u32 positions in the chunk index, in the order of their first touch;
-        empty if none are known. end: end a recording that is under way. Raises PagerGone, PagerError."""
+        """The chunks touched first: little-endian u32 positions in the chunk index, in order; empty if none are known.
+
+        end: end a recording that is under way. Raises PagerGone, PagerError.
+        """
         with self._lock:
             self._send(_request(wire.WORKING_SET, wire.WORKING_SET_END if end else 0))
             data, fds, _, _ = socket.recv_fds(self._socket, wire.REPLY.size, 1)
