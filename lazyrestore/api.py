@@ -157,6 +157,17 @@ class Snapshot:
     def chunks(self) -> int:
         return self._image.n_chunks
 
+    @property
+    def working_set(self) -> list[int]:
+        """The chunks that the first restore touched first, in order: positions in the chunk index; empty if it is not
+        recorded (yet)."""
+        return list(memoryview(self._image.working_set).cast("I"))
+
+    @property
+    def working_set_bytes(self) -> int:
+        """Raw bytes of the working set's chunks."""
+        return sum(self._image.entry(number)[1] for number in self.working_set if number < self.chunks)
+
     def close(self) -> None:
         """Let go of the image and of the connection to the pager; restored processes are not affected."""
         with self._lock:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 json_option = click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 
 
+DRAWN_COLUMNS = 48
+SHADES = " ▁▂▃▄▅▆▇█"
+
+
 @click.command("ls")
 @json_option
 @click.pass_obj
@@ -90,6 +94,7 @@ def show_command(store: str, name: str, json_output: bool) -> None:
         ("VMAs", vmas),
         ("memory", f"{facts['pages']} pages, {size(facts['raw_bytes'])} raw, {size(facts['stored_bytes'])} stored"),
         ("chunks", str(facts["chunks"])),
+        ("working set", _drawn(facts["working_set"], facts["chunks"])),
         ("pause", f"{facts['pause_ms']:.1f} ms"),
         ("kernel", f"{facts['kernel']} (vdso {facts['vdso']})"),
         ("CPU", f"{len(facts['cpu_flags'])} features, XSAVE components {facts['xfeatures']:#x}"),
@@ -97,6 +102,19 @@ def show_command(store: str, name: str, json_output: bool) -> None:
         *(("descriptor", title) for title in facts["descriptors"]),
     ]
     click.echo("\n".join(columns(rows)))
+
+
+def _drawn(working_set: dict[str, Any], total: int) -> str:
+    """Where in the snapshot's memory, from its lowest to its highest address, the working set lies."""
+    chunks = working_set["chunks"]
+    if not chunks:
+        return "not recorded: the first restore does that"
+    share = Counter(number * DRAWN_COLUMNS // total for number in chunks)
+    full = max(1, total // DRAWN_COLUMNS)
+    picture = "".join(
+        SHADES[min(len(SHADES) - 1, -(-share[k] * (len(SHADES) - 1) // full))] for k in range(DRAWN_COLUMNS)
+    )
+    return f"{len(chunks)} chunks, {size(working_set['bytes'])} |{picture}|"
 
 
 def _facts(snapshot: Snapshot) -> dict[str, Any]:
@@ -123,6 +141,7 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
         "raw_bytes": snapshot.raw_bytes,
         "stored_bytes": snapshot.stored_bytes,
         "chunks": snapshot.chunks,
+        "working_set": {"chunks": snapshot.working_set, "bytes": snapshot.working_set_bytes},
         "pause_ms": manifest.pause_ms,
         "kernel": manifest.host.kernel,
         "vdso": manifest.host.vdso_hash,
