@@ -212,6 +212,12 @@ class Snapshot:
         started.restore_ms = (time.perf_counter() - began) * 1e3
         return RestoredProcess(self.name, self._image.key, started)
 
+    def clones(self, count: int, *, streams: Sequence[int] = (0, 1, 2)) -> list[RestoredProcess]:
+        """Start `count` copies, each in a PID namespace of its own: all of them, or none. Raises as restore() does."""
+        from lazyrestore.fleet import clones
+
+        return clones.start(lambda: self.restore(new_pid=True, streams=streams), count)
+
     def pager_stats(self) -> PagerStats | None:
         """What the pager of this snapshot counted, None if there is none."""
         return _pager_stats(self._image.key, self.name)

@@ -4,9 +4,16 @@ Facts. The first process of a PID namespace is its init: orphans become its chil
 reach it from inside, and when it ends the kernel kills all the others. A process may be started into a namespace by one
 outside (setns), and is then that one's child. A /proc mount shows the namespace of the process that mounted it.
 
-Choice. The init is a restore program of six operations: it ignores SIGCHLD (so that the kernel reaps the orphans),
-waits for the restored process to end (a pidfd), and ends, and with it whatever the process left behind. The restored
-process itself stays our child, so its exit status is ours to wait for.
+A signal that is blocked waits even for an init. Reading a pidfd's state with poll() is the only way to wait for a
+process that is not one's child, and poll() is never restarted after a handler.
+
+Choice. The init is a restore program of a dozen operations: it ignores SIGCHLD (so that the kernel reaps the orphans),
+blocks all signals and reads them from a signalfd, sends each on to the restored process, and ends when that has ended
+(a pidfd), and with it whatever the process left behind. The restored process itself stays our child, so its exit status
+is ours to wait for.
+
+Cost. SIGKILL and SIGSTOP cannot be passed on: the first ends the namespace, the second stops the init only. A signal's
+sender and value are lost on the way.
 """
 
 from __future__ import annotations
@@ -19,13 +26,15 @@ from dataclasses import dataclass
 from lazyrestore import spawn
 from lazyrestore._native import _core
 from lazyrestore.errors import MissingFeature, RestoreError
-from lazyrestore.program import OpList, Program, lib
+from lazyrestore.program import OpList, Program, Word, lib
 
 ffi = _core.ffi
 
 _BASE = 0x10_0000_0000
 _PROGRAM = 3  # the number of the program's descriptor in init
 POLLIN = 1
+SIGCHLD = 17
+PASSED_ON = ((1 << 64) - 1) & ~sum(1 << (number - 1) for number in (lib.SIGKILL, lib.SIGSTOP, lib.SIGTRAP, SIGCHLD))
 
 
 @dataclass(slots=True)
@@ -66,20 +75,12 @@ class Namespace:
             self.descriptor = -1
 
 
-def new_namespace(pid: int) -> Namespace:
-    """A namespace in which process id `pid` is free. Raises MissingFeature, RestoreError."""
-    program = Program()
-    ops = program.add_list()
-    with ops.serving("init of the PID namespace"):
-        ignore = program.place(struct.pack("<QQQQ", 1, lib.SA_RESTORER, 0, 0))
-        ops.call(lib.SYS_rt_sigaction, 17, ignore, 0, 8, note="SIGCHLD is ignored")
-        ops.call(lib.SYS_prctl, lib.PR_SET_NAME, program.string("lazyrestore"))
-        ops.call(lib.SYS_close, _PROGRAM)
-        ops.stop("until the restored process runs")
-        ops.call_expecting(0, lib.SYS_pidfd_open, pid, 0)
-        ops.try_call(lib.SYS_ppoll, program.place(struct.pack("<ihh", 0, POLLIN, 0)), 1, 0, 0, 8, note="descriptor 0")
-        ops.try_call(lib.SYS_exit_group, 0)
-    linked = program.link(_BASE)
+def new_namespace(pid: int, *, ends_with_caller: bool = False) -> Namespace:
+    """A namespace in which process id `pid` is free. Raises MissingFeature, RestoreError.
+
+    ends_with_caller: all in it is killed when the calling thread ends, even by kill -9.
+    """
+    linked = _init_program(pid, ends_with_caller).link(_BASE)
     descriptor = os.memfd_create("lazyrestore-init", os.MFD_CLOEXEC)
     try:
         os.pwrite(descriptor, linked.image, 0)
@@ -106,6 +107,33 @@ def new_namespace(pid: int) -> Namespace:
         namespace.end()
         raise
     return namespace
+
+
+def _init_program(pid: int, ends_with_caller: bool) -> Program:
+    program = Program()
+    ops = program.add_list()
+    signals, process = 0, 1  # the numbers of init's descriptors
+    with ops.serving("init of the PID namespace"):
+        ignore = program.place(struct.pack("<QQQQ", 1, lib.SA_RESTORER, 0, 0))
+        ops.call(lib.SYS_rt_sigaction, SIGCHLD, ignore, 0, 8, note="SIGCHLD is ignored")
+        ops.call(lib.SYS_prctl, lib.PR_SET_NAME, program.string("lazyrestore"))
+        if ends_with_caller:
+            ops.call(lib.SYS_prctl, lib.PR_SET_PDEATHSIG, lib.SIGKILL)
+        ops.call(lib.SYS_close, _PROGRAM)
+        mask = program.place(struct.pack("<Q", PASSED_ON))
+        ops.call_expecting(signals, lib.SYS_signalfd4, -1, mask, 8, lib.SFD_NONBLOCK, note="spawn blocked all signals")
+        ops.stop("until the restored process runs")
+        ops.call_expecting(process, lib.SYS_pidfd_open, pid, 0)
+        both = program.place(struct.pack("<ihhihh", process, POLLIN, 0, signals, POLLIN, 0))
+        now, received = program.place(bytes(16)), program.reserve(128)
+        wait = ops.try_call(lib.SYS_ppoll, both, 2, 0, 0, 8, note="the process's end, or a signal")
+        # Without a signal, the last one is sent again, to a process that has ended by then.
+        ops.try_call(lib.SYS_read, signals, received, 128)
+        ops.try_call(lib.SYS_pidfd_send_signal, process, Word(received.offset), 0, 0)
+        ended = ops.try_call(lib.SYS_ppoll, both, 1, now, 0, 8, note="the process's end")
+        ops.repeat_while_zero(ended, wait)
+        ops.try_call(lib.SYS_exit_group, 0)
+    return program
 
 
 def mount_proc(program: Program, ops: OpList) -> None:

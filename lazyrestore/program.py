@@ -41,6 +41,7 @@ def call_names() -> dict[int, str]:
     names: dict[int, str] = {getattr(lib, name): name[4:] for name in dir(lib) if name.startswith("SYS_")}
     names[lib.LR_OP_STOP] = "stop"
     names[lib.LR_OP_THREAD] = "start_thread"
+    names[lib.LR_OP_REPEAT] = "repeat_while_0"
     return names
 
 
@@ -136,6 +137,10 @@ class OpList:
     def stop(self, note: str) -> int:
         """Let the tracer in at this point; returns the index of the operation."""
         return self._append(lib.LR_OP_STOP, (), lib.LR_EXPECT_ANY, 0, note).index
+
+    def repeat_while_zero(self, value: Result, start: Result, note: str = "") -> None:
+        """Go back to the operation of `start` as long as `value` is 0."""
+        self._append(lib.LR_OP_REPEAT, (value, start.index), lib.LR_EXPECT_ANY, 0, note)
 
     def start_thread(self, clone_args: Pointer, size: int, ops: OpList, want_tid: int) -> Result:
         return self._append(

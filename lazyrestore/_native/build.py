@@ -20,9 +20,9 @@ SYSCALLS = """
     accept4 arch_prctl bind brk capset chdir chmod fchmodat chroot chown fchownat clone3 close close_range dup3
     epoll_create1 epoll_ctl eventfd2 execveat fcntl fchdir fchmod ftruncate futex getpid getresuid getrlimit gettid
     ioctl ioprio_set kill listen lseek madvise membarrier memfd_create mlock2 mlockall mmap mprotect mremap msync munmap
-    openat personality pidfd_open pipe2 ppoll prctl prlimit64 pselect6 pwrite64 read restart_syscall rseq rt_sigaction
-    rt_sigprocmask rt_sigqueueinfo rt_tgsigqueueinfo rt_sigtimedwait sched_setaffinity sched_setattr sendmsg
-    set_robust_list set_tid_address setgroups setitimer getitimer setpgid setpriority setresgid setresuid setsid
+    openat personality pidfd_open pidfd_send_signal pipe2 ppoll prctl prlimit64 pselect6 pwrite64 read restart_syscall
+    rseq rt_sigaction rt_sigprocmask rt_sigqueueinfo rt_tgsigqueueinfo rt_sigtimedwait sched_setaffinity sched_setattr
+    sendmsg set_robust_list set_tid_address setgroups setitimer getitimer setpgid setpriority setresgid setresuid setsid
     setsockopt sendto sigaltstack signalfd4 socket socketpair splice tee tgkill timer_create timer_settime
     timerfd_create timerfd_settime umask unlinkat unshare userfaultfd vmsplice write writev setfsuid setfsgid
     io_getevents epoll_wait epoll_pwait epoll_pwait2 semop semtimedop nanosleep clock_nanosleep poll accept connect
@@ -40,8 +40,8 @@ CONSTANTS = """
     TFD_TIMER_ABSTIME TFD_TIMER_CANCEL_ON_SET TFD_CLOEXEC TFD_NONBLOCK SFD_CLOEXEC SFD_NONBLOCK SOCK_CLOEXEC
     SOCK_NONBLOCK PTRACE_O_TRACESYSGOOD PTRACE_O_EXITKILL PTRACE_O_SUSPEND_SECCOMP PTRACE_EVENT_STOP CLONE_VM CLONE_FS
     CLONE_FILES CLONE_SIGHAND CLONE_PTRACE CLONE_THREAD CLONE_SYSVSEM CLONE_SETTLS CLONE_PARENT_SETTID
-    CLONE_CHILD_CLEARTID CLONE_NEWPID CLONE_NEWNS PR_SET_MM PR_SET_MM_MAP PR_SET_MM_EXE_FILE PR_SET_NAME PR_SET_DUMPABLE
-    PR_GET_DUMPABLE PR_SET_PDEATHSIG PR_GET_PDEATHSIG PR_SET_KEEPCAPS PR_GET_KEEPCAPS PR_SET_SECUREBITS
+    CLONE_CHILD_CLEARTID CLONE_NEWPID CLONE_NEWNS CLONE_NEWNET PR_SET_MM PR_SET_MM_MAP PR_SET_MM_EXE_FILE PR_SET_NAME
+    PR_SET_DUMPABLE PR_GET_DUMPABLE PR_SET_PDEATHSIG PR_GET_PDEATHSIG PR_SET_KEEPCAPS PR_GET_KEEPCAPS PR_SET_SECUREBITS
     PR_GET_SECUREBITS PR_SET_TIMERSLACK PR_GET_TIMERSLACK PR_SET_NO_NEW_PRIVS PR_CAPBSET_DROP PR_CAP_AMBIENT
     PR_CAP_AMBIENT_RAISE PR_CAP_AMBIENT_CLEAR_ALL PR_SET_CHILD_SUBREAPER PR_GET_CHILD_SUBREAPER
     PR_SET_MDWE PR_GET_MDWE PR_SET_MEMORY_MERGE PR_GET_MEMORY_MERGE
@@ -50,7 +50,7 @@ CONSTANTS = """
     PR_SET_SPECULATION_CTRL ARCH_GET_XCOMP_PERM ARCH_REQ_XCOMP_PERM RLIMIT_NOFILE PRIO_PROCESS AT_NULL MCL_CURRENT
     MCL_FUTURE MCL_ONFAULT MLOCK_ONFAULT SIG_BLOCK SIG_SETMASK SA_RESTORER MS_REC MS_PRIVATE MS_NOSUID MS_NODEV
     MS_NOEXEC SIGTRAP SIGSTOP SIGKILL SIGCONT SO_BUF_LOCK SO_PEEK_OFF SO_SNDBUFFORCE SO_RCVBUFFORCE SO_PASSSEC
-    SO_ATTACH_FILTER F_SEAL_FUTURE_WRITE F_SEAL_WRITE
+    SO_ATTACH_FILTER F_SEAL_FUTURE_WRITE F_SEAL_WRITE SIOCSIFFLAGS IFF_UP
 """
 
 
@@ -74,9 +74,11 @@ PREAMBLE = """
 #include <signal.h>
 #include <elf.h>
 #include <linux/futex.h>
+#include <linux/if.h>
 #include <linux/memfd.h>
 #include <linux/prctl.h>
 #include <linux/sched.h>
+#include <linux/sockios.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>

@@ -61,6 +61,11 @@ lr_executor_run(const struct lr_list *list)
 			stop(i, LR_STOP_ASKED, 0);
 			continue;
 		}
+		if (op->number == LR_OP_REPEAT) {
+			if (!a[0])
+				i = a[1] - 1;
+			continue;
+		}
 		int64_t result = op->number == LR_OP_THREAD ? spawn_thread(a[0], a[1], a[2]) : syscall6(op->number, a);
 		op->result = result;
 		if ((op->expect == LR_EXPECT_OK && result < 0 && result >= -4095) ||

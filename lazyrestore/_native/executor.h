@@ -14,7 +14,7 @@
 
 enum lr_arg_kind { LR_LITERAL = 0, LR_RESULT = 1, LR_WORD = 2 };
 enum lr_expect { LR_EXPECT_OK = 0, LR_EXPECT_EQUAL = 1, LR_EXPECT_ANY = 2 };
-enum lr_special { LR_OP_STOP = 0x10000, LR_OP_THREAD = 0x10001 };
+enum lr_special { LR_OP_STOP = 0x10000, LR_OP_THREAD = 0x10001, LR_OP_REPEAT = 0x10002 };
 enum lr_stop { LR_STOP_ASKED = 0, LR_STOP_END = 1, LR_STOP_SURPRISE = 2 };
 
 struct lr_op {
@@ -23,7 +23,9 @@ struct lr_op {
 	uint8_t kind[6];
 	uint8_t expect;   /* enum lr_expect: any result that is no error, exactly `want`, anything */
 	uint8_t reserved;
-	uint64_t arg[6];  /* LR_OP_THREAD: clone_args, their size, the new thread's list */
+	/* LR_OP_THREAD: clone_args, their size, the new thread's list; LR_OP_REPEAT: a value (kind LR_RESULT), and the index
+	 * of the op to go back to if it is 0 */
+	uint64_t arg[6];
 	int64_t want;
 	int64_t result;
 };

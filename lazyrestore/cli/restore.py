@@ -38,14 +38,23 @@ SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the
     "--pid",
     "pid_choice",
     type=click.Choice(["same", "new"]),
-    default="same",
-    show_default=True,
-    help="same: the old process id, which must be free. new: a fresh PID namespace in which it is.",
+    help="same (the default): the old process id, which must be free. new (with -n the default): a PID namespace in "
+    "which it is.",
+)
+@click.option(
+    "-n",
+    "--number",
+    "count",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Start N copies, each in a PID namespace of its own, print their process ids and return.",
 )
 @click.option("--explain", is_flag=True, help="Print the restore program without running it.")
 @click.option("--json", "json_output", is_flag=True, help="Print JSON (to standard error in the foreground).")
 @click.pass_obj
-def restore_command(store: str, name: str, detach: bool, pid_choice: str, explain: bool, json_output: bool) -> None:
+def restore_command(
+    store: str, name: str, detach: bool, pid_choice: str | None, count: int | None, explain: bool, json_output: bool
+) -> None:
     """Restore the snapshot NAME.
 
     In the foreground, lazyrestore is the parent of the process: it passes signals and the terminal on, and exits with
@@ -55,14 +64,19 @@ def restore_command(store: str, name: str, detach: bool, pid_choice: str, explai
     lazyrestore restore worker
     lazyrestore restore worker --detach --json
     lazyrestore restore worker --pid new
+    lazyrestore restore worker -n 50 --json
     lazyrestore restore worker --explain | less
     """
     from lazyrestore.api import Store
 
+    if count is not None and pid_choice == "same":
+        raise click.UsageError("only one process can have the old process id: -n wants --pid new")
     with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
         if explain:
             lines = snapshot.explain()
             click.echo(json.dumps(lines) if json_output else "\n".join(lines))
+        elif count is not None:
+            _start_clones(snapshot, count, json_output)
         elif detach:
             process = snapshot.restore(new_pid=pid_choice == "new")
             text = f"{name}: process {process.pid}, restored in {process.restore_ms:.1f} ms"
@@ -76,11 +90,28 @@ def restore_command(store: str, name: str, detach: bool, pid_choice: str, explai
             sys.exit(_foreground(snapshot, pid_choice == "new", json_output))
 
 
-def _as_json(process: RestoredProcess) -> str:
+def _start_clones(snapshot: Snapshot, count: int, json_output: bool) -> None:
+    """Start them and print a process id per line, or a JSON list; if nobody can read that, none is left."""
+    from lazyrestore.fleet import clones
+
+    processes = snapshot.clones(count)
+    try:
+        if json_output:
+            click.echo(json.dumps([_facts(process) for process in processes]))
+        else:
+            click.echo("\n".join(str(process.pid) for process in processes))
+    except OSError:
+        clones.end(processes)
+        raise
+
+
+def _facts(process: RestoredProcess) -> dict[str, object]:
     phases = {phase: round(ms, 3) for phase, ms in process.phases.items()}
-    return json.dumps(
-        {"name": process.name, "pid": process.pid, "restore_ms": round(process.restore_ms, 3), "phases": phases}
-    )
+    return {"name": process.name, "pid": process.pid, "restore_ms": round(process.restore_ms, 3), "phases": phases}
+
+
+def _as_json(process: RestoredProcess) -> str:
+    return json.dumps(_facts(process))
 
 
 def _foreground(snapshot: Snapshot, new_pid: bool, json_output: bool) -> int:

@@ -1,0 +1,22 @@
+"""What a fleet asks of a restored process."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Process(Protocol):
+    """A restored process that is a child of ours; `api.RestoredProcess` is one."""
+
+    @property
+    def pid(self) -> int:
+        """As the caller sees it."""
+
+    def poll(self) -> int | None:
+        """The exit status, None while it runs."""
+
+    def kill(self) -> None:
+        """End it, now; it is still to be waited for."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end and collect it."""
