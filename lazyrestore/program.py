@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Protocol
 
 from lazyrestore._native import _core
 
@@ -27,8 +28,10 @@ assert _OP.size == ffi.sizeof("struct lr_op")
 _LIST = struct.Struct("<QQ")
 _MASK = (1 << 64) - 1
 
-_NO_KINDS = (0, 0, 0, 0, 0, 0)
-_PADDING = [(0,) * (6 - count) for count in range(7)]
+# An operation whose arguments are all plain numbers, by how many they are: number, expect, arguments, want.
+_PLAIN = [struct.Struct(f"<I6xB5x{count}q{8 * (6 - count)}xq8x") for count in range(7)]
+assert all(plain.size == _OP.size for plain in _PLAIN)
+_EXPECT_OK, _EXPECT_EQUAL, _EXPECT_ANY = lib.LR_EXPECT_OK, lib.LR_EXPECT_EQUAL, lib.LR_EXPECT_ANY
 
 PAGE = 4096
 LEADER_STACK = 4096
@@ -79,7 +82,17 @@ class ListAddress:
 Argument = int | Pointer | Result | Word | ListAddress
 
 
-@dataclass(slots=True)
+class Labelled(Protocol):
+    """What an operation can serve besides a name: something that makes up its name when it is asked."""
+
+    @property
+    def label(self) -> str: ...
+
+
+Served = str | Labelled
+
+
+@dataclass(frozen=True, slots=True)
 class Op:
     """One system call: what the executor gets, plus what a person is told."""
 
@@ -100,7 +113,7 @@ class _Serving:
 
     __slots__ = ("_ops", "_outer", "_resource")
 
-    def __init__(self, ops: OpList, resource: str) -> None:
+    def __init__(self, ops: OpList, resource: Served) -> None:
         self._ops, self._resource, self._outer = ops, resource, ops.resource
 
     def __enter__(self) -> None:
@@ -111,45 +124,78 @@ class _Serving:
 
 
 class OpList:
-    """The operations of one thread. `with ops.serving("fd 3 (file)"):` names the resource of what is appended."""
+    """The operations of one thread. `with ops.serving("fd 3 (file)"):` names the resource of what is appended.
+
+    They are packed as they come, as there are hundreds of them, and compiling delays every first restore; arguments
+    whose values depend on where the program will lie are left to link(). `ops` makes records of them again, for people.
+    """
 
     def __init__(self, program: Program, number: int) -> None:
         self.program = program
         self.number = number
-        self.ops: list[Op] = []
-        self.resource = ""
+        self.resource: Served = ""
+        self._packed = bytearray()
+        self._told: list[tuple[Served, str, int]] = []  # of each operation: what it serves, note, number of arguments
+        self._open: dict[int, tuple[Argument, ...]] = {}  # operation → arguments that are not all plain numbers
 
-    def serving(self, resource: str) -> _Serving:
+    def __len__(self) -> int:
+        return len(self._told)
+
+    @property
+    def ops(self) -> list[Op]:
+        return [self.op(index) for index in range(len(self._told))]
+
+    def op(self, index: int) -> Op:
+        number, expect, *values, want = _PLAIN[6].unpack_from(self._packed, index * _OP.size)
+        served, note, count = self._told[index]
+        arguments = self._open.get(index, tuple(values[:count]))
+        return Op(number, arguments, expect, want, served if isinstance(served, str) else served.label, note)
+
+    def serving(self, resource: Served) -> _Serving:
         return _Serving(self, resource)
 
-    def call(self, number: int, *arguments: Argument, note: str = "") -> Result:
+    def call(self, number: int, *arguments: Argument, note: str = "") -> None:
         """Append a call that must not fail."""
-        return self._append(number, arguments, lib.LR_EXPECT_OK, 0, note)
+        self._append(number, arguments, _EXPECT_OK, 0, note)
 
-    def call_expecting(self, want: int, number: int, *arguments: Argument, note: str = "") -> Result:
+    def call_expecting(self, want: int, number: int, *arguments: Argument, note: str = "") -> None:
         """Append a call that must return exactly `want`."""
-        return self._append(number, arguments, lib.LR_EXPECT_EQUAL, want, note)
+        self._append(number, arguments, _EXPECT_EQUAL, want, note)
 
     def try_call(self, number: int, *arguments: Argument, note: str = "") -> Result:
         """Append a call whose failure does not matter."""
-        return self._append(number, arguments, lib.LR_EXPECT_ANY, 0, note)
+        return Result(self._append(number, arguments, _EXPECT_ANY, 0, note))
 
-    def stop(self, note: str) -> int:
-        """Let the tracer in at this point; returns the index of the operation."""
-        return self._append(lib.LR_OP_STOP, (), lib.LR_EXPECT_ANY, 0, note).index
+    def stop(self, note: str) -> None:
+        """Let the tracer in at this point."""
+        self._append(lib.LR_OP_STOP, (), _EXPECT_ANY, 0, note)
 
     def repeat_while_zero(self, value: Result, start: Result, note: str = "") -> None:
         """Go back to the operation of `start` as long as `value` is 0."""
-        self._append(lib.LR_OP_REPEAT, (value, start.index), lib.LR_EXPECT_ANY, 0, note)
+        self._append(lib.LR_OP_REPEAT, (value, start.index), _EXPECT_ANY, 0, note)
 
-    def start_thread(self, clone_args: Pointer, size: int, ops: OpList, want_tid: int) -> Result:
-        return self._append(
-            lib.LR_OP_THREAD, (clone_args, size, ListAddress(ops.number)), lib.LR_EXPECT_EQUAL, want_tid, ""
-        )
+    def start_thread(self, clone_args: Pointer, size: int, ops: OpList, want_tid: int) -> None:
+        self._append(lib.LR_OP_THREAD, (clone_args, size, ListAddress(ops.number)), _EXPECT_EQUAL, want_tid, "")
 
-    def _append(self, number: int, arguments: tuple[Argument, ...], expect: int, want: int, note: str) -> Result:
-        self.ops.append(Op(number, arguments, expect, want, self.resource, note))
-        return Result(len(self.ops) - 1)
+    def linked(self, data_at: int, lists: list[int]) -> bytearray:
+        """The operations for a program with its data at `data_at` and its lists at `lists`."""
+        packed = bytearray(self._packed)
+        for index, arguments in self._open.items():
+            number, expect, *_, want = _PLAIN[6].unpack_from(packed, index * _OP.size)
+            kinds, values = _resolve(arguments, data_at, lists)
+            _OP.pack_into(packed, index * _OP.size, number, *kinds, expect, 0, *values, want, 0)
+        return packed
+
+    def _append(self, number: int, arguments: tuple[Argument, ...], expect: int, want: int, note: str) -> int:
+        """Returns the index of the operation."""
+        index = len(self._told)
+        try:
+            self._packed += _PLAIN[len(arguments)].pack(number, expect, *arguments, want)
+        except struct.error:  # not a plain number, or one above 2^63
+            self._packed += _PLAIN[0].pack(number, expect, want)
+            self._open[index] = arguments
+        self._told.append((self.resource, note, len(arguments)))
+        return index
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +257,7 @@ class Program:
         """Bytes of address space that the linked program takes, a multiple of the page size."""
         code, _ = executor_code()
         total = _align(len(code), PAGE) + len(self.lists) * _LIST.size
-        total += sum(len(ops.ops) for ops in self.lists) * _OP.size + _align(len(self.data), 16) + 32
+        total += sum(map(len, self.lists)) * _OP.size + _align(len(self.data), 16) + 32
         return _align(total + LEADER_STACK + (len(self.lists) - 1) * THREAD_STACK, PAGE)
 
     def link(self, base: int) -> Linked:
@@ -219,7 +265,7 @@ class Program:
         code, entry = executor_code()
         lists_at = base + _align(len(code), PAGE)
         ops_at = _align(lists_at + len(self.lists) * _LIST.size, 16)
-        data_at = _align(ops_at + sum(len(ops.ops) for ops in self.lists) * _OP.size, 16)
+        data_at = _align(ops_at + sum(map(len, self.lists)) * _OP.size, 16)
         stacks_at = _align(data_at + len(self.data), 16)
         image = bytearray(self.size())
         image[: len(code)] = code
@@ -229,16 +275,13 @@ class Program:
         at, stack = ops_at, stacks_at
         for ops in self.lists:
             lists.append(lists_at + len(lists) * _LIST.size)
-            _LIST.pack_into(image, lists[-1] - base, at, len(ops.ops))
+            _LIST.pack_into(image, lists[-1] - base, at, len(ops))
             op_addresses.append(at)
-            at += len(ops.ops) * _OP.size
+            at += len(ops) * _OP.size
             stacks.append(stack)
             stack += THREAD_STACK if ops.number else LEADER_STACK
         for ops, at in zip(self.lists, op_addresses, strict=True):
-            offset = at - base
-            for op in ops.ops:
-                self._pack(image, offset, op, data_at, lists)
-                offset += _OP.size
+            image[at - base : at - base + len(ops) * _OP.size] = ops.linked(data_at, lists)
         data = bytearray(self.data)
         for where, number in self._stack_fields:
             struct.pack_into("<Q", data, where, stacks[number])
@@ -247,31 +290,6 @@ class Program:
         image[data_at - base : data_at - base + len(data)] = data
         tops = [low + (THREAD_STACK if number else LEADER_STACK) for number, low in enumerate(stacks)]
         return Linked(base, image, base + entry, lists, tops, op_addresses, data_at)
-
-    @staticmethod
-    def _pack(image: bytearray, offset: int, op: Op, data_at: int, lists: list[int]) -> None:
-        plain = all(map(_is_plain, op.arguments))
-        kinds, values = (_NO_KINDS, op.arguments) if plain else Program._resolve(op, data_at, lists)
-        padding = _PADDING[len(values)]
-        _OP.pack_into(image, offset, op.number, *kinds, op.expect, 0, *values, *padding, op.want, 0)
-
-    @staticmethod
-    def _resolve(op: Op, data_at: int, lists: list[int]) -> tuple[Sequence[int], Sequence[int]]:
-        """Kinds and values of arguments that are not all plain numbers."""
-        kinds = [0, 0, 0, 0, 0, 0]
-        values = [0] * len(op.arguments)
-        for position, argument in enumerate(op.arguments):
-            if isinstance(argument, int):
-                values[position] = argument & _MASK
-            elif isinstance(argument, Pointer):
-                values[position] = data_at + argument.offset
-            elif isinstance(argument, Result):
-                kinds[position], values[position] = lib.LR_RESULT, argument.index
-            elif isinstance(argument, Word):
-                kinds[position], values[position] = lib.LR_WORD, data_at + argument.offset
-            else:
-                values[position] = lists[argument.number]
-        return kinds, values
 
     def explain(self) -> Iterator[str]:
         """The program, one line per operation."""
@@ -368,8 +386,21 @@ class Descriptors:
 _code: tuple[bytes, int] | None = None
 
 
-def _is_plain(argument: Argument) -> bool:
-    return type(argument) is int and argument >= 0
+def _resolve(arguments: tuple[Argument, ...], data_at: int, lists: list[int]) -> tuple[list[int], list[int]]:
+    """Kinds and values of six arguments."""
+    kinds, values = [0] * 6, [0] * 6
+    for position, argument in enumerate(arguments):
+        if isinstance(argument, int):
+            values[position] = argument & _MASK
+        elif isinstance(argument, Pointer):
+            values[position] = data_at + argument.offset
+        elif isinstance(argument, Result):
+            kinds[position], values[position] = lib.LR_RESULT, argument.index
+        elif isinstance(argument, Word):
+            kinds[position], values[position] = lib.LR_WORD, data_at + argument.offset
+        else:
+            values[position] = lists[argument.number]
+    return kinds, values
 
 
 def executor_code() -> tuple[bytes, int]:

@@ -427,8 +427,8 @@ class _Child:
             self._surprise(number, self._index[0], self._result[0])
 
     def _surprise(self, number: int, index: int, result: int) -> None:
-        ops = self.compiled.program.lists[number].ops
-        op: Op = ops[index] if index < len(ops) else Op(0, (), 0, 0, "program", "")
+        ops = self.compiled.program.lists[number]
+        op = ops.op(index) if index < len(ops) else Op(0, (), 0, 0, "program", "")
         step = op.name + (f" ({op.note})" if op.note else "")
         if -4096 < result < 0:
             raise RestoreError(op.resource, step, errno=-result)

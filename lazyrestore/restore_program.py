@@ -90,10 +90,9 @@ def compile_program(manifest: Manifest, layout: Layout, own: Credentials, *, own
     with ops.serving("vdso"):
         kernel_moves, at = [], aside
         for name, _, length in manifest.host.vdso:
-            kernel_moves.append(
-                ops.call_expecting(
-                    at, lib.SYS_mremap, 0, length, length, lib.MREMAP_MAYMOVE | lib.MREMAP_FIXED, at, note=name
-                ).index
+            kernel_moves.append(len(ops))
+            ops.call_expecting(
+                at, lib.SYS_mremap, 0, length, length, lib.MREMAP_MAYMOVE | lib.MREMAP_FIXED, at, note=name
             )
             at += length
     with ops.serving("old address space"):

@@ -221,11 +221,6 @@ def _build_id(path: str) -> str:
     return head[note + 16 : note + 36].hex() if note >= 0 else ""
 
 
-# Looked up once: an attribute of a cffi library costs much in a loop over VMAs.
-_MMAP, _MADVISE = lib.SYS_mmap, lib.SYS_madvise
-_MAP_FIXED_NOREPLACE, _MAP_PRIVATE, _MAP_NORESERVE = lib.MAP_FIXED_NOREPLACE, lib.MAP_PRIVATE, lib.MAP_NORESERVE
-_MAP_SHARED, _MAP_ANONYMOUS = lib.MAP_SHARED, lib.MAP_ANONYMOUS
-
 # -- restore -----------------------------------------------------------------------------------------------------------
 
 ADVICE = {  # VmFlags of smaps (Documentation/filesystems/proc.rst) → madvise
@@ -238,6 +233,14 @@ ADVICE = {  # VmFlags of smaps (Documentation/filesystems/proc.rst) → madvise
     "sr": lib.MADV_SEQUENTIAL,
     "rr": lib.MADV_RANDOM,
 }
+LOCKED = "lo"
+_ADVISED = frozenset((*ADVICE, LOCKED))
+
+# Looked up once: an attribute of a cffi library costs much in a loop over VMAs.
+_MMAP, _OPENAT, _AT_FDCWD = lib.SYS_mmap, lib.SYS_openat, lib.AT_FDCWD
+_PRIVATE = lib.MAP_FIXED_NOREPLACE | lib.MAP_PRIVATE
+_SHARED = lib.MAP_FIXED_NOREPLACE | lib.MAP_SHARED
+_LAZY = _PRIVATE | lib.MAP_NORESERVE
 
 
 def restore(
@@ -255,41 +258,40 @@ def restore(
     numbers in the new process; `writable` the files that must be opened for writing."""
     opened: dict[int, int] = {}
     last_use = {vma.file: number for number, vma in enumerate(vmas)}
-    for number, vma in enumerate(vmas):
-        if vma.kind == "kernel":
-            continue
-        with ops.serving(vma.label):
-            flags = _MAP_FIXED_NOREPLACE
-            fd, offset = -1, 0
-            match vma.kind:
-                case "lazy":
-                    fd, offset = template, vma.start
-                    flags |= _MAP_PRIVATE | _MAP_NORESERVE
-                case "hugetlb":
-                    fd, offset = hugetlb, vma.start
-                    flags |= _MAP_PRIVATE | _MAP_NORESERVE
-                case "shared":
-                    fd, offset = shared[vma.shared_object], vma.offset
-                    flags |= _MAP_SHARED if vma.shared else _MAP_PRIVATE
-                case "file":
-                    if vma.file not in opened:
-                        mode = os.O_RDWR if vma.file in writable else os.O_RDONLY
-                        opened[vma.file] = fds.create(
-                            lib.SYS_openat, lib.AT_FDCWD, program.string(files[vma.file].path), mode | os.O_CLOEXEC
-                        )
-                    fd, offset = opened[vma.file], vma.offset
-                    flags |= _MAP_SHARED if vma.shared else _MAP_PRIVATE
-                case _:
-                    flags |= _MAP_PRIVATE | _MAP_ANONYMOUS
-                    if vma.grows_down:
-                        flags |= lib.MAP_GROWSDOWN
-                    if "nr" in vma.flags or not vma.protection:
-                        flags |= _MAP_NORESERVE
-            ops.call_expecting(vma.start, _MMAP, vma.start, vma.size, vma.protection, flags, fd, offset, note=vma.kind)
-            for name in ADVICE.keys() & vma.flags:
-                if name != "wf" or vma.kind in ("eager", "anonymous"):
-                    ops.try_call(_MADVISE, vma.start, vma.size, ADVICE[name], note=f"VmFlags {name}")
-            if "lo" in vma.flags:
-                ops.call(lib.SYS_mlock2, vma.start, vma.size, lib.MLOCK_ONFAULT)
-            if vma.file in opened and last_use[vma.file] == number:
+    with ops.serving(""):
+        for number, vma in enumerate(vmas):
+            kind, start, size = vma.kind, vma.start, vma.end - vma.start
+            ops.resource = vma
+            if kind == "lazy":
+                fd, offset, flags = template, start, _LAZY
+            elif kind == "file":
+                if vma.file not in opened:
+                    mode = os.O_RDWR if vma.file in writable else os.O_RDONLY
+                    path = program.string(files[vma.file].path)
+                    opened[vma.file] = fds.create(_OPENAT, _AT_FDCWD, path, mode | os.O_CLOEXEC)
+                fd, offset, flags = opened[vma.file], vma.offset, _SHARED if vma.shared else _PRIVATE
+            elif kind == "kernel":
+                continue
+            elif kind == "hugetlb":
+                fd, offset, flags = hugetlb, start, _LAZY
+            elif kind == "shared":
+                fd, offset, flags = shared[vma.shared_object], vma.offset, _SHARED if vma.shared else _PRIVATE
+            else:
+                fd, offset, flags = -1, 0, _PRIVATE | lib.MAP_ANONYMOUS
+                if vma.grows_down:
+                    flags |= lib.MAP_GROWSDOWN
+                if "nr" in vma.flags or not vma.protection:
+                    flags |= lib.MAP_NORESERVE
+            ops.call_expecting(start, _MMAP, start, size, vma.protection, flags, fd, offset, note=kind)
+            if not _ADVISED.isdisjoint(vma.flags):
+                _advise(vma, ops)
+            if kind == "file" and last_use[vma.file] == number:
                 fds.close(opened.pop(vma.file))
+
+
+def _advise(vma: Vma, ops: OpList) -> None:
+    for name in ADVICE.keys() & vma.flags:
+        if name != "wf" or vma.kind in ("eager", "anonymous"):
+            ops.try_call(lib.SYS_madvise, vma.start, vma.size, ADVICE[name], note=f"VmFlags {name}")
+    if LOCKED in vma.flags:
+        ops.call(lib.SYS_mlock2, vma.start, vma.size, lib.MLOCK_ONFAULT)
