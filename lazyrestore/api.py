@@ -6,14 +6,11 @@ A restored process is a child of the calling process. ptrace is used only inside
 from __future__ import annotations
 
 import os
-import select
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from lazyrestore.errors import LazyrestoreError, PagerError
@@ -39,7 +36,7 @@ class Store:
         """The store at `path`, made private (0700) if it does not exist. Raises StoreError's subclasses."""
         from lazyrestore.store import ImageStore
 
-        return cls(ImageStore.open(Path(path), create=create))
+        return cls(ImageStore.open(path, create=create))
 
     def __enter__(self) -> Self:
         return self
@@ -161,7 +158,9 @@ class Snapshot:
     def working_set(self) -> list[int]:
         """The chunks that the first restore touched first, in order: positions in the chunk index; empty if it is not
         recorded (yet)."""
-        return list(memoryview(self._image.working_set).cast("I"))
+        from lazyrestore.store import format
+
+        return [chunk for chunk, _ in format.TOUCHED.iter_unpack(self._image.working_set)]
 
     @property
     def working_set_bytes(self) -> int:

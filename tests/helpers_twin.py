@@ -15,7 +15,6 @@ import errno
 import itertools
 import random
 import zlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from helpers import Builder, Victim, Victims, ask
 
 import lazyrestore
 from lazyrestore.store import ImageStore
+from lazyrestore.store.format import TOUCHED
 
 PAGE = 4096
 ARENA, ARENA_PAGES = 0x1000_0000_0000, 512
@@ -123,7 +123,7 @@ class Pair:
     def _with_working_set(self, snapshot: lazyrestore.Snapshot) -> lazyrestore.Snapshot:
         """With all of its memory in the working set: it arrives while the process does what it does."""
         with ImageStore.open(self._images) as store, store.open_image(snapshot.name) as image:
-            everything = array("I", reversed(range(image.n_chunks))).tobytes()
+            everything = b"".join(TOUCHED.pack(k, k * k % 16) for k in reversed(range(image.n_chunks)))
             assert store.keep_working_set(snapshot.name, image.snapshot, everything)
         snapshot.close()
         self._snapshots[-1] = self._store.get(snapshot.name)

@@ -188,7 +188,7 @@ class PagerClient:
         )  # fmt: skip
 
     def working_set(self, *, end: bool = False) -> bytes:
-        """The chunks touched first: little-endian u32 positions in the chunk index, in order; empty if none are known.
+        """The chunks touched first, in order: struct lr_touched each; empty if none are known.
 
         end: end a recording that is under way. Raises PagerGone, PagerError.
         """

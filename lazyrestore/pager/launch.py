@@ -62,7 +62,7 @@ class StoredImage(Protocol):
 
     @property
     def working_set(self) -> bytes:
-        """Little-endian u32 positions in the index, in the order of their first touch; empty if none was recorded."""
+        """struct lr_touched each, in the order of first touch; empty if none was recorded."""
 
     @property
     def recorder(self) -> Sequence[str]:
@@ -216,7 +216,7 @@ def _image_memfd(image: StoredImage) -> int:
         len(image.packs),
         image.index_offset,
         image.n_chunks,
-        len(image.working_set) // 4,
+        len(image.working_set) // wire.TOUCHED.size,
         0,
         name,
     )

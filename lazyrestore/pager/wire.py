@@ -17,6 +17,7 @@ WORKING_SET_END = 1
 IMAGE = Struct("<IIIIQQII96s")  # magic, version, flags, packs, index offset, chunks, working set, 0, name
 PACK = Struct("<QQ")  # offset into the data file, length
 CHUNK = Struct("<QIIII")  # image address, raw length, pack, offset into the pack, stored length
+TOUCHED = Struct("<II")  # position in the index, bits: pages written
 RANGE = Struct("<QQQII")  # start, end, image address, backing, flags
 REQUEST = Struct("<5I248I")  # kind, version, flags, ranges, shared, shared object numbers
 REPLY = Struct("<IiQ64siiII")  # kind, errno, address, step, pager, keeper, descriptors, spaces

@@ -28,6 +28,7 @@ PACK_MAX = 8 << 20
 LEVELS = range(1, 20)  # zstd compression levels on offer
 
 ENTRY = struct.Struct("<QIIII")  # struct lr_chunk: image address, raw length, pack slot, offset in pack, stored length
+TOUCHED = struct.Struct("<II")  # working set: position in the index; bit i: page i of the chunk was written
 LOCATION = struct.Struct("<QIII")  # deduplication: pack id, offset in pack, stored length, raw length
 KEY = struct.Struct(">Q")  # ids as keys, so that LMDB sorts them as numbers
 
@@ -42,7 +43,7 @@ SNAPSHOTS = b"S"  # + id: Record
 INDEXES = b"I"  # + id: ENTRYs, then zeros
 HASHES = b"H"  # + id: 32 bytes for each chunk
 MANIFESTS = b"M"  # + id: opaque here
-WORKING_SETS = b"W"  # + id: u32 positions in the index, in the order of their first touch; may be absent
+WORKING_SETS = b"W"  # + id: TOUCHEDs, in the order of first touch; may be absent
 PACKS = b"P"  # + id: zstd frames, then zeros
 CONTENTS = b"C"  # + id of a pack: 32 bytes for each chunk in it
 CHUNKS = b"D"  # + hash: LOCATION

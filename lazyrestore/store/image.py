@@ -33,8 +33,7 @@ class StoredImage:
     only; index_offset: bytes into it; n_chunks: 24-byte entries of the index; packs: (file offset, length in bytes) by
     slot; pin_fd: keeps all of this valid while any copy of the descriptor is open, in whatever process; stored_bytes:
     compressed bytes that the snapshot refers to; hugetlb: whether it has chunks for huge pages; directory: the store's;
-    working_set: little-endian u32 positions in the index, in the order of their first touch, empty if none was
-    recorded.
+    working_set: format.TOUCHED each, in the order of first touch; empty if none was recorded.
     """
 
     name: str

@@ -81,7 +81,7 @@ class ImageStore:
             return bytes(environment.need(txn, format.key(format.MANIFESTS, snapshot)))
 
     def keep_working_set(self, name: str, snapshot: int, working_set: bytes) -> bool:
-        """Store the working set (little-endian u32 positions in the index) of the snapshot with that name and id.
+        """Store the working set (format.TOUCHED each) of the snapshot with that name and id.
 
         False, and nothing stored, if it has gone or was replaced. Raises ValueError for positions beyond the index.
         """
@@ -92,7 +92,9 @@ class ImageStore:
             if found is None or format.number_of(found, environment.resource) != snapshot:
                 return False
             chunks = image.record_of(environment, txn, snapshot).chunks
-            if len(working_set) % 4 or max(memoryview(working_set).cast("I"), default=0) >= max(chunks, 1):
+            if len(working_set) % format.TOUCHED.size:
+                raise ValueError("a working set with half an entry")
+            if any(chunk >= chunks for chunk, _ in format.TOUCHED.iter_unpack(working_set)):
                 raise ValueError("a working set with positions beyond the index")
             txn.put(format.key(format.WORKING_SETS, snapshot), working_set)
             return True

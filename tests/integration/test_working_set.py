@@ -71,6 +71,6 @@ def test_show_says_that_there_is_one(run: Path, copies: Copies, victims: Victims
     snapshot = copies.snapshot(victim.pid, "s")
     assert snapshot.working_set_bytes == 0
     with ImageStore.open(run / "store") as store, store.open_image("s") as image:
-        assert store.keep_working_set("s", image.snapshot, bytes(4))
+        assert store.keep_working_set("s", image.snapshot, bytes(8))
     with lazyrestore.Store.open(run / "store") as again, again.get("s") as shown:
         assert 0 < shown.working_set_bytes < shown.raw_bytes

@@ -15,6 +15,7 @@ STRUCTS = {
     "lr_image": (wire.IMAGE, "magic version flags n_packs index_offset n_chunks n_working_set reserved name"),
     "lr_pack": (wire.PACK, "offset length"),
     "lr_chunk": (wire.CHUNK, "address length pack offset stored"),
+    "lr_touched": (wire.TOUCHED, "chunk written"),
     "lr_range": (wire.RANGE, "start end image backing flags"),
     "lr_request": (wire.REQUEST, "kind version flags n_ranges n_shared shared"),
     "lr_reply": (wire.REPLY, "kind error address step pager keeper n_fds n_spaces"),

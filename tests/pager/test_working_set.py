@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 import sys
 import zlib
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers_pager import CHUNK, PAGE, Image, Victim, stats_when
 
-from lazyrestore.pager import PagerClient
+from lazyrestore.pager import PagerClient, wire
 
 pytestmark = pytest.mark.requires("root")
 
@@ -25,11 +24,11 @@ MakeVictim = Callable[[], Victim]
 
 
 def numbers(working_set: bytes) -> tuple[int, ...]:
-    return struct.unpack(f"<{len(working_set) // 4}I", working_set)
+    return tuple(chunk for chunk, _ in wire.TOUCHED.iter_unpack(working_set))
 
 
-def packed(*chunks: int) -> bytes:
-    return struct.pack(f"<{len(chunks)}I", *chunks)
+def packed(*chunks: int, written: int = 0) -> bytes:
+    return b"".join(wire.TOUCHED.pack(chunk, written) for chunk in chunks)
 
 
 def slot_of(image: Image, number: int) -> int:
@@ -125,6 +124,37 @@ def test_damaged_chunk_in_it(start: Start, make_image: MakeImage, make_victim: M
     replayed(client, 2 * CHUNK // PAGE)
     assert victim.ask("crc", BASE, CHUNK) == str(zlib.crc32(image.raw(BASE, CHUNK)))
     assert victim.ask("touch", BASE + CHUNK) == "SIGBUS"
+
+
+def anonymous(pid: int, address: int) -> bool:
+    """Whether the page is present and the process's own, by /proc/PID/pagemap."""
+    with Path(f"/proc/{pid}/pagemap").open("rb") as file:
+        file.seek(address // PAGE * 8)
+        entry = int.from_bytes(file.read(8), "little")
+    return entry >> 61 & 0b101 == 0b100
+
+
+def test_written_pages_come_as_copies(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    image = make_image()
+    client, first, second, third = start(image), make_victim(), make_victim(), make_victim()
+    first.clone(client, BASE, LENGTH, record=True)
+    at = BASE + 3 * CHUNK
+    first.ask("touch", at)
+    for page in (1, 2, 9):
+        first.ask("poke", at + page * PAGE + 17, 255)
+    stats_when(client, lambda stats: stats.faults == 1)
+    assert client.working_set(end=True) == packed(slot_of(image, 3), written=0b10_0000_0110)
+    second.clone(client, BASE, LENGTH, replay=True)
+    replayed(client, CHUNK // PAGE)
+    own = [page for page in range(16) if anonymous(second.pid, at + page * PAGE)]
+    assert own == [1, 2, 9]
+    expected = str(zlib.crc32(image.raw(at, CHUNK)))
+    assert second.ask("crc", at, CHUNK) == expected
+    second.ask("poke", at + PAGE, 254)
+    assert second.ask("crc", at, CHUNK) != expected
+    third.clone(client, BASE, LENGTH, replay=True)
+    assert third.ask("crc", at, CHUNK) == expected
+    assert client.stats().faults == 1
 
 
 def test_moved_memory_is_not_overwritten(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:

@@ -22,7 +22,7 @@ def filled(path: Path) -> ImageStore:
 
 
 def test_kept_and_found(tmp_path: Path) -> None:
-    working_set = struct.pack("<3I", 3, 0, 2)
+    working_set = struct.pack("<6I", 3, 0, 0, 15, 2, 1)
     with filled(tmp_path / "s") as store:
         with store.open_image("one") as image:
             assert image.working_set == b""
@@ -34,8 +34,8 @@ def test_kept_and_found(tmp_path: Path) -> None:
 
 def test_positions_beyond_the_index(tmp_path: Path) -> None:
     with filled(tmp_path / "s") as store, store.open_image("one") as image:
-        for wrong in (struct.pack("<I", 4), b"abc"):
-            with pytest.raises(ValueError, match="beyond the index"):
+        for wrong in (struct.pack("<II", 4, 0), b"abcd"):
+            with pytest.raises(ValueError, match=r"beyond the index|half an entry"):
                 store.keep_working_set("one", image.snapshot, wrong)
         assert store.open_image("one").working_set == b""
 
@@ -46,14 +46,14 @@ def test_gone_or_replaced_meanwhile(tmp_path: Path) -> None:
             old = image.snapshot
         with store.writer("one", replace=True) as writer:
             writer.commit(b"")
-        assert not store.keep_working_set("one", old, struct.pack("<I", 0))
-        assert not store.keep_working_set("none", old, struct.pack("<I", 0))
+        assert not store.keep_working_set("one", old, bytes(8))
+        assert not store.keep_working_set("none", old, bytes(8))
 
 
 def test_freed_with_its_snapshot(tmp_path: Path) -> None:
     with filled(tmp_path / "s") as store:
         with store.open_image("one") as image:
-            assert store.keep_working_set("one", image.snapshot, struct.pack("<I", 1))
+            assert store.keep_working_set("one", image.snapshot, bytes(8))
         store.rm("one")
         environment = store._environment
         with environment.read() as txn:

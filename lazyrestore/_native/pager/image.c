@@ -63,7 +63,7 @@ struct lr_error image_init(int image_fd, int data_fd, struct image *image) {
 	if (header.magic != LR_IMAGE_MAGIC || header.version != LR_PROTOCOL_VERSION)
 		return lr_fail("image: magic or version", EPROTO, header.version);
 	uint64_t packs_size = header.n_packs * (uint64_t)sizeof(struct lr_pack);
-	uint64_t working_set_size = header.n_working_set * (uint64_t)sizeof(uint32_t);
+	uint64_t working_set_size = header.n_working_set * (uint64_t)sizeof(struct lr_touched);
 	if ((uint64_t)about.st_size != sizeof header + packs_size + working_set_size)
 		return lr_fail("image: size", EINVAL, (uint64_t)about.st_size);
 	struct image made = {

@@ -18,7 +18,7 @@ struct image {
 	uint64_t n_chunks;
 	struct lr_pack *packs;
 	uint32_t n_packs;
-	uint32_t *working_set; /* positions in the index, not checked */
+	struct lr_touched *working_set; /* not checked */
 	uint32_t n_working_set;
 	bool hugetlb;
 	char name[96];

@@ -133,9 +133,9 @@ static struct lr_error pager_init(struct pager *pager, const struct options *opt
 	close(options->fds[IMAGE]);
 	if (!error.code)
 		error = open_backings(pager);
-	working_set_init(&pager->working_set);
+	working_set_init(&pager->working_set, &pager->image);
 	if (!error.code)
-		error = working_set_load(&pager->working_set, &pager->image, pager->image.working_set, pager->image.n_working_set);
+		error = working_set_load(&pager->working_set);
 	if (!error.code && pager->image.n_working_set)
 		options = NULL; /* it is kept already */
 	pager->recorder = options ? options->recorder : NULL;

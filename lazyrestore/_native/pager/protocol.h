@@ -19,7 +19,7 @@ enum {
 	LR_ATTACH = 2, /* fds: userfaultfd, pidfd, memfd of lr_range[n_ranges], n_shared memfds; reply: lr_reply */
 	LR_STATS = 3,  /* reply: lr_totals, then n_spaces packets of lr_space_stats */
 	LR_STOP = 4,   /* exit when no address space is left, without lingering; reply: lr_reply */
-	LR_WORKING_SET = 5 /* reply: lr_reply with [memfd of uint32_t: positions in the chunk index, in first-touch order] */
+	LR_WORKING_SET = 5 /* reply: lr_reply with [memfd of lr_touched[], in the order of first touch] */
 };
 
 /* lr_request.flags of LR_ATTACH */
@@ -41,7 +41,8 @@ enum {
 	LR_BACKING_SHARED = 2 /* 2 + k: shared object k */
 };
 
-/* The image memfd: this header, then n_packs times lr_pack, then n_working_set times uint32_t, positions in the index. */
+/* The image memfd: this header, then n_packs times lr_pack, then n_working_set times
+ * struct lr_touched. */
 struct lr_image {
 	uint32_t magic;
 	uint32_t version;
@@ -65,6 +66,12 @@ struct lr_chunk {
 	uint32_t pack;    /* slot in the list of packs */
 	uint32_t offset;  /* bytes into the pack */
 	uint32_t stored;  /* compressed bytes: one zstd frame with content size and checksum */
+};
+
+/* One chunk of the working set. */
+struct lr_touched {
+	uint32_t chunk;   /* position in the chunk index */
+	uint32_t written; /* bit i: the process wrote page i of it; of its first 32 pages */
 };
 
 /* One restored VMA, or part of one. Sorted by start, not overlapping. */

@@ -11,13 +11,27 @@ enum { BATCH = 64, MAX_SURPRISES = 32, MAX_THREADS = 8, NICE = 5 };
 
 /* -- mapping ----------------------------------------------------------------------------------------------------------- */
 
+/* Pages of the image, filled in the template; `copy`: to be installed as private copies. */
+struct run {
+	uint64_t start, end; /* image addresses, and virtual ones */
+	bool copy;
+};
+
+static struct uffd_result install_copy(struct space *space, uint64_t start, uint64_t end) {
+	uint64_t length = end - start < LR_MAX_CHUNK ? end - start : LR_MAX_CHUNK;
+	if (pread(space->pager->template.fd, space->unpacker.raw, length, (off_t)start) != (ssize_t)length)
+		return (struct uffd_result){.code = EIO};
+	return uffd_copy(space->uffd, start, start + length, space->unpacker.raw);
+}
+
 /* Installs [start, end), which lies in one interval, as far as it goes. EAGAIN: an event must be read first. */
-static int map_piece(struct space *space, uint64_t start, uint64_t end) {
+static int map_piece(struct space *space, uint64_t start, uint64_t end, bool copy) {
 	for (unsigned surprises = 0; start < end && surprises < MAX_SURPRISES;) {
-		struct uffd_result result = uffd_continue(space->uffd, start, end);
+		struct uffd_result result =
+			copy ? install_copy(space, start, end) : uffd_continue(space->uffd, start, end);
 		stats_add(&space->stats, LR_COUNT_REPLAYED, result.done / LR_PAGE);
 		start += result.done;
-		if (result.done || !result.code)
+		if (result.done)
 			continue;
 		if (result.code != EEXIST)
 			return result.code;
@@ -27,70 +41,71 @@ static int map_piece(struct space *space, uint64_t start, uint64_t end) {
 	return 0;
 }
 
-/* The parts of the filled image range [start, end) that still lie where they were. */
-static int map_run(struct space *space, uint64_t start, uint64_t end) {
+/* The parts of a run that still lie where they were. After EAGAIN the rest is left to its faults. False: the address
+ * space is gone. */
+static bool map_run(struct space *space, struct run run) {
 	struct interval found;
-	for (uint64_t at = start; at < end && interval_map_next(&space->map, at, &found) && found.start < end; at = found.end) {
-		bool in_place = found.image == found.start && found.backing == LR_BACKING_TEMPLATE && !found.flags;
-		if (!in_place)
-			continue;
-		uint64_t from = found.start > at ? found.start : at, to = found.end < end ? found.end : end;
-		int error = map_piece(space, from, to);
-		if (error == EAGAIN || error == ESRCH)
-			return error;
-		found.end = to;
-	}
-	return 0;
-}
-
-/* Events and demand faults first. False: the address space is gone. */
-static bool serve_waiting(struct space *space) {
 	uint32_t n_read;
+	for (uint64_t at = run.start; at < run.end && interval_map_next(&space->map, at, &found) && found.start < run.end;
+	     at = found.end) {
+		bool in_place = found.image == found.start && found.backing == LR_BACKING_TEMPLATE && !found.flags;
+		uint64_t from = found.start > at ? found.start : at, to = found.end < run.end ? found.end : run.end;
+		int error = in_place ? map_piece(space, from, to, run.copy) : 0;
+		if (error == ESRCH)
+			return false;
+		if (error == EAGAIN)
+			break;
+	}
+	/* Events and demand faults first. */
 	return space_drain(space, &n_read) && space_serve_all(space);
 }
 
 static int by_number(const void *a, const void *b) {
-	uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+	uint32_t x = ((const struct lr_touched *)a)->chunk, y = ((const struct lr_touched *)b)->chunk;
 	return (x > y) - (x < y);
 }
 
-/* Maps filled chunks, sorted here, run by run. False: the address space is gone. */
-static bool map_chunks(struct space *space, uint32_t *chunks, uint32_t n) {
+/* Maps filled chunks, sorted here, in runs. False: the address space is gone. */
+static bool map_chunks(struct space *space, struct lr_touched *touched, uint32_t n) {
 	const struct lr_chunk *index = space->pager->image.chunks;
-	qsort(chunks, n, sizeof *chunks, by_number);
-	for (uint32_t i = 0; i < n;) {
-		uint64_t start = index[chunks[i]].address, end = start + index[chunks[i]].length;
-		for (i++; i < n && index[chunks[i]].address == end; i++)
-			end += index[chunks[i]].length;
-		int error = map_run(space, start, end);
-		if (error == ESRCH)
-			return false;
-		if (!serve_waiting(space)) /* after EAGAIN the run is left to its faults */
-			return false;
+	struct run run = {0};
+	qsort(touched, n, sizeof *touched, by_number);
+	for (uint32_t i = 0; i < n; i++) {
+		const struct lr_chunk *chunk = &index[touched[i].chunk];
+		for (uint32_t page = 0; page < chunk->length / LR_PAGE; page++) {
+			uint64_t at = chunk->address + page * (uint64_t)LR_PAGE;
+			bool copy = page < 32 && touched[i].written >> page & 1;
+			if (at != run.end || copy != run.copy) {
+				if (!map_run(space, run))
+					return false;
+				run = (struct run){.start = at, .copy = copy};
+			}
+			run.end = at + LR_PAGE;
+		}
 	}
-	return true;
+	return map_run(space, run);
 }
 
 bool replay(struct space *space) {
 	struct pager *pager = space->pager;
 	uint32_t n;
-	scoped_free uint32_t *chunks = working_set_copy(&pager->working_set, &n);
+	scoped_free struct lr_touched *touched = working_set_copy(&pager->working_set, &n);
 	bool alive = true;
 	for (uint32_t done = 0; alive && done < n;) {
 		/* All that is filled by now, at least a batch. */
 		uint32_t end = done;
-		while (end < n && (end < done + BATCH || backing_is_filled(&pager->template, chunks[end])))
+		while (end < n && (end < done + BATCH || backing_is_filled(&pager->template, touched[end].chunk)))
 			end++;
 		uint32_t good = done;
 		for (uint32_t i = done; alive && i < end; i++) {
-			bool was_filled = backing_is_filled(&pager->template, chunks[i]);
-			if (backing_fill(&pager->template, &pager->image, chunks[i], &space->unpacker) == CHUNK_FILLED)
-				chunks[good++] = chunks[i];
+			bool was_filled = backing_is_filled(&pager->template, touched[i].chunk);
+			if (backing_fill(&pager->template, &pager->image, touched[i].chunk, &space->unpacker) == CHUNK_FILLED)
+				touched[good++] = touched[i];
 			if (!was_filled)
-				alive = serve_waiting(space);
+				alive = map_run(space, (struct run){0}); /* whoever waits comes first */
 		}
 		if (alive)
-			alive = map_chunks(space, chunks + done, good - done);
+			alive = map_chunks(space, touched + done, good - done);
 		done = end;
 	}
 	return alive;
@@ -100,7 +115,7 @@ bool replay(struct space *space) {
 
 struct prefetch {
 	struct pager *pager;
-	uint32_t *chunks;
+	struct lr_touched *touched;
 	uint32_t n;
 	_Atomic uint32_t next;
 	_Atomic unsigned users;
@@ -108,7 +123,7 @@ struct prefetch {
 
 static void prefetch_put(struct prefetch *work) {
 	if (atomic_fetch_sub(&work->users, 1) == 1) {
-		free(work->chunks);
+		free(work->touched);
 		free(work);
 	}
 }
@@ -121,7 +136,7 @@ static void *prefetch_main(void *argument) {
 	setpriority(PRIO_PROCESS, (id_t)gettid(), NICE); /* whoever restores, and whoever faults, comes first */
 	if (!unpacker_init(&unpacker).code) {
 		for (uint32_t i; (i = atomic_fetch_add(&work->next, 1)) < work->n;)
-			backing_fill(&pager->template, &pager->image, work->chunks[i], &unpacker);
+			backing_fill(&pager->template, &pager->image, work->touched[i].chunk, &unpacker);
 		unpacker_deinit(&unpacker);
 	}
 	prefetch_put(work);
@@ -134,7 +149,7 @@ void replay_prefetch(struct pager *pager) {
 		return;
 	work->pager = pager;
 	work->users = 1;
-	work->chunks = working_set_copy(&pager->working_set, &work->n);
+	work->touched = working_set_copy(&pager->working_set, &work->n);
 	cpu_set_t cpus;
 	unsigned threads = sched_getaffinity(0, sizeof cpus, &cpus) ? 1 : (unsigned)CPU_COUNT(&cpus);
 	for (unsigned i = 0; work->n && i < threads && i < MAX_THREADS; i++) {

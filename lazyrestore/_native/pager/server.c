@@ -164,10 +164,10 @@ static bool send_working_set(struct connection *connection) {
 	uint32_t n;
 	if (connection->request.flags & LR_WORKING_SET_END && working_set_end(set, false))
 		pager_wake(connection->pager);
-	scoped_free uint32_t *chunks = working_set_copy(set, &n);
+	scoped_free struct lr_touched *touched = working_set_copy(set, &n);
 	scoped_fd memfd = memfd_create("lazyrestore-working-set", MFD_CLOEXEC);
-	ssize_t bytes = (ssize_t)(n * sizeof *chunks);
-	if (memfd < 0 || (n && write(memfd, chunks, (size_t)bytes) != bytes))
+	ssize_t bytes = (ssize_t)(n * sizeof *touched);
+	if (memfd < 0 || (n && write(memfd, touched, (size_t)bytes) != bytes))
 		return send_reply(connection, lr_fail("memfd of the working set", errno, 0), NULL, 0);
 	return send_reply(connection, LR_OK, &memfd, 1);
 }

@@ -2,7 +2,10 @@
 
 #include "stats.h"
 #include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { LEAST_CHUNKS = 64, CAPACITY = 1024 };
 static const uint64_t QUIET_NS = 1000000000, MOST_BYTES = 128u << 20;
@@ -18,31 +21,33 @@ static void unlock(struct scoped_lock *lock) {
 	__attribute__((cleanup(unlock), unused)) struct scoped_lock locked = {&(set)->lock};                           \
 	pthread_mutex_lock(&(set)->lock)
 
-void working_set_init(struct working_set *set) {
-	*set = (struct working_set){.state = WORKING_SET_NONE};
+void working_set_init(struct working_set *set, const struct image *image) {
+	*set = (struct working_set){.state = WORKING_SET_NONE, .image = image, .pagemap = -1};
 	pthread_mutex_init(&set->lock, NULL);
 }
 
-struct lr_error working_set_load(struct working_set *set, const struct image *image, const uint32_t *chunks, uint32_t n) {
+struct lr_error working_set_load(struct working_set *set) {
+	const struct image *image = set->image;
 	LOCKED(set);
-	if (!n)
+	if (!image->n_working_set)
 		return LR_OK;
-	set->chunks = malloc(n * sizeof *chunks);
+	set->chunks = malloc(image->n_working_set * sizeof *set->chunks);
 	if (!set->chunks)
 		return lr_fail("malloc", ENOMEM, 0);
-	for (uint32_t i = 0; i < n; i++)
-		if (chunks[i] < image->n_chunks)
-			set->chunks[set->n++] = chunks[i];
-	set->capacity = n;
+	for (uint32_t i = 0; i < image->n_working_set; i++)
+		if (image->working_set[i].chunk < image->n_chunks)
+			set->chunks[set->n++] = image->working_set[i];
+	set->capacity = image->n_working_set;
 	set->state = WORKING_SET_KNOWN;
 	return LR_OK;
 }
 
-bool working_set_claim(struct working_set *set, const struct image *image) {
+bool working_set_claim(struct working_set *set, int32_t pid) {
+	char path[64];
 	LOCKED(set);
 	if (set->state != WORKING_SET_NONE)
 		return false;
-	set->member = calloc(image->n_chunks ? image->n_chunks : 1, 1);
+	set->member = calloc(set->image->n_chunks ? set->image->n_chunks : 1, 1);
 	set->chunks = malloc(CAPACITY * sizeof *set->chunks);
 	if (!set->member || !set->chunks) {
 		free(set->member);
@@ -51,27 +56,49 @@ bool working_set_claim(struct working_set *set, const struct image *image) {
 		set->chunks = NULL;
 		return false;
 	}
+	snprintf(path, sizeof path, "/proc/%d/pagemap", (int)pid);
+	set->pagemap = open(path, O_RDONLY | O_CLOEXEC); /* without it, nothing counts as written */
 	set->capacity = CAPACITY;
 	set->state = WORKING_SET_RECORDING;
 	set->last_ns = now_ns();
 	return true;
 }
 
+/* Which pages of the chunk are anonymous now, in a process whose private memory lies at its image address. */
+static uint32_t written_pages(int pagemap, const struct lr_chunk *chunk) {
+	static const uint64_t PRESENT = 1ull << 63, OF_A_FILE = 1ull << 61;
+	enum { MOST = 32 };
+	uint64_t entries[MOST];
+	uint32_t n = chunk->length / LR_PAGE < MOST ? chunk->length / LR_PAGE : MOST, written = 0;
+	if (pread(pagemap, entries, n * sizeof *entries, (off_t)(chunk->address / LR_PAGE * sizeof *entries)) !=
+	    (ssize_t)(n * sizeof *entries))
+		return 0;
+	for (uint32_t i = 0; i < n; i++)
+		if ((entries[i] & (PRESENT | OF_A_FILE)) == PRESENT)
+			written |= 1u << i;
+	return written;
+}
+
 static bool end(struct working_set *set) {
 	if (set->state != WORKING_SET_RECORDING)
 		return false;
 	set->state = WORKING_SET_KNOWN;
+	for (uint32_t i = 0; set->pagemap >= 0 && i < set->n; i++)
+		set->chunks[i].written = written_pages(set->pagemap, &set->image->chunks[set->chunks[i].chunk]);
+	if (set->pagemap >= 0)
+		close(set->pagemap);
+	set->pagemap = -1;
 	free(set->member);
 	set->member = NULL;
 	return true;
 }
 
-void working_set_touch(struct working_set *set, const struct image *image, uint64_t chunk) {
+void working_set_touch(struct working_set *set, uint64_t chunk) {
 	LOCKED(set);
 	if (set->state != WORKING_SET_RECORDING || set->member[chunk])
 		return;
 	if (set->n == set->capacity) {
-		uint32_t *more = realloc(set->chunks, 2ull * set->capacity * sizeof *more);
+		struct lr_touched *more = realloc(set->chunks, 2ull * set->capacity * sizeof *more);
 		if (!more) {
 			end(set);
 			return;
@@ -80,8 +107,8 @@ void working_set_touch(struct working_set *set, const struct image *image, uint6
 		set->capacity *= 2;
 	}
 	set->member[chunk] = 1;
-	set->chunks[set->n++] = (uint32_t)chunk;
-	set->bytes += image->chunks[chunk].length;
+	set->chunks[set->n++] = (struct lr_touched){.chunk = (uint32_t)chunk};
+	set->bytes += set->image->chunks[chunk].length;
 	set->last_ns = now_ns();
 	if (set->bytes >= MOST_BYTES)
 		end(set);
@@ -94,9 +121,9 @@ bool working_set_end(struct working_set *set, bool if_quiet) {
 	return end(set);
 }
 
-uint32_t *working_set_copy(struct working_set *set, uint32_t *n) {
+struct lr_touched *working_set_copy(struct working_set *set, uint32_t *n) {
 	LOCKED(set);
-	uint32_t *copy = set->n ? malloc(set->n * sizeof *copy) : NULL;
+	struct lr_touched *copy = set->n ? malloc(set->n * sizeof *copy) : NULL;
 	*n = copy ? set->n : 0;
 	if (copy)
 		memcpy(copy, set->chunks, set->n * sizeof *copy);

@@ -4,7 +4,8 @@
  * or has ended, or a client says so; a process that has hardly run yet (a server that waits for its first request) is not
  * done recording. The list is bounded, since a process that reads all of its memory has no working set. Later address
  * spaces get these chunks before they ask (replay.h). Numbers are positions in the image's index, so they need no
- * translation, and each is checked when it comes from a store. */
+ * translation, and each is checked when it comes from a store. At the end of a recording that the process outlives,
+ * /proc/PID/pagemap tells which of these pages are anonymous by then: the process has written them, and so will the next. */
 #pragma once
 #include "image.h"
 #include <pthread.h>
@@ -14,23 +15,25 @@ enum working_set_state { WORKING_SET_NONE, WORKING_SET_RECORDING, WORKING_SET_KN
 struct working_set {
 	pthread_mutex_t lock; /* guards all */
 	enum working_set_state state;
-	uint32_t *chunks; /* in the order of their first touch */
+	struct lr_touched *chunks; /* in the order of their first touch */
 	uint32_t n, capacity;
 	uint64_t bytes; /* raw */
 	uint8_t *member; /* a byte per chunk of the image; while recording */
 	uint64_t last_ns; /* of the last new chunk */
+	int pagemap; /* of the process that records; owned */
+	const struct image *image;
 };
 
-void working_set_init(struct working_set *set);
+void working_set_init(struct working_set *set, const struct image *image);
 
-/* Takes over `n` numbers from a store; those beyond the image are dropped. */
-struct lr_error working_set_load(struct working_set *set, const struct image *image, const uint32_t *chunks, uint32_t n);
+/* What the image brought from its store; chunks beyond its index are dropped. */
+struct lr_error working_set_load(struct working_set *set);
 
-/* True: the caller's address space records from now on. */
-bool working_set_claim(struct working_set *set, const struct image *image);
+/* True: the caller's address space, of process `pid`, records from now on. */
+bool working_set_claim(struct working_set *set, int32_t pid);
 
 /* Chunk `chunk` is touched by a space that records. */
-void working_set_touch(struct working_set *set, const struct image *image, uint64_t chunk);
+void working_set_touch(struct working_set *set, uint64_t chunk);
 
 /* Ends the recording: now, or only `if_quiet`. True if that ended it. */
 bool working_set_end(struct working_set *set, bool if_quiet);
@@ -38,5 +41,5 @@ bool working_set_end(struct working_set *set, bool if_quiet);
 /* Whether a recording has ended with something in it. */
 bool working_set_is_recorded(struct working_set *set);
 
-/* A copy, owned by the caller, NULL if there is nothing; `n` numbers in first-touch order. */
-uint32_t *working_set_copy(struct working_set *set, uint32_t *n);
+/* A copy, owned by the caller, NULL if there is nothing; `n` entries in first-touch order. */
+struct lr_touched *working_set_copy(struct working_set *set, uint32_t *n);
