@@ -302,9 +302,13 @@ class RestoredProcess:
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end; returns the exit status. Raises subprocess.TimeoutExpired after `timeout` seconds."""
         if self.poll() is None:
+            import select
+
             poller = select.poll()
             poller.register(self._pidfd, select.POLLIN)
             if not poller.poll(None if timeout is None else max(0, int(timeout * 1000))):
+                import subprocess
+
                 raise subprocess.TimeoutExpired(["lazyrestore", self.name], timeout or 0.0)
             with self._lock:
                 if self.returncode is None:

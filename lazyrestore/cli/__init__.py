@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -49,6 +49,13 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(HELP.items()))
 
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        # click would import shutil, with four compression modules, to ask for the width when it prints help.
+        extra.setdefault("terminal_width", help_width())
+        return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx: click.Context) -> object:
         from lazyrestore.errors import LazyrestoreError
 
@@ -71,6 +78,20 @@ class LazyGroup(click.Group):
                 _print_traceback()
             click.echo("lazyrestore: interrupted", err=True)
             ctx.exit(130)
+
+
+def help_width() -> int:
+    """The columns that help texts fill: as click has it, at most 78, at least 50, by $COLUMNS or the terminal."""
+    try:
+        columns = int(os.environ.get("COLUMNS", ""))
+    except ValueError:
+        columns = 0
+    if columns <= 0:
+        try:
+            columns = os.get_terminal_size(1).columns
+        except OSError:
+            columns = 0
+    return max(min(columns or 80, 80) - 2, 50)
 
 
 def _print_traceback() -> None:
@@ -106,8 +127,3 @@ def main(ctx: click.Context, store: str | None, debug: bool) -> None:
     lazyrestore restore worker --detach --json
     """
     ctx.obj = store or default_store()
-
-
-def entry() -> None:
-    """The console script; --debug shows tracebacks, everything else is one line."""
-    sys.exit(main())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyrestore.cli.words import columns, complete_name, size
+from lazyrestore.cli.words import columns, complete_name, size, to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import Snapshot
@@ -55,7 +54,7 @@ def ls_command(store: str, json_output: bool) -> None:
             }
             for each in summaries
         ]
-        click.echo(json.dumps(fields))
+        click.echo(to_json(fields))
         return
     rows = [("NAME", "CREATED", "RAW", "STORED", "ADDED", "IN USE")]
     for each in summaries:
@@ -81,7 +80,7 @@ def show_command(store: str, name: str, json_output: bool) -> None:
     with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
         facts = _facts(snapshot)
     if json_output:
-        click.echo(json.dumps(facts))
+        click.echo(to_json(facts))
         return
     vmas = ", ".join(f"{kind['count']} {name} ({size(kind['bytes'])})" for name, kind in facts["vmas"].items())
     rows = [
@@ -171,7 +170,7 @@ def rm_command(store: str, names: tuple[str, ...], json_output: bool) -> None:
             {"name": name, "freed_bytes": each.stored_bytes, "still_in_use": each.still_pinned}
             for name, each in removed
         ]
-        click.echo(json.dumps(fields))
+        click.echo(to_json(fields))
         return
     for name, each in removed:
         later = ", the rest once its processes have ended" if each.still_pinned else ""
@@ -195,7 +194,7 @@ def verify_command(store: str, name: str | None, json_output: bool) -> None:
     with ImageStore.open(store, create=False) as images:
         report = images.verify(name)
     if json_output:
-        click.echo(json.dumps(_report(report)))
+        click.echo(to_json(_report(report)))
     else:
         for damage in report.damage:
             chunk = f", chunk at {damage.address:#x}" if damage.address is not None else ""

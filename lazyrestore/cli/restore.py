@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lazyrestore.cli.words import complete_name
+from lazyrestore.cli.words import complete_name, to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot
@@ -74,7 +73,7 @@ def restore_command(
     with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
         if explain:
             lines = snapshot.explain()
-            click.echo(json.dumps(lines) if json_output else "\n".join(lines))
+            click.echo(to_json(lines) if json_output else "\n".join(lines))
         elif count is not None:
             _start_clones(snapshot, count, json_output)
         elif detach:
@@ -97,7 +96,7 @@ def _start_clones(snapshot: Snapshot, count: int, json_output: bool) -> None:
     processes = snapshot.clones(count)
     try:
         if json_output:
-            click.echo(json.dumps([_facts(process) for process in processes]))
+            click.echo(to_json([_facts(process) for process in processes]))
         else:
             click.echo("\n".join(str(process.pid) for process in processes))
     except OSError:
@@ -111,7 +110,7 @@ def _facts(process: RestoredProcess) -> dict[str, object]:
 
 
 def _as_json(process: RestoredProcess) -> str:
-    return json.dumps(_facts(process))
+    return to_json(_facts(process))
 
 
 def _foreground(snapshot: Snapshot, new_pid: bool, json_output: bool) -> int:

@@ -1,4 +1,4 @@
-"""How numbers are written for people."""
+"""How numbers are written for people, and records for programs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def to_json(value: object) -> str:
+    """One line of JSON. Its module is imported here, since most calls are not for programs."""
+    import json
+
+    return json.dumps(value)
 
 
 def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> list[str]:
