@@ -7,7 +7,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 
-enum { BATCH = 64, MAX_SURPRISES = 32, MAX_THREADS = 8, NICE = 5 };
+enum { BATCH = 64, RUNS_AT_ONCE = 16, MAX_SURPRISES = 32, MAX_THREADS = 8, NICE = 5 };
 
 /* -- mapping ----------------------------------------------------------------------------------------------------------- */
 
@@ -41,11 +41,16 @@ static int map_piece(struct space *space, uint64_t start, uint64_t end, bool cop
 	return 0;
 }
 
+/* Events and demand faults. False: the address space is gone. */
+static bool serve_waiting(struct space *space) {
+	uint32_t n_read;
+	return space_drain(space, &n_read) && space_serve_all(space);
+}
+
 /* The parts of a run that still lie where they were. After EAGAIN the rest is left to its faults. False: the address
  * space is gone. */
 static bool map_run(struct space *space, struct run run) {
 	struct interval found;
-	uint32_t n_read;
 	for (uint64_t at = run.start; at < run.end && interval_map_next(&space->map, at, &found) && found.start < run.end;
 	     at = found.end) {
 		bool in_place = found.image == found.start && found.backing == LR_BACKING_TEMPLATE && !found.flags;
@@ -54,10 +59,9 @@ static bool map_run(struct space *space, struct run run) {
 		if (error == ESRCH)
 			return false;
 		if (error == EAGAIN)
-			break;
+			return serve_waiting(space);
 	}
-	/* Events and demand faults first. */
-	return space_drain(space, &n_read) && space_serve_all(space);
+	return true;
 }
 
 static int by_number(const void *a, const void *b) {
@@ -69,6 +73,7 @@ static int by_number(const void *a, const void *b) {
 static bool map_chunks(struct space *space, struct lr_touched *touched, uint32_t n) {
 	const struct lr_chunk *index = space->pager->image.chunks;
 	struct run run = {0};
+	unsigned runs = 0;
 	qsort(touched, n, sizeof *touched, by_number);
 	for (uint32_t i = 0; i < n; i++) {
 		const struct lr_chunk *chunk = &index[touched[i].chunk];
@@ -76,14 +81,14 @@ static bool map_chunks(struct space *space, struct lr_touched *touched, uint32_t
 			uint64_t at = chunk->address + page * (uint64_t)LR_PAGE;
 			bool copy = page < 32 && touched[i].written >> page & 1;
 			if (at != run.end || copy != run.copy) {
-				if (!map_run(space, run))
+				if (!map_run(space, run) || (++runs % RUNS_AT_ONCE == 0 && !serve_waiting(space)))
 					return false;
 				run = (struct run){.start = at, .copy = copy};
 			}
 			run.end = at + LR_PAGE;
 		}
 	}
-	return map_run(space, run);
+	return map_run(space, run) && serve_waiting(space);
 }
 
 bool replay(struct space *space) {
@@ -102,7 +107,7 @@ bool replay(struct space *space) {
 			if (backing_fill(&pager->template, &pager->image, touched[i].chunk, &space->unpacker) == CHUNK_FILLED)
 				touched[good++] = touched[i];
 			if (!was_filled)
-				alive = map_run(space, (struct run){0}); /* whoever waits comes first */
+				alive = serve_waiting(space);
 		}
 		if (alive)
 			alive = map_chunks(space, touched + done, good - done);
