@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from lazyrestore._native import _core
 from lazyrestore.errors import RestoreError
-from lazyrestore.kernel.fdinfo import FdInfo
 
 if TYPE_CHECKING:
+    from lazyrestore.kernel.fdinfo import FdInfo
     from lazyrestore.kernel.unix_diag import UnixDiag
     from lazyrestore.program import Argument, Descriptors, OpList, Pointer
 

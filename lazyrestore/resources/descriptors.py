@@ -31,8 +31,6 @@ import msgspec
 
 from lazyrestore._native import _core
 from lazyrestore.errors import LazyrestoreError, NoSuchProcess, NotPermitted
-from lazyrestore.kernel import fdinfo
-from lazyrestore.kernel.unix_diag import UnixDiag
 from lazyrestore.resources import (
     devices,
     epoll,
@@ -200,7 +198,9 @@ def survey(pid: int, pidfd: int, contents: bool | None = None) -> FdTable:
     contents: whether to read what waits in pipes and sockets, too; None: if the process is stopped. NoSuchProcess,
     NotPermitted.
     """
-    from lazyrestore.kernel import libc  # here, so that the survey before the freeze bears the cost
+    # Here: a restore needs neither, and the survey before the freeze bears the cost.
+    from lazyrestore.kernel import libc
+    from lazyrestore.kernel.unix_diag import UnixDiag
 
     try:
         if contents is None:
@@ -242,6 +242,8 @@ def _survey(survey: Survey, same_table: Callable[[int, int], bool]) -> FdTable:
 
 def _group(survey: Survey, cloexec: dict[int, bool], unsupported: list[str]) -> list[View]:
     """A view of every description, in the order of their lowest numbers."""
+    from lazyrestore.kernel import fdinfo
+
     candidates: dict[tuple[object, ...], list[View]] = {}
     folder = os.open(f"/proc/{survey.pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     infos = -1

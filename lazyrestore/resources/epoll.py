@@ -20,7 +20,6 @@ import struct
 import msgspec
 
 from lazyrestore._native import _core
-from lazyrestore.kernel import fdinfo
 from lazyrestore.resources.descriptor import Build, Item, Unsupported, View
 
 lib = _core.lib
@@ -46,6 +45,8 @@ def describe(record: Epoll) -> str:
 def capture(view: View) -> Epoll | None:
     if view.link != b"anon_inode:[eventpoll]":
         return None
+    from lazyrestore.kernel import fdinfo
+
     targets = sorted(fdinfo.targets(view.info.rest))  # the kernel's order is that of addresses
     if not targets:
         return Epoll(view.flags, ())

@@ -13,7 +13,6 @@ import struct
 import msgspec
 
 from lazyrestore._native import _core
-from lazyrestore.kernel import fdinfo
 from lazyrestore.resources.descriptor import Build, Item, View
 
 lib = _core.lib
@@ -32,6 +31,8 @@ def describe(record: Eventfd) -> str:
 def capture(view: View) -> Eventfd | None:
     if view.link != b"anon_inode:[eventfd]":
         return None
+    from lazyrestore.kernel import fdinfo
+
     found = fdinfo.eventfd(view.info.rest)
     return Eventfd(view.flags, found.value, found.semaphore)
 

@@ -26,7 +26,6 @@ import msgspec
 
 from lazyrestore._native import _core
 from lazyrestore.errors import FileChanged
-from lazyrestore.kernel import fdinfo
 from lazyrestore.resources.descriptor import READ, Build, Item, Unsupported, View, access_of
 
 lib = _core.lib
@@ -165,6 +164,8 @@ def check(title: str, record: FileRecord) -> None:
 def _locks(view: View) -> tuple[Lock, ...]:
     if b"lock:" not in view.info.rest:
         return ()
+    from lazyrestore.kernel import fdinfo
+
     found = []
     for lock in fdinfo.locks(view.info.rest):
         if lock.kind not in ("FLOCK", "POSIX", "OFDLCK") or lock.access not in ("READ", "WRITE"):

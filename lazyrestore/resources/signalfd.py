@@ -8,7 +8,6 @@ import struct
 import msgspec
 
 from lazyrestore._native import _core
-from lazyrestore.kernel import fdinfo
 from lazyrestore.resources.descriptor import Build, Item, View
 
 lib = _core.lib
@@ -28,6 +27,8 @@ def describe(record: Signalfd) -> str:
 def capture(view: View) -> Signalfd | None:
     if view.link != b"anon_inode:[signalfd]":
         return None
+    from lazyrestore.kernel import fdinfo
+
     return Signalfd(view.flags, fdinfo.signal_mask(view.info.rest))
 
 

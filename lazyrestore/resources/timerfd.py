@@ -23,7 +23,6 @@ import time
 import msgspec
 
 from lazyrestore._native import _core
-from lazyrestore.kernel import fdinfo
 from lazyrestore.resources.descriptor import Build, Item, View
 
 lib = _core.lib
@@ -54,6 +53,8 @@ def describe(record: Timerfd) -> str:
 def capture(view: View) -> Timerfd | None:
     if view.link != b"anon_inode:[timerfd]":
         return None
+    from lazyrestore.kernel import fdinfo
+
     found = fdinfo.timerfd(view.info.rest)
     if found.ticks and found.interval:
         from lazyrestore.kernel import libc

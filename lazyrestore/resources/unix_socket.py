@@ -32,13 +32,13 @@ import msgspec
 
 from lazyrestore._native import _core
 from lazyrestore.errors import RestoreError
-from lazyrestore.kernel import fdinfo, unix_diag
 from lazyrestore.resources import socket_options
 from lazyrestore.resources.descriptor import Build, Item, Unsupported, View
 from lazyrestore.resources.pipe import ExternalPipe
 from lazyrestore.resources.socket_options import Option
 
 if TYPE_CHECKING:
+    from lazyrestore.kernel import unix_diag
     from lazyrestore.program import Pointer
 
 lib = _core.lib
@@ -104,6 +104,8 @@ def capture(view: View, sock: socket.socket) -> UnixRecord | ExternalPipe | None
     state = view.survey.diag.find(view.stat.st_ino)
     if state is None:
         raise Unsupported("the kernel's socket diagnosis (unix_diag) does not know it")
+    from lazyrestore.kernel import fdinfo, unix_diag
+
     if fdinfo.passed_descriptors(view.info.rest):
         raise Unsupported("descriptors are in flight to it (SCM_RIGHTS)")
     stream = sock.type != socket.SOCK_DGRAM
@@ -171,7 +173,9 @@ def prepare(title: str, record: UnixRecord) -> None:
 
 def _is_bound(path: str, found: os.stat_result, kind: int) -> bool:
     """Whether a socket is bound to the file: one of this network namespace, or, seen by connecting, of another."""
-    with unix_diag.UnixDiag() as diag:
+    from lazyrestore.kernel.unix_diag import UnixDiag
+
+    with UnixDiag() as diag:
         if any(known.bound == (found.st_dev, found.st_ino) for known in diag.all()):
             return True
     with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as probe:
@@ -179,7 +183,9 @@ def _is_bound(path: str, found: os.stat_result, kind: int) -> bool:
 
 
 def _capture_single(view: View, sock: socket.socket, state: unix_diag.UnixSocket) -> UnixSocket:
-    listening = state.state == unix_diag.LISTEN
+    from lazyrestore.kernel.unix_diag import LISTEN
+
+    listening = state.state == LISTEN
     address = _name(sock)
     peer = b""
     if sock.type == socket.SOCK_DGRAM:

@@ -1,0 +1,98 @@
+"""What a process that runs the command line imports, and how it ends. Times are the benchmark's business."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import Victims, alive, until
+
+import lazyrestore
+from lazyrestore.errors import NotAStore
+
+ENTRY = "from lazyrestore.__main__ import entry; entry()"  # what the console script does
+# For people only, for writing only, or for one command only.
+RICH = {"rich", "json", "shutil", "pathlib", "subprocess", "ctypes", "importlib.metadata", "logging", "asyncio"}
+STORE = {"lmdb", "msgspec", "dataclasses", "lazyrestore.api", "lazyrestore.store"}
+PROCESSES = {"lazyrestore._native", "lazyrestore.kernel", "lazyrestore.manifest", "lazyrestore.resources", "socket"}
+WRITING = {"blake3", "concurrent.futures", "lazyrestore.snapshot", "lazyrestore.store.writer"}
+SURVEY = {"lazyrestore.kernel.fdinfo", "lazyrestore.kernel.unix_diag", "lazyrestore.kernel.features"}
+
+
+def imports(*arguments: object) -> tuple[set[str], str]:
+    """The modules that one run of the command line imports, and its standard output; it must succeed."""
+    words = [sys.executable, "-X", "importtime", "-c", ENTRY, *map(str, arguments)]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE)), done.stdout
+
+
+def test_help_imports_click_and_nothing_of_its_own() -> None:
+    modules, text = imports("--help")
+    assert text.startswith("Usage:")
+    own = {module for module in modules if module.startswith("lazyrestore")}
+    assert own == {"lazyrestore", "lazyrestore.__main__", "lazyrestore.cli"}
+    assert not modules & (RICH | STORE | PROCESSES | WRITING)
+
+
+def test_ls_knows_no_process(run: Path) -> None:
+    lazyrestore.Store.open(run / "store").close()
+    modules, text = imports("--store", run / "store", "ls")
+    assert text.startswith("NAME")
+    assert "lmdb" in modules
+    assert not modules & (RICH | PROCESSES | WRITING | {"lazyrestore.api"})
+
+
+@pytest.mark.requires("root")
+def test_restore_imports_nothing_of_the_snapshotter(run: Path, victims: Victims) -> None:
+    victim = victims.start(["sleep", "1000"])
+    victim.until(lambda: Path(f"/proc/{victim.pid}/comm").read_text() == "sleep\n", "the program")
+    victim.quiet()
+    with lazyrestore.Store.open(run / "store") as store:
+        store.snapshot(victim.pid, name="x", kill=True).close()
+    victim.gone()
+    modules, text = imports("--store", run / "store", "restore", "x", "--detach", "--pid", "same")
+    pid = victim.pid
+    assert f"process {pid}" in text
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not alive(pid), "the end of the copy")
+    named_by = {"blake3", "pathlib"}  # the pager's socket has a name
+    assert not modules & ((RICH | SURVEY | WRITING) - named_by)
+
+
+@pytest.mark.parametrize("columns", ["30", "66", "200", "wide", ""])
+def test_help_is_as_wide_as_click_has_it(columns: str) -> None:
+    environment = {**os.environ, "COLUMNS": columns}
+    code = "import click; from lazyrestore.cli import LazyGroup, main; "
+    plain = f"{code} LazyGroup.make_context = click.Group.make_context; main(prog_name='lazyrestore')"
+    ours, clicks = (
+        subprocess.run([sys.executable, "-c", program, "--help"], env=environment, capture_output=True, check=True)
+        for program in (f"{code} main(prog_name='lazyrestore')", plain)
+    )
+    assert ours.stdout == clicks.stdout
+
+
+def test_the_end_keeps_output_and_status(run: Path) -> None:
+    """The process ends without taking the interpreter apart: nothing is lost in a pipe, and every status arrives."""
+
+    def status(*arguments: object) -> tuple[int, str]:
+        words = [sys.executable, "-c", ENTRY, *map(str, arguments)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout
+
+    assert status("--store", run / "missing", "ls")[0] == NotAStore.exit_status
+    assert status("bogus")[0] == 2
+    lazyrestore.Store.open(run / "store").close()
+    code, text = status("--store", run / "store", "ls", "--json")
+    assert (code, json.loads(text)) == (0, [])
+    with open("/dev/full", "w") as sink:
+        words = [sys.executable, "-c", ENTRY, "--store", str(run / "store"), "ls"]
+        full = subprocess.run(words, stdout=sink, stderr=subprocess.PIPE, check=False)
+    assert full.returncode != 0
+    assert full.stderr
