@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Self
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lazyrestore.manifest import Manifest
     from lazyrestore.pager.client import PagerClient, PagerStats
     from lazyrestore.restore import Prepared, Started
+    from lazyrestore.restore_options import Options
     from lazyrestore.store import ImageStore, Report, StoredImage, Summary
 
 Progress = Callable[[int, int], None]
@@ -116,7 +117,7 @@ class Snapshot:
         self.manifest: Manifest = manifest.decode(image.manifest, image.name)
         self.pause_ms: float = self.manifest.pause_ms
         self.seconds: float = 0.0
-        self._prepared: Prepared | None = None
+        self._prepared: dict[object, Prepared] = {}  # by how it shall listen
         self._pager: PagerClient | None = None
         self._gone: list[PagerClient] = []  # other threads may still be using their descriptors
         self._lock = threading.Lock()
@@ -181,24 +182,45 @@ class Snapshot:
         """The restore program, one line per system call; nothing is run."""
         from lazyrestore import restore
 
-        return restore.explain(self._prepare())
+        return restore.explain(self._prepare({}, False))
 
-    def restore(self, *, new_pid: bool = False, streams: Sequence[int] = (0, 1, 2)) -> RestoredProcess:
+    def restore(
+        self,
+        *,
+        new_pid: bool = False,
+        new_net: bool = False,
+        listen: Mapping[int, int] | None = None,
+        reuseport: bool = False,
+        inherit_fd: Mapping[int, int] | None = None,
+        streams: Sequence[int] = (0, 1, 2),
+    ) -> RestoredProcess:
         """Start a copy of the process under its old process id, as a child of this process.
 
         `new_pid`: in a fresh PID namespace, where the old id is free; the `pid` of the result is then the one that the
-        caller sees. `streams` are descriptors for its standard streams, used where these were terminals or pipes to
-        other processes. Raises RestoreError's subclasses; nothing is left of the new process then.
+        caller sees. `new_net`: in a network namespace of its own, with nothing but a loopback interface. `listen`: TCP
+        ports on which it listened → those on which the copy shall. `reuseport`: it shares its TCP ports with all that
+        do the same (SO_REUSEPORT). `inherit_fd`: descriptors of its listening sockets → descriptors of ours that take
+        their place; ours stay open, and get the flags (O_NONBLOCK) that the old ones had. `streams` are descriptors for
+        its standard streams, used where these were terminals or pipes to other processes. Raises RestoreError's
+        subclasses; nothing is left of the new process then.
         """
+        from lazyrestore.restore_options import Options
+
+        inherited = tuple(sorted((inherit_fd or {}).items()))
+        return self._restore(Options(new_pid, new_net, inherited), streams, listen or {}, reuseport)
+
+    def _restore(
+        self, options: Options, streams: Sequence[int], listen: Mapping[int, int], reuseport: bool
+    ) -> RestoredProcess:
         began = time.perf_counter()
         from lazyrestore import restore
         from lazyrestore.pager.client import PagerGone
 
-        prepared = self._prepare()
-        pager = self._connect_while(lambda: restore.compiled_for(prepared, new_pid=new_pid))
+        prepared = self._prepare(listen, reuseport)
+        pager = self._connect_while(lambda: restore.compiled_for(prepared, options))
         connected = time.perf_counter()
         try:
-            started = restore.run(prepared, pager, streams, new_pid=new_pid)
+            started = restore.run(prepared, pager, streams, options)
         except PagerGone:
             # It exited for want of work just as we came; a connected one stays.
             with self._lock:
@@ -206,28 +228,53 @@ class Snapshot:
                     self._gone.append(pager)
                     self._pager = None
             pager = self._connect()
-            started = restore.run(prepared, pager, streams, new_pid=new_pid)
+            started = restore.run(prepared, pager, streams, options)
         started.phases = {"prepare": (connected - began) * 1e3, **started.phases}
         started.restore_ms = (time.perf_counter() - began) * 1e3
         return RestoredProcess(self.name, self._image.key, started)
 
-    def clones(self, count: int, *, streams: Sequence[int] = (0, 1, 2)) -> list[RestoredProcess]:
-        """Start `count` copies, each in a PID namespace of its own: all of them, or none. Raises as restore() does."""
+    def clones(
+        self,
+        count: int,
+        *,
+        new_net: bool = False,
+        listen: Mapping[int, int] | None = None,
+        reuseport: bool = False,
+        inherit_fd: Mapping[int, int] | None = None,
+        streams: Sequence[int] = (0, 1, 2),
+    ) -> list[RestoredProcess]:
+        """Start `count` copies, each in a PID namespace of its own: all of them, or none.
+
+        What listens needs `new_net`, `reuseport` or `inherit_fd`, since only one can have an address for itself.
+        Parameters and errors as with restore().
+        """
         from lazyrestore.fleet import clones
 
-        return clones.start(lambda: self.restore(new_pid=True, streams=streams), count)
+        return clones.start(
+            lambda: self.restore(
+                new_pid=True,
+                new_net=new_net,
+                listen=listen,
+                reuseport=reuseport,
+                inherit_fd=inherit_fd,
+                streams=streams,
+            ),
+            count,
+        )
 
     def pager_stats(self) -> PagerStats | None:
         """What the pager of this snapshot counted, None if there is none."""
         return _pager_stats(self._image.key, self.name)
 
-    def _prepare(self) -> Prepared:
+    def _prepare(self, listen: Mapping[int, int], reuseport: bool) -> Prepared:
         from lazyrestore import restore
 
+        key = (tuple(sorted(listen.items())), reuseport)
         with self._lock:
-            if self._prepared is None:
-                self._prepared = restore.prepare(self.name, self.manifest, self._image)
-            return self._prepared
+            if key not in self._prepared:
+                manifest = restore.listening_elsewhere(self.manifest, listen, reuseport)
+                self._prepared[key] = restore.prepare(self.name, manifest, self._image)
+            return self._prepared[key]
 
     def _connect_while(self, work: Callable[[], object]) -> PagerClient:
         """The pager; where it must first be found or started, `work` is done meanwhile."""

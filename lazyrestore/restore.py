@@ -13,9 +13,11 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+
+import msgspec
 
 from lazyrestore import spawn
 from lazyrestore._native import _core
@@ -26,8 +28,9 @@ from lazyrestore.manifest import Manifest
 from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, PagerClient, Range
 from lazyrestore.pid_namespace import Namespace, new_namespace
 from lazyrestore.program import Op, lib
-from lazyrestore.resources import attributes, descriptors, threads, vma
+from lazyrestore.resources import attributes, descriptors, listeners, threads, vma
 from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
+from lazyrestore.restore_options import AS_IT_WAS, Options
 from lazyrestore.restore_program import Compiled, compile_program, layout_for
 from lazyrestore.store import StoredImage
 
@@ -55,7 +58,7 @@ class Prepared:
     manifest: Manifest
     image: StoredImage
     own: attributes.Credentials
-    compiled: dict[bool, Compiled] = field(default_factory=dict)  # by: in a PID namespace of its own
+    compiled: dict[object, Compiled] = field(default_factory=dict)  # by Options.shape
     ranges: list[Range] = field(default_factory=list)
     checked: dict[str, tuple[int, ...] | None] = field(
         default_factory=dict
@@ -81,33 +84,42 @@ def prepare(name: str, manifest: Manifest, image: StoredImage) -> Prepared:
     return prepared
 
 
-def compiled_for(prepared: Prepared, *, new_pid: bool, above: int = 0) -> Compiled:
+def listening_elsewhere(manifest: Manifest, ports: Mapping[int, int], reuse_port: bool) -> Manifest:
+    """The manifest with TCP listeners on other ports (old → new), all with SO_REUSEPORT if wanted. RestoreError."""
+    if not ports and not reuse_port:
+        return manifest
+    table = listeners.rebind(manifest.descriptors, ports, reuse_port=reuse_port)
+    return msgspec.structs.replace(manifest, descriptors=table)
+
+
+def compiled_for(prepared: Prepared, options: Options, above: int = 0) -> Compiled:
     """The program, from the last time if it can be used again.
 
     Handed-over descriptors get numbers higher than `above`.
     """
-    compiled = prepared.compiled.get(new_pid)
+    compiled = prepared.compiled.get(options.shape)
     if compiled is None or above >= compiled.layout.program:
-        layout = layout_for(prepared.manifest, above + 1)
-        compiled = compile_program(prepared.manifest, layout, prepared.own, own_proc=new_pid)
+        layout = layout_for(prepared.manifest, above + 1, options.inherited_numbers)
+        compiled = compile_program(prepared.manifest, layout, prepared.own, options)
         if descriptors.is_reusable(prepared.manifest.descriptors):
-            prepared.compiled[new_pid] = compiled
+            prepared.compiled[options.shape] = compiled
     return compiled
 
 
-def explain(prepared: Prepared) -> list[str]:
+def explain(prepared: Prepared, options: Options = AS_IT_WAS) -> list[str]:
     """The restore program, a line per operation; nothing is run."""
-    compiled = compile_program(prepared.manifest, layout_for(prepared.manifest), prepared.own)
+    layout = layout_for(prepared.manifest, 0, options.inherited_numbers)
+    compiled = compile_program(prepared.manifest, layout, prepared.own, options)
     return list(compiled.program.explain())
 
 
 def run(
-    prepared: Prepared, pager: PagerClient, streams: Sequence[int] = (0, 1, 2), *, new_pid: bool = False
+    prepared: Prepared, pager: PagerClient, streams: Sequence[int] = (0, 1, 2), options: Options = AS_IT_WAS
 ) -> Started:
-    """Restore once. `streams` are the caller's descriptors for the new process's standard streams, where it needs them;
-    new_pid: in a PID namespace of its own, where the old process id is free."""
+    """Restore once. `streams` are the caller's descriptors for the new process's standard streams, where it needs
+    them."""
     manifest, phases = prepared.manifest, _Phases()
-    if not new_pid:
+    if not options.new_pid:
         _check_pid_free(manifest.pid)
     for identity in manifest.files:
         signature = vma.file_signature(identity)
@@ -115,24 +127,28 @@ def run(
             vma.check_file(identity)
             prepared.checked[identity.path] = vma.file_signature(identity)
     descriptors.check_files(manifest.descriptors)
-    descriptors.prepare(manifest.descriptors)
+    descriptors.prepare(manifest.descriptors, options.inherited_numbers, own_network=options.new_net)
     phases.done("check")
     with ExitStack() as owned:
         shared = {index: _shared_file(prepared, index, owned) for index in range(len(manifest.shared))}
         hugetlb = pager.hugetlb_fd
         template = pager.template_fd
         streams = [stream if stream >= 0 else _nothing(owned) for stream in streams]
-        sources = [template, *shared.values(), *streams]
-        compiled = compiled_for(prepared, new_pid=new_pid, above=max(sources))
+        inherited = dict(options.inherited)
+        sources = [template, *shared.values(), *streams, *inherited.values()]
+        compiled = compiled_for(prepared, options, max(sources))
         phases.done("compile")
         program = _memory_file("lazyrestore-program", owned)
         os.pwrite(program, compiled.linked.image, 0)
         handed = {program: compiled.layout.program, template: compiled.layout.template}
         pairs = [*handed.items(), *((shared[k], compiled.layout.shared[k]) for k in shared)]
         pairs += [(streams[k], compiled.layout.streams[k]) for k in range(3)]
+        pairs += [(inherited[k], compiled.layout.inherited[k]) for k in inherited]
         if hugetlb is not None:
             pairs.append((hugetlb, compiled.layout.hugetlb))
-        namespace = new_namespace(manifest.pid) if new_pid else None
+        namespace = None
+        if options.new_pid:
+            namespace = new_namespace(manifest.pid, ends_with_caller=options.ends_with_caller)
         try:
             pid, pidfd = _spawn(prepared, pairs, namespace)
         except BaseException:
@@ -155,7 +171,7 @@ def run(
             child.write_contents()
             phases.done("write")
             child.run_to_end()
-            child.let_go()
+            child.let_go(parked=options.parked)
             if namespace:
                 namespace.watch()
         except BaseException:
@@ -386,7 +402,7 @@ class _Child:
             os.close(memory)
         attributes.restore_outside(manifest.attributes, self.pid)
 
-    def let_go(self) -> None:
+    def let_go(self, *, parked: bool) -> None:
         """Remove what is ours from the address space, set every thread's state, detach."""
         self._fetch_futex_words()
         linked = self.compiled.linked
@@ -403,7 +419,7 @@ class _Child:
             error = lib.lr_set_xstate(tid, ffi.from_buffer(thread.xstate), len(thread.xstate))
             self._must(error, f"set extended state of thread {tid}")
             self._must(lib.lr_set_signal_mask(tid, thread.signal_mask), f"set signal mask of thread {tid}")
-        if self.prepared.manifest.attributes.stopped:  # it takes effect before any of its own instructions
+        if parked or self.prepared.manifest.attributes.stopped:  # it takes effect before any of its own instructions
             os.kill(self.pid, signal.SIGSTOP)
         for tid in order:
             self._must(lib.lr_detach(tid, 0), f"detach thread {tid}")

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lazyrestore import pid_namespace
+from lazyrestore import network_namespace, pid_namespace
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import HOLE_GAP, find_hole
 from lazyrestore.manifest import Manifest
@@ -22,6 +22,7 @@ from lazyrestore.program import Descriptors, Linked, Program, lib
 from lazyrestore.resources import attributes, descriptors, signals, threads, vma
 from lazyrestore.resources.attributes import Credentials
 from lazyrestore.resources.descriptor import RestoreContext
+from lazyrestore.restore_options import AS_IT_WAS, Options
 
 TASK_END = 0x7FFF_FFFF_F000  # the end of user space with four-level page tables
 FIRST_HIGH = 1000  # handed-over descriptors start here, or lower if the limit is low, or above the snapshot's highest
@@ -37,10 +38,12 @@ class Layout:
     hugetlb: int
     shared: dict[int, int]
     streams: dict[int, int]
+    inherited: dict[int, int]  # number of a listening socket → that of the caller's socket
 
     @property
     def end(self) -> int:
-        return max(self.program, self.hugetlb, *self.shared.values(), *self.streams.values()) + 1
+        others = (*self.shared.values(), *self.streams.values(), *self.inherited.values())
+        return max(self.program, self.hugetlb, *others) + 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +62,24 @@ class Compiled:
     trap_action: int  # address of SIGTRAP's struct sigaction in the linked program, 0: the default
 
 
-def layout_for(manifest: Manifest, minimum: int = 0) -> Layout:
+def layout_for(manifest: Manifest, minimum: int = 0, inherited: Sequence[int] = ()) -> Layout:
     """Where handed-over descriptors go: above the snapshot's own numbers and not below `minimum`."""
     highest = max((descriptor.number for descriptor in manifest.descriptors.descriptors), default=0)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    fits = FIRST_HIGH if hard == resource.RLIM_INFINITY else hard - 6 - len(manifest.shared) - ROOM_ABOVE
+    fits = (
+        FIRST_HIGH if hard == resource.RLIM_INFINITY else hard - 6 - len(manifest.shared) - len(inherited) - ROOM_ABOVE
+    )
     base = max(min(FIRST_HIGH, fits), highest + 1, minimum)
     shared = {number: base + 6 + number for number in range(len(manifest.shared))}
-    return Layout(base, base + 1, base + 2, shared, {stream: base + 3 + stream for stream in range(3)})
+    streams = {stream: base + 3 + stream for stream in range(3)}
+    first = base + 6 + len(shared)
+    return Layout(base, base + 1, base + 2, shared, streams, {number: first + k for k, number in enumerate(inherited)})
 
 
-def compile_program(manifest: Manifest, layout: Layout, own: Credentials, *, own_proc: bool = False) -> Compiled:
+def compile_program(manifest: Manifest, layout: Layout, own: Credentials, options: Options = AS_IT_WAS) -> Compiled:
     """The program that turns a fresh process into the snapshot's. Raises RestoreError if a kind refuses.
 
-    own_proc: it runs in a PID namespace of its own, so it gets a mount namespace with a /proc that shows it.
+    In a PID namespace of its own it gets a mount namespace with a /proc that shows it.
     """
     program = Program()
     ops = program.add_list()
@@ -85,7 +92,9 @@ def compile_program(manifest: Manifest, layout: Layout, own: Credentials, *, own
     base = find_hole(mappings, room)
     aside = base + room - kernel_length
 
-    if own_proc:
+    if options.new_net:
+        network_namespace.enter_new(program, ops, fds)
+    if options.new_pid:
         pid_namespace.mount_proc(program, ops)
     with ops.serving("vdso"):
         kernel_moves, at = [], aside
@@ -110,7 +119,9 @@ def compile_program(manifest: Manifest, layout: Layout, own: Credentials, *, own
             )
             at += length
     attributes.restore_memory(manifest.attributes, program, ops, fds)
-    context = RestoreContext(layout.streams, _shared_lookup(manifest, layout), manifest.attributes.cwd)
+    context = RestoreContext(
+        layout.streams, _shared_lookup(manifest, layout), manifest.attributes.cwd, layout.inherited
+    )
     descriptors.compile(manifest.descriptors, ops, fds, context)
     attributes.restore_place(manifest.attributes, program, ops)
     signals.restore(manifest.signals, program, ops)

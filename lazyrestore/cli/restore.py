@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import click
 
@@ -48,11 +48,34 @@ SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the
     metavar="N",
     help="Start N copies, each in a PID namespace of its own, print their process ids and return.",
 )
+@click.option("--net", type=click.Choice(["same", "new"]), default="same", help="new: a network namespace of its own.")
+@click.option(
+    "--listen", "ports", multiple=True, metavar="OLD:NEW", help="Listen on TCP port NEW instead of OLD. Repeatable."
+)
+@click.option("--reuseport", is_flag=True, help="Share the TCP ports with all that do the same (SO_REUSEPORT).")
+@click.option(
+    "--inherit-fd",
+    "inherited",
+    multiple=True,
+    metavar="N[:M]",
+    help="Give the process lazyrestore's descriptor M in place of its listening socket N. Without M: the next one of "
+    "systemd's (LISTEN_FDS), else N. Repeatable.",
+)
 @click.option("--explain", is_flag=True, help="Print the restore program without running it.")
 @click.option("--json", "json_output", is_flag=True, help="Print JSON (to standard error in the foreground).")
 @click.pass_obj
 def restore_command(
-    store: str, name: str, detach: bool, pid_choice: str | None, count: int | None, explain: bool, json_output: bool
+    store: str,
+    name: str,
+    detach: bool,
+    pid_choice: str | None,
+    count: int | None,
+    net: str,
+    ports: tuple[str, ...],
+    reuseport: bool,
+    inherited: tuple[str, ...],
+    explain: bool,
+    json_output: bool,
 ) -> None:
     """Restore the snapshot NAME.
 
@@ -64,20 +87,28 @@ def restore_command(
     lazyrestore restore worker --detach --json
     lazyrestore restore worker --pid new
     lazyrestore restore worker -n 50 --json
+    lazyrestore restore worker --pid new --listen 8000:9000
     lazyrestore restore worker --explain | less
     """
     from lazyrestore.api import Store
 
     if count is not None and pid_choice == "same":
         raise click.UsageError("only one process can have the old process id: -n wants --pid new")
+    sockets: Sockets = {
+        "new_net": net == "new",
+        "listen": _ports(ports),
+        "reuseport": reuseport,
+        "inherit_fd": _inherited(inherited),
+    }
+    new_pid = pid_choice == "new"
     with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
         if explain:
             lines = snapshot.explain()
             click.echo(to_json(lines) if json_output else "\n".join(lines))
         elif count is not None:
-            _start_clones(snapshot, count, json_output)
+            _start_clones(snapshot, count, sockets, json_output)
         elif detach:
-            process = snapshot.restore(new_pid=pid_choice == "new")
+            process = snapshot.restore(new_pid=new_pid, **sockets)
             text = f"{name}: process {process.pid}, restored in {process.restore_ms:.1f} ms"
             try:
                 click.echo(_as_json(process) if json_output else text)
@@ -86,14 +117,53 @@ def restore_command(
                 process.wait()
                 raise
         else:
-            sys.exit(_foreground(snapshot, pid_choice == "new", json_output))
+            sys.exit(_foreground(snapshot, new_pid, sockets, json_output))
 
 
-def _start_clones(snapshot: Snapshot, count: int, json_output: bool) -> None:
+class Sockets(TypedDict):
+    """What restore() is told of the network."""
+
+    new_net: bool
+    listen: dict[int, int]
+    reuseport: bool
+    inherit_fd: dict[int, int]
+
+
+def _ports(words: tuple[str, ...]) -> dict[int, int]:
+    """{old: new} of OLD:NEW words."""
+    ports: dict[int, int] = {}
+    for word in words:
+        old, colon, new = word.partition(":")
+        if not colon or not all(part.isascii() and part.isdigit() and 0 < int(part) < 65536 for part in (old, new)):
+            raise click.BadParameter(f"{word!r} is not OLD:NEW, two TCP ports", param_hint="--listen")
+        ports[int(old)] = int(new)
+    return ports
+
+
+def _inherited(words: tuple[str, ...]) -> dict[int, int]:
+    """{descriptor of the process: descriptor of ours} of N and N:M words."""
+    from lazyrestore.resources.listeners import from_systemd
+
+    handed = from_systemd(os.environ, os.getpid())
+    inherited: dict[int, int] = {}
+    for word in words:
+        number, colon, ours = word.partition(":")
+        if not all(part.isascii() and part.isdigit() for part in ((number, ours) if colon else (number,))):
+            raise click.BadParameter(f"{word!r} is not N or N:M, descriptors", param_hint="--inherit-fd")
+        source = int(ours) if colon else handed.pop(0) if handed else int(number)
+        try:
+            os.fstat(source)
+        except OSError as error:
+            raise click.BadParameter(f"descriptor {source} is not open", param_hint="--inherit-fd") from error
+        inherited[int(number)] = source
+    return inherited
+
+
+def _start_clones(snapshot: Snapshot, count: int, sockets: Sockets, json_output: bool) -> None:
     """Start them and print a process id per line, or a JSON list; if nobody can read that, none is left."""
     from lazyrestore.fleet import clones
 
-    processes = snapshot.clones(count)
+    processes = snapshot.clones(count, **sockets)
     try:
         if json_output:
             click.echo(to_json([_facts(process) for process in processes]))
@@ -113,12 +183,12 @@ def _as_json(process: RestoredProcess) -> str:
     return to_json(_facts(process))
 
 
-def _foreground(snapshot: Snapshot, new_pid: bool, json_output: bool) -> int:
+def _foreground(snapshot: Snapshot, new_pid: bool, sockets: Sockets, json_output: bool) -> int:
     """Restore, be a good parent, return the exit status."""
     awaited = {*FORWARDED, signal.SIGCHLD}
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     try:
-        process = snapshot.restore(new_pid=new_pid)
+        process = snapshot.restore(new_pid=new_pid, **sockets)
         if json_output:
             click.echo(_as_json(process), err=True)
         with _terminal_given_to(process.pid):

@@ -125,12 +125,14 @@ class RestoreContext:
     std_streams: 0, 1, 2 → number in the new process of a duplicate of the restorer's own standard stream; those that
     are needed are moved, the others stay the caller's. shared_fd(device, inode): number in the new process of a
     handed-over descriptor of the memory file that stands for the snapshot's, None if there is none; it stays the
-    caller's. cwd: the process's working directory.
+    caller's. cwd: the process's working directory. inherited: number of a listening socket → number in the new process
+    of a handed-over descriptor of the caller's socket that takes its place.
     """
 
     std_streams: dict[int, int]
     shared_fd: Callable[[int, int], int | None]
     cwd: str
+    inherited: dict[int, int] = field(default_factory=dict)
 
 
 R = TypeVar("R", covariant=True)

@@ -51,6 +51,7 @@ from lazyrestore.resources.eventfd import Eventfd
 from lazyrestore.resources.fifo import Fifo
 from lazyrestore.resources.files import Directory, Location, RegularFile
 from lazyrestore.resources.inet_socket import TcpListener, TcpSocket, UdpSocket
+from lazyrestore.resources.listeners import replaced
 from lazyrestore.resources.memfd import Memfd, shared_object_key
 from lazyrestore.resources.pipe import ExternalPipe, PipeEnd
 from lazyrestore.resources.signalfd import Signalfd
@@ -351,10 +352,18 @@ def _read(name: str, folder: int) -> bytes:
 # -- restore -----------------------------------------------------------------------------------------------------------
 
 
-def prepare(table: FdTable) -> None:
-    """Before the new process starts: find addresses that are in use, unlink stale socket files. RestoreError."""
+def prepare(table: FdTable, inherited: Iterable[int] = (), *, own_network: bool = False) -> None:
+    """Before the new process starts: find addresses that are in use, unlink stale socket files. RestoreError.
+
+    inherited: numbers of listening sockets that the caller replaces; own_network: in a network namespace of its own.
+    """
+    left_out = replaced(table, inherited)
     for item in _items(table):
+        if item.index in left_out:
+            continue
         if isinstance(item.record, TcpListener | TcpSocket | UdpSocket):
+            if own_network:
+                continue
             inet_socket.prepare(item.title, item.record)
         elif isinstance(item.record, UnixSocket | UnixPair):
             unix_socket.prepare(item.title, item.record)
@@ -379,8 +388,9 @@ def compile(table: FdTable, ops: OpList, fds: Descriptors, context: RestoreConte
     """
     items = _items(table)
     build = Build(ops, fds, context)
+    left_out = replaced(table, context.inherited)
     for kind in KINDS:
-        batch = [item for item in items if isinstance(item.record, kind.records)]
+        batch = [item for item in items if isinstance(item.record, kind.records) and item.index not in left_out]
         if batch:
             kind.restore(batch, build)
     cloexec = {descriptor.number: descriptor.cloexec for descriptor in table.descriptors}
@@ -389,6 +399,12 @@ def compile(table: FdTable, ops: OpList, fds: Descriptors, context: RestoreConte
     for stream in set(build.streams.values()):
         source = context.std_streams[stream]
         moves[source] = {number: cloexec[number] for number, wanted in build.streams.items() if wanted == stream}
+    for item in items:
+        if item.index in left_out:
+            source = context.inherited[left_out[item.index]]
+            with build.serving(item):
+                ops.call(lib.SYS_fcntl, source, lib.F_SETFL, item.record.flags, note="the caller's socket")
+            moves[source] = {number: cloexec[number] for number in item.numbers}
     with ops.serving("descriptors"):
         fds.settle(moves)
     for callback in build.settled:

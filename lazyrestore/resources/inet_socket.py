@@ -22,6 +22,7 @@ import select
 import socket
 import struct
 import termios
+from collections.abc import Mapping
 from errno import EADDRINUSE, EADDRNOTAVAIL
 from fcntl import ioctl
 
@@ -116,6 +117,22 @@ def capture(view: View, sock: socket.socket) -> InetRecord | None:
         options = socket_options.capture(sock, view.survey)
         return UdpSocket(view.flags, int(sock.family), sock.proto, address, peer, options)
     raise Unsupported(f"{sock.type.name} sockets of protocol {sock.proto} are not restored")
+
+
+def port_of(record: TcpListener) -> int:
+    port: int = struct.unpack_from(">H", record.address, 2)[0]
+    return port
+
+
+def rebind(record: TcpListener, ports: Mapping[int, int], *, reuse_port: bool = False) -> TcpListener:
+    """The same listener, on another port if `ports` (old → new) has its own; reuse_port: with SO_REUSEPORT."""
+    port = struct.pack(">H", ports.get(port_of(record), port_of(record)))
+    options = record.options
+    if reuse_port:
+        others = tuple(o for o in options if (o.level, o.name) != (socket.SOL_SOCKET, socket.SO_REUSEPORT))
+        options = (Option(socket.SOL_SOCKET, socket.SO_REUSEPORT, struct.pack("=i", 1)), *others)
+    address = record.address[:2] + port + record.address[4:]
+    return msgspec.structs.replace(record, address=address, options=options)
 
 
 def restore(items: list[Item[InetRecord]], build: Build) -> None:

@@ -1,0 +1,34 @@
+"""How one restore differs from putting the process back where it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """new_pid, new_net: in a PID namespace, a network namespace of its own.
+
+    inherited: (number of a listening socket in the process, descriptor of the caller that takes its place), sorted.
+    parked: stopped before its first instruction, with new_pid only; SIGCONT lets it run. ends_with_caller: it is killed
+    when the thread that restored it ends, with new_pid only. record: the working set, None: if none is known.
+    """
+
+    new_pid: bool = False
+    new_net: bool = False
+    inherited: tuple[tuple[int, int], ...] = ()
+    parked: bool = False
+    ends_with_caller: bool = False
+    record: bool | None = None
+
+    @property
+    def inherited_numbers(self) -> tuple[int, ...]:
+        return tuple(number for number, _ in self.inherited)
+
+    @property
+    def shape(self) -> tuple[bool, bool, tuple[int, ...]]:
+        """What the restore program depends on."""
+        return self.new_pid, self.new_net, self.inherited_numbers
+
+
+AS_IT_WAS = Options()
