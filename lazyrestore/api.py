@@ -184,6 +184,15 @@ class Snapshot:
 
         return restore.explain(self._prepare({}, False))
 
+    def end_recording(self) -> int:
+        """End the recording of the working set now; returns its number of chunks, 0 if nothing was recorded.
+
+        A recording ends by itself when its process touches nothing new for a second, or ends. Raises PagerError.
+        """
+        from lazyrestore.store import format
+
+        return len(self._connect().working_set(end=True)) // format.TOUCHED.size
+
     def restore(
         self,
         *,
@@ -193,6 +202,7 @@ class Snapshot:
         reuseport: bool = False,
         inherit_fd: Mapping[int, int] | None = None,
         streams: Sequence[int] = (0, 1, 2),
+        record: bool | None = None,
     ) -> RestoredProcess:
         """Start a copy of the process under its old process id, as a child of this process.
 
@@ -201,13 +211,14 @@ class Snapshot:
         ports on which it listened → those on which the copy shall. `reuseport`: it shares its TCP ports with all that
         do the same (SO_REUSEPORT). `inherit_fd`: descriptors of its listening sockets → descriptors of ours that take
         their place; ours stay open, and get the flags (O_NONBLOCK) that the old ones had. `streams` are descriptors for
-        its standard streams, used where these were terminals or pipes to other processes. Raises RestoreError's
-        subclasses; nothing is left of the new process then.
+        its standard streams, used where these were terminals or pipes to other processes. `record`: the working set,
+        True: even if one is known, which is extended; None: if none is known. Raises RestoreError's subclasses; nothing
+        is left of the new process then.
         """
         from lazyrestore.restore_options import Options
 
         inherited = tuple(sorted((inherit_fd or {}).items()))
-        return self._restore(Options(new_pid, new_net, inherited), streams, listen or {}, reuseport)
+        return self._restore(Options(new_pid, new_net, inherited, record=record), streams, listen or {}, reuseport)
 
     def _restore(
         self, options: Options, streams: Sequence[int], listen: Mapping[int, int], reuseport: bool

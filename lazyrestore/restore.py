@@ -164,7 +164,7 @@ def run(
             userfaultfd = child.take(pidfd, compiled.userfaultfd)
             try:
                 lazy_shared = {k: fd for k, fd in shared.items() if manifest.shared[k].anonymous}
-                pager.attach(userfaultfd, pidfd, prepared.ranges, lazy_shared)
+                pager.attach(userfaultfd, pidfd, prepared.ranges, lazy_shared, record=options.record)
             finally:
                 os.close(userfaultfd)
             phases.done("attach")

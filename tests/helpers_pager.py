@@ -168,7 +168,7 @@ class Victim:
         shared: Mapping[int, int] | None = None,
         *,
         eager: bool = False,
-        record: bool = False,
+        record: bool | None = False,
         replay: bool = False,
     ) -> None:
         """Hands the victim's memory to the pager, and leaves no userfaultfd open but the pager's."""
@@ -182,7 +182,7 @@ class Victim:
             os.close(uffd)
 
     def clone(
-        self, client: PagerClient, start: int, length: int, *, record: bool = False, replay: bool = False
+        self, client: PagerClient, start: int, length: int, *, record: bool | None = False, replay: bool = False
     ) -> None:
         """Maps [start, start + length) of the template at the same address, and attaches."""
         self.map(start, length, self.open(f"/proc/{os.getpid()}/fd/{client.template_fd}"), start)

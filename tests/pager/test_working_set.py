@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import until
 from helpers_pager import CHUNK, PAGE, Image, Victim, stats_when
 
 from lazyrestore.pager import PagerClient, wire
@@ -80,11 +81,25 @@ def test_recorded_until_the_process_ends(start: Start, make_image: MakeImage, ma
     first.process.kill()
     first.process.wait()
     stats_when(client, lambda stats: stats.spaces_ended == 1)
-    second.clone(client, BASE, LENGTH, record=True, replay=True)
+    second.clone(client, BASE, LENGTH, record=None, replay=True)
     replayed(client, CHUNK // PAGE)
     second.ask("touch", BASE + CHUNK)
     stats_when(client, lambda stats: stats.faults == 2)
     assert numbers(client.working_set()) == (0,)
+
+
+def test_recorded_again(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    """What is new comes behind what is known, from a store or from the recording before."""
+    client = start(make_image(working_set=packed(7, written=4)))
+    for touched in (3, 12):
+        victim = make_victim()
+        victim.clone(client, BASE, LENGTH, record=True, replay=True)
+        replayed(client, CHUNK // PAGE)
+        victim.ask("touch", BASE + touched * CHUNK)
+        stats_when(client, lambda stats: stats.spaces[0].service.max_ns > 0)  # the newest; counted after the recording
+        client.working_set(end=True)
+    assert numbers(client.working_set())[0] == 7
+    assert len(numbers(client.working_set())) == 3
 
 
 def test_children_record_too(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
@@ -180,16 +195,17 @@ def test_walk_upwards_is_served_ahead(start: Start, make_image: MakeImage, make_
     assert numbers(client.working_set()) == tuple(range(32))
 
 
-def test_recorder_is_run_once(tmp_path: Path, start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+def test_recorder_is_run_after_each_recording(
+    tmp_path: Path, start: Start, make_image: MakeImage, make_victim: MakeVictim
+) -> None:
     trace = tmp_path / "recorded"
     program = f"open({str(trace)!r}, 'a').write('kept\\n')"
     client = start(make_image(recorder=[sys.executable, "-c", program]))
-    for _ in range(2):
+    for times, record in ((1, None), (1, None), (2, True)):
         victim = make_victim()
-        victim.clone(client, BASE, LENGTH, record=True, replay=True)
+        victim.clone(client, BASE, LENGTH, record=record)
         victim.ask("touch", BASE)
-        stats_when(client, lambda stats: stats.faults >= 1)
+        stats_when(client, lambda stats: stats.spaces[0].service.max_ns > 0)
         client.working_set(end=True)
-    while not (trace.exists() and trace.read_text()):
-        client.stats()
-    assert trace.read_text() == "kept\n"
+        expected = "kept\n" * times
+        until(lambda expected=expected: trace.exists() and trace.read_text() == expected, "the recorder")

@@ -136,9 +136,7 @@ static struct lr_error pager_init(struct pager *pager, const struct options *opt
 	working_set_init(&pager->working_set, &pager->image);
 	if (!error.code)
 		error = working_set_load(&pager->working_set);
-	if (!error.code && pager->image.n_working_set)
-		options = NULL; /* it is kept already */
-	pager->recorder = options ? options->recorder : NULL;
+	pager->recorder = options->recorder;
 	if (!error.code)
 		error = keeper_start(&pager->keeper);
 	if (!error.code)
@@ -205,13 +203,12 @@ static void restart_keeper(struct pager *pager) {
 		log_line("the keeper died; process %d took its place", (int)pager->keeper.pid);
 }
 
-/* Once, when a recording has ended: the command asks this pager for the working set and stores it. Its end is nobody's
+/* When a recording has ended: the command asks this pager for the working set and stores it. Its end is nobody's
  * concern; the init process collects it. */
 static void keep_working_set(struct pager *pager) {
-	if (!pager->recorder || !working_set_is_recorded(&pager->working_set))
-		return;
 	char **command = pager->recorder;
-	pager->recorder = NULL;
+	if (!command || !working_set_notice(&pager->working_set))
+		return;
 	pid_t child = fork();
 	if (!child) {
 		const struct sched_param none = {0};

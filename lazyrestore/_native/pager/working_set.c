@@ -7,7 +7,7 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { LEAST_CHUNKS = 64, CAPACITY = 1024 };
+enum { LEAST_CHUNKS = 64, FIRST_CAPACITY = 1024 };
 static const uint64_t QUIET_NS = 1000000000, MOST_BYTES = 128u << 20;
 
 struct scoped_lock {
@@ -42,23 +42,18 @@ struct lr_error working_set_load(struct working_set *set) {
 	return LR_OK;
 }
 
-bool working_set_claim(struct working_set *set, int32_t pid) {
+bool working_set_claim(struct working_set *set, int32_t pid, bool again) {
 	char path[64];
 	LOCKED(set);
-	if (set->state != WORKING_SET_NONE)
+	if (set->state == WORKING_SET_RECORDING || (set->state == WORKING_SET_KNOWN && !again))
 		return false;
 	set->member = calloc(set->image->n_chunks ? set->image->n_chunks : 1, 1);
-	set->chunks = malloc(CAPACITY * sizeof *set->chunks);
-	if (!set->member || !set->chunks) {
-		free(set->member);
-		free(set->chunks);
-		set->member = NULL;
-		set->chunks = NULL;
+	if (!set->member)
 		return false;
-	}
+	for (uint32_t i = 0; i < set->n; i++)
+		set->member[set->chunks[i].chunk] = 1;
 	snprintf(path, sizeof path, "/proc/%d/pagemap", (int)pid);
 	set->pagemap = open(path, O_RDONLY | O_CLOEXEC); /* without it, nothing counts as written */
-	set->capacity = CAPACITY;
 	set->state = WORKING_SET_RECORDING;
 	set->last_ns = now_ns();
 	return true;
@@ -83,8 +78,9 @@ static bool end(struct working_set *set) {
 	if (set->state != WORKING_SET_RECORDING)
 		return false;
 	set->state = WORKING_SET_KNOWN;
+	set->fresh = set->n;
 	for (uint32_t i = 0; set->pagemap >= 0 && i < set->n; i++)
-		set->chunks[i].written = written_pages(set->pagemap, &set->image->chunks[set->chunks[i].chunk]);
+		set->chunks[i].written |= written_pages(set->pagemap, &set->image->chunks[set->chunks[i].chunk]);
 	if (set->pagemap >= 0)
 		close(set->pagemap);
 	set->pagemap = -1;
@@ -98,13 +94,14 @@ void working_set_touch(struct working_set *set, uint64_t chunk) {
 	if (set->state != WORKING_SET_RECORDING || set->member[chunk])
 		return;
 	if (set->n == set->capacity) {
-		struct lr_touched *more = realloc(set->chunks, 2ull * set->capacity * sizeof *more);
+		uint32_t capacity = set->capacity ? 2 * set->capacity : FIRST_CAPACITY;
+		struct lr_touched *more = realloc(set->chunks, capacity * sizeof *more);
 		if (!more) {
 			end(set);
 			return;
 		}
 		set->chunks = more;
-		set->capacity *= 2;
+		set->capacity = capacity;
 	}
 	set->member[chunk] = 1;
 	set->chunks[set->n++] = (struct lr_touched){.chunk = (uint32_t)chunk};
@@ -130,7 +127,9 @@ struct lr_touched *working_set_copy(struct working_set *set, uint32_t *n) {
 	return copy;
 }
 
-bool working_set_is_recorded(struct working_set *set) {
+bool working_set_notice(struct working_set *set) {
 	LOCKED(set);
-	return set->state == WORKING_SET_KNOWN && set->n;
+	bool fresh = set->fresh;
+	set->fresh = false;
+	return fresh;
 }

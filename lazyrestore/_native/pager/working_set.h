@@ -20,6 +20,7 @@ struct working_set {
 	uint64_t bytes; /* raw */
 	uint8_t *member; /* a byte per chunk of the image; while recording */
 	uint64_t last_ns; /* of the last new chunk */
+	bool fresh; /* a recording has ended and nobody has taken notice */
 	int pagemap; /* of the process that records; owned */
 	const struct image *image;
 };
@@ -29,8 +30,9 @@ void working_set_init(struct working_set *set, const struct image *image);
 /* What the image brought from its store; chunks beyond its index are dropped. */
 struct lr_error working_set_load(struct working_set *set);
 
-/* True: the caller's address space, of process `pid`, records from now on. */
-bool working_set_claim(struct working_set *set, int32_t pid);
+/* True: the caller's address space, of process `pid`, records from now on; `again`: even if a set is known, which it
+ * extends then. */
+bool working_set_claim(struct working_set *set, int32_t pid, bool again);
 
 /* Chunk `chunk` is touched by a space that records. */
 void working_set_touch(struct working_set *set, uint64_t chunk);
@@ -38,8 +40,8 @@ void working_set_touch(struct working_set *set, uint64_t chunk);
 /* Ends the recording: now, or only `if_quiet`. True if that ended it. */
 bool working_set_end(struct working_set *set, bool if_quiet);
 
-/* Whether a recording has ended with something in it. */
-bool working_set_is_recorded(struct working_set *set);
+/* True once after each recording that has ended with something in it. */
+bool working_set_notice(struct working_set *set);
 
 /* A copy, owned by the caller, NULL if there is nothing; `n` entries in first-touch order. */
 struct lr_touched *working_set_copy(struct working_set *set, uint32_t *n);
