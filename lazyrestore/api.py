@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Self
 
 from lazyrestore.errors import LazyrestoreError, PagerError
@@ -18,7 +18,7 @@ from lazyrestore.errors import LazyrestoreError, PagerError
 if TYPE_CHECKING:
     from lazyrestore.manifest import Manifest
     from lazyrestore.pager.client import PagerClient, PagerStats
-    from lazyrestore.restore import Prepared, Started
+    from lazyrestore.restore import Checked, Prepared, Started
     from lazyrestore.restore_options import Options
     from lazyrestore.store import ImageStore, Report, StoredImage, Summary
 
@@ -227,21 +227,20 @@ class Snapshot:
         from lazyrestore import restore
         from lazyrestore.pager.client import PagerGone
 
-        prepared = self._prepare(listen, reuseport)
-        pager = self._connect_while(lambda: restore.compiled_for(prepared, options))
-        connected = time.perf_counter()
+        checked, pager = self._get_ready(options, listen, reuseport)
         try:
-            started = restore.run(prepared, pager, streams, options)
+            started = restore.run(checked, pager, streams)
         except PagerGone:
             # It exited for want of work just as we came; a connected one stays.
             with self._lock:
                 if self._pager is pager:
                     self._gone.append(pager)
                     self._pager = None
-            pager = self._connect()
-            started = restore.run(prepared, pager, streams, options)
-        started.phases = {"prepare": (connected - began) * 1e3, **started.phases}
-        started.restore_ms = (time.perf_counter() - began) * 1e3
+            checked, pager = self._get_ready(options, listen, reuseport)
+            started = restore.run(checked, pager, streams)
+        restore_ms = (time.perf_counter() - began) * 1e3
+        started.phases = {"prepare": restore_ms - started.restore_ms, **started.phases}
+        started.restore_ms = restore_ms
         return RestoredProcess(self.name, self._image.key, started)
 
     def clones(
@@ -287,27 +286,17 @@ class Snapshot:
                 self._prepared[key] = restore.prepare(self.name, manifest, self._image)
             return self._prepared[key]
 
-    def _connect_while(self, work: Callable[[], object]) -> PagerClient:
-        """The pager; where it must first be found or started, `work` is done meanwhile."""
-        if self._pager is not None:
-            return self._pager
-        failed: list[BaseException] = []
+    def _get_ready(self, options: Options, listen: Mapping[int, int], reuseport: bool) -> tuple[Checked, PagerClient]:
+        """What one restore needs. A pager that has to be started starts while the rest is done."""
+        from lazyrestore import restore
+        from lazyrestore.pager import launch
 
-        def connect() -> None:
-            try:
-                self._connect()
-            except BaseException as error:
-                failed.append(error)
-
-        thread = threading.Thread(target=connect, name="lazyrestore-connect")
-        thread.start()
-        try:
-            work()
-        finally:
-            thread.join()
-        if failed:
-            raise failed[0]
-        return self._connect()
+        with launch.begin(self._image, linger_ms=LINGER_MS) if self._pager is None else nullcontext() as connecting:
+            checked = restore.check(self._prepare(listen, reuseport), options)
+            with self._lock:
+                if self._pager is None and connecting is not None:
+                    self._pager = connecting.answered()
+            return checked, self._connect()
 
     def _connect(self) -> PagerClient:
         from lazyrestore.pager.launch import connect_or_start

@@ -1,6 +1,6 @@
 """Restoring: a new process runs the compiled program, the pager takes its lazy memory, and it is let go.
 
-The steps, each timed as a phase: check (this host, the mapped files), compile, pager (found or started), spawn, map
+The steps, each timed as a phase: check (this host, the mapped files), compile, pager (until it answers), spawn, map
 (the program up to the userfaultfd), attach (the pager registers the ranges), write (what cannot be lazy), finish
 (threads, credentials, registers, detach). Whatever fails, the new process is killed and reaped before the exception
 leaves.
@@ -65,6 +65,16 @@ class Prepared:
     )  # path → what stat() said of a file found unchanged
 
 
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """One restore that nothing speaks against, about to begin."""
+
+    prepared: Prepared
+    compiled: Compiled
+    options: Options
+    phases: _Phases
+
+
 class _Phases:
     def __init__(self) -> None:
         self.began = self._last = time.perf_counter()
@@ -113,11 +123,9 @@ def explain(prepared: Prepared, options: Options = AS_IT_WAS) -> list[str]:
     return list(compiled.program.explain())
 
 
-def run(
-    prepared: Prepared, pager: PagerClient, streams: Sequence[int] = (0, 1, 2), options: Options = AS_IT_WAS
-) -> Started:
-    """Restore once. `streams` are the caller's descriptors for the new process's standard streams, where it needs
-    them."""
+def check(prepared: Prepared, options: Options = AS_IT_WAS) -> Checked:
+    """Check what may change between two restores, and compile if that is to do: all that can be done before the pager
+    answers. Raises PidTaken, FileChanged and RestoreError."""
     manifest, phases = prepared.manifest, _Phases()
     if not options.new_pid:
         _check_pid_free(manifest.pid)
@@ -129,16 +137,27 @@ def run(
     descriptors.check_files(manifest.descriptors)
     descriptors.prepare(manifest.descriptors, options.inherited_numbers, own_network=options.new_net)
     phases.done("check")
+    compiled = compiled_for(prepared, options)
+    phases.done("compile")
+    return Checked(prepared, compiled, options, phases)
+
+
+def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)) -> Started:
+    """Restore once. `streams` are the caller's descriptors for the new process's standard streams, where it needs
+    them."""
+    prepared, compiled, options, phases = checked.prepared, checked.compiled, checked.options, checked.phases
+    manifest = prepared.manifest
+    phases.done("pager")
     with ExitStack() as owned:
         shared = {index: _shared_file(prepared, index, owned) for index in range(len(manifest.shared))}
         hugetlb = pager.hugetlb_fd
         template = pager.template_fd
         streams = [stream if stream >= 0 else _nothing(owned) for stream in streams]
         inherited = dict(options.inherited)
-        sources = [template, *shared.values(), *streams, *inherited.values()]
-        compiled = compiled_for(prepared, options, max(sources))
-        phases.done("compile")
         program = _memory_file("lazyrestore-program", owned)
+        sources = [template, hugetlb or 0, program, spawn.executable(), *shared.values(), *streams, *inherited.values()]
+        if max(sources) >= compiled.layout.program:  # a caller with many descriptors
+            compiled = compiled_for(prepared, options, max(sources))
         os.pwrite(program, compiled.linked.image, 0)
         handed = {program: compiled.layout.program, template: compiled.layout.template}
         pairs = [*handed.items(), *((shared[k], compiled.layout.shared[k]) for k in shared)]

@@ -51,7 +51,7 @@ def start(
     sources = ffi.new("int32_t[]", [source for source, _ in pairs])
     targets = ffi.new("int32_t[]", [target for _, target in pairs])
     request = ffi.new("struct lr_spawn *")
-    request.executable = _stub_executable()
+    request.executable = executable()
     request.count = len(pairs)
     request.source, request.target = sources, targets
     request.wanted_pid = wanted_pid
@@ -96,8 +96,8 @@ def _check(result: int) -> None:
         raise OSError(-result, os.strerror(-result), "ptrace")
 
 
-def _stub_executable() -> int:
-    """The memory file with the executable, made once."""
+def executable() -> int:
+    """The descriptor of the executable, a memory file, made once."""
     global _executable
     with _executable_lock:
         if _executable is None:

@@ -4,8 +4,9 @@ Facts: two restorers may start at the same moment, and a pager may be about to e
 connects, starts, or exits does so under flock(2) of one lock file per snapshot; so a pager that was reached cannot have
 decided to leave. flock belongs to the open file description: the pager gets one of its own, never the restorer's. The
 pager is spawned as vfork does (os.posix_spawn), so its start costs the same from any caller and is safe with threads,
-and it inherits just the descriptors named on its command line. Cost: restores of one snapshot queue up for the 1 or
-2 ms that the first one needs to start its pager.
+and it inherits just the descriptors named on its command line. It needs about 2 ms to start, but its socket takes
+connections before it runs: so whoever starts it connects at once, lets go of the lock, and waits for the answer only
+when there is nothing else left to do. Cost: what a pager says that cannot start is in its log only.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import socket
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 from blake3 import blake3
 
@@ -105,25 +106,88 @@ def _make_private(path: Path) -> None:
         )
 
 
-def connect_or_start(image: StoredImage, *, runtime_dir: Path | None = None, linger_ms: int = 2000) -> PagerClient:
-    """The pager of `image`, started if there is none; it outlives the caller.
+class Connecting:
+    """A connection to a pager that may not have answered yet. One thread; `close()` it, or leave it as a context."""
+
+    def __init__(self, image: StoredImage, directory: Path, linger_ms: int) -> None:
+        self._image, self._directory, self._linger_ms = image, directory, linger_ms
+        self._path, self._name = _socket_path(directory, image.key), f"pager of {image.name}"
+        self._started = False
+        self._starter = 0  # the child that starts the pager, until it is collected
+        self._connection: socket.socket | None = None
+        with _locked(self._path):
+            try:
+                self._connection = _dial(self._path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                self._start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def answered(self) -> PagerClient:
+        """The pager, once it answers; called once. Raises PagerError."""
+        try:
+            return self._client()
+        except PagerGone as error:
+            if self._started:
+                raise self._ended_at_once(error) from error
+        with _locked(self._path):  # it was killed as we came: there is another one by now, or we start it
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError, PagerGone):
+                return _connect(self._path, self._name)
+            self._start()
+        try:
+            return self._client()
+        except PagerGone as error:
+            raise self._ended_at_once(error) from error
+
+    def close(self) -> None:
+        """Let go of what was not handed out."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        if self._starter:
+            with contextlib.suppress(ChildProcessError):  # somebody else's waitpid(-1) was faster
+                os.waitpid(self._starter, 0)
+            self._starter = 0
+
+    def _client(self) -> PagerClient:
+        connection, self._connection = self._connection, None
+        assert connection is not None
+        try:
+            return PagerClient(connection, self._name)
+        finally:
+            self.close()
+
+    def _start(self) -> None:
+        self._starter = _start(self._image, self._directory, self._path, self._linger_ms)
+        self._started = True
+        try:
+            self._connection = _dial(self._path)
+        except OSError as error:
+            self.close()
+            if isinstance(error, FileNotFoundError | ConnectionRefusedError):
+                raise self._ended_at_once(error) from error
+            raise PagerError(self._name, "connect", errno=error.errno) from error
+
+    def _ended_at_once(self, error: OSError | PagerError) -> PagerError:
+        return PagerError(self._name, "start", "it ended at once", f"see {_log(self._directory)}", errno=error.errno)
+
+
+def begin(image: StoredImage, *, runtime_dir: Path | None = None, linger_ms: int = 2000) -> Connecting:
+    """Find the pager of `image` or start it, without waiting for its answer; it outlives the caller.
 
     linger_ms: how long a pager started here stays without address spaces and connections. Raises PagerError.
     """
-    directory = _directory(runtime_dir)
-    path, name = _socket_path(directory, image.key), f"pager of {image.name}"
-    with _locked(path):
-        try:
-            return _connect(path, name)
-        except (FileNotFoundError, ConnectionRefusedError, PagerGone):
-            pass
-        _start(image, directory, path, linger_ms)
-        try:
-            return _connect(path, name)
-        except (FileNotFoundError, ConnectionRefusedError, PagerGone) as error:
-            raise PagerError(name, "start", "it ended at once", f"see {_log(directory)}", errno=error.errno) from error
-        except OSError as error:
-            raise PagerError(name, "connect", errno=error.errno) from error
+    return Connecting(image, _directory(runtime_dir), linger_ms)
+
+
+def connect_or_start(image: StoredImage, *, runtime_dir: Path | None = None, linger_ms: int = 2000) -> PagerClient:
+    """begin(), and its answer."""
+    with begin(image, runtime_dir=runtime_dir, linger_ms=linger_ms) as connecting:
+        return connecting.answered()
 
 
 def connect_existing(key: str, name: str, *, runtime_dir: Path | None = None) -> PagerClient | None:
@@ -197,13 +261,17 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _connect(path: Path, name: str) -> PagerClient:
+    return PagerClient(_dial(path), name)
+
+
+def _dial(path: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.connect(os.fspath(path))
     except BaseException:
         connection.close()
         raise
-    return PagerClient(connection, name)
+    return connection
 
 
 def _image_memfd(image: StoredImage) -> int:
@@ -228,7 +296,8 @@ def _image_memfd(image: StoredImage) -> int:
     return memfd
 
 
-def _start(image: StoredImage, directory: Path, path: Path, linger_ms: int) -> None:
+def _start(image: StoredImage, directory: Path, path: Path, linger_ms: int) -> int:
+    """Returns the process id of the child that starts the pager and ends; it is to be collected."""
     with contextlib.ExitStack() as stack:
 
         def owned(fd: int) -> int:
@@ -254,7 +323,7 @@ def _start(image: StoredImage, directory: Path, path: Path, linger_ms: int) -> N
         arguments = [word for key, fd in fds.items() for word in (key, str(fd))]
         recorder = ["--", *image.recorder] if image.recorder else []
         try:
-            pid = os.posix_spawn(
+            return os.posix_spawn(
                 os.fspath(PAGERD),
                 ["pagerd", *arguments, "--linger", str(linger_ms), *recorder],
                 {},
@@ -263,5 +332,3 @@ def _start(image: StoredImage, directory: Path, path: Path, linger_ms: int) -> N
         except OSError as error:
             path.unlink(missing_ok=True)
             raise PagerError(f"pager of {image.name}", f"posix_spawn {PAGERD}", errno=error.errno) from error
-        with contextlib.suppress(ChildProcessError):  # somebody else's waitpid(-1) was faster
-            os.waitpid(pid, 0)
