@@ -142,6 +142,11 @@ class Snapshot:
         return self.raw_bytes // 4096
 
     @property
+    def id(self) -> int:
+        """Its number in the store, never used twice."""
+        return self._image.snapshot
+
+    @property
     def raw_bytes(self) -> int:
         """Bytes of the stored chunks before compression: the memory with content, without what is zero."""
         return self._image.raw_bytes
@@ -252,6 +257,7 @@ class Snapshot:
         reuseport: bool = False,
         inherit_fd: Mapping[int, int] | None = None,
         streams: Sequence[int] = (0, 1, 2),
+        record: bool | None = None,
     ) -> list[RestoredProcess]:
         """Start `count` copies, each in a PID namespace of its own: all of them, or none.
 
@@ -268,6 +274,7 @@ class Snapshot:
                 reuseport=reuseport,
                 inherit_fd=inherit_fd,
                 streams=streams,
+                record=record,
             ),
             count,
         )

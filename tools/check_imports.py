@@ -56,6 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": {"fleet", "restore_options", "snapshot", "restore", "manifest", "store", "pager", "kernel"},
     "__init__": {"api"},
     "cli": {
+        "working_set",
         "__init__",
         "api",
         "fleet",

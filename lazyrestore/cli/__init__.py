@@ -11,6 +11,7 @@ import click
 COMMANDS = {
     "snapshot": "lazyrestore.cli.snapshot:snapshot_command",
     "restore": "lazyrestore.cli.restore:restore_command",
+    "record": "lazyrestore.cli.record:record_command",
     "ls": "lazyrestore.cli.listing:ls_command",
     "show": "lazyrestore.cli.listing:show_command",
     "rm": "lazyrestore.cli.listing:rm_command",
@@ -22,6 +23,7 @@ COMMANDS = {
 HELP = {  # so that --help imports no command
     "snapshot": "Snapshot a running process.",
     "restore": "Restore a process; its memory arrives on touch.",
+    "record": "Record which memory a process needs first.",
     "ls": "List the snapshots.",
     "show": "Show what a snapshot holds.",
     "rm": "Remove snapshots.",

@@ -61,6 +61,7 @@ SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the
     help="Give the process lazyrestore's descriptor M in place of its listening socket N. Without M: the next one of "
     "systemd's (LISTEN_FDS), else N. Repeatable.",
 )
+@click.option("--no-record", is_flag=True, help="Do not record which memory it needs first.")
 @click.option("--explain", is_flag=True, help="Print the restore program without running it.")
 @click.option("--json", "json_output", is_flag=True, help="Print JSON (to standard error in the foreground).")
 @click.pass_obj
@@ -74,6 +75,7 @@ def restore_command(
     ports: tuple[str, ...],
     reuseport: bool,
     inherited: tuple[str, ...],
+    no_record: bool,
     explain: bool,
     json_output: bool,
 ) -> None:
@@ -94,7 +96,8 @@ def restore_command(
 
     if count is not None and pid_choice == "same":
         raise click.UsageError("only one process can have the old process id: -n wants --pid new")
-    sockets: Sockets = {
+    choices: Choices = {
+        "record": False if no_record else None,
         "new_net": net == "new",
         "listen": _ports(ports),
         "reuseport": reuseport,
@@ -106,9 +109,9 @@ def restore_command(
             lines = snapshot.explain()
             click.echo(to_json(lines) if json_output else "\n".join(lines))
         elif count is not None:
-            _start_clones(snapshot, count, sockets, json_output)
+            _start_clones(snapshot, count, choices, json_output)
         elif detach:
-            process = snapshot.restore(new_pid=new_pid, **sockets)
+            process = snapshot.restore(new_pid=new_pid, **choices)
             text = f"{name}: process {process.pid}, restored in {process.restore_ms:.1f} ms"
             try:
                 click.echo(_as_json(process) if json_output else text)
@@ -117,12 +120,13 @@ def restore_command(
                 process.wait()
                 raise
         else:
-            sys.exit(_foreground(snapshot, new_pid, sockets, json_output))
+            sys.exit(_foreground(snapshot, new_pid, choices, json_output))
 
 
-class Sockets(TypedDict):
-    """What restore() is told of the network."""
+class Choices(TypedDict):
+    """What restore() is told."""
 
+    record: bool | None
     new_net: bool
     listen: dict[int, int]
     reuseport: bool
@@ -159,11 +163,11 @@ def _inherited(words: tuple[str, ...]) -> dict[int, int]:
     return inherited
 
 
-def _start_clones(snapshot: Snapshot, count: int, sockets: Sockets, json_output: bool) -> None:
+def _start_clones(snapshot: Snapshot, count: int, choices: Choices, json_output: bool) -> None:
     """Start them and print a process id per line, or a JSON list; if nobody can read that, none is left."""
     from lazyrestore.fleet import clones
 
-    processes = snapshot.clones(count, **sockets)
+    processes = snapshot.clones(count, **choices)
     try:
         if json_output:
             click.echo(to_json([_facts(process) for process in processes]))
@@ -183,12 +187,12 @@ def _as_json(process: RestoredProcess) -> str:
     return to_json(_facts(process))
 
 
-def _foreground(snapshot: Snapshot, new_pid: bool, sockets: Sockets, json_output: bool) -> int:
+def _foreground(snapshot: Snapshot, new_pid: bool, choices: Choices, json_output: bool) -> int:
     """Restore, be a good parent, return the exit status."""
     awaited = {*FORWARDED, signal.SIGCHLD}
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
     try:
-        process = snapshot.restore(new_pid=new_pid, **sockets)
+        process = snapshot.restore(new_pid=new_pid, **choices)
         if json_output:
             click.echo(_as_json(process), err=True)
         with _terminal_given_to(process.pid):

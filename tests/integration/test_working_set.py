@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
 from helpers import Victims, http_get, until
+from helpers_cli import run_cli
 from helpers_copies import Copies, Copy
 
 import lazyrestore
@@ -74,3 +78,46 @@ def test_show_says_that_there_is_one(run: Path, copies: Copies, victims: Victims
         assert store.keep_working_set("s", image.snapshot, bytes(8))
     with lazyrestore.Store.open(run / "store") as again, again.get("s") as shown:
         assert 0 < shown.working_set_bytes < shown.raw_bytes
+
+
+def test_record_until_it_answers(run: Path, victims: Victims, copies: Copies) -> None:
+    data = run / "data"
+    data.mkdir()
+    for name in range(8):
+        np.save(data / f"{name}.npy", np.random.default_rng(name).normal(size=(64, 1024)))
+    victim = victims.python("numpy_worker.py", data, run / "port")
+    port = victim.until(lambda: int((run / "port").read_text()), "the port")
+    answer = http_get(port, "/small")
+    victim.quiet()
+    copies.snapshot(victim.pid, "r", kill=True)
+    victim.gone()
+    refused = run_cli(run / "store", "record", "r", "--until-port", port, "--for", 1)
+    assert refused.returncode == 2
+    done = run_cli(
+        run / "store", "record", "r", "--until-port", port, "--request", "GET /small HTTP/1.0\\r\\n\\r\\n", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["kept"] and told["chunks"] > 64
+    assert stored_set(run, "r")
+    shown = run_cli(run / "store", "show", "r")
+    assert f"{told['chunks']} chunks" in shown.stdout
+    again = run_cli(run / "store", "record", "r", "--for", 0.1, "--json")
+    assert json.loads(again.stdout)["chunks"] >= told["chunks"]
+    with copies.store.get("r") as snapshot:
+        copy = Copy(snapshot.restore(), snapshot, run)
+        assert http_get(port, "/small") == answer
+        faults, brought = faults_of(copy)
+        assert brought > faults
+        copy.kill()
+
+
+def test_no_record(run: Path, victims: Victims, copies: Copies) -> None:
+    victim = victims.start(["/bin/sleep", "1000"])
+    victim.quiet()
+    copies.snapshot(victim.pid, "s", kill=True)
+    victim.gone()
+    done = run_cli(run / "store", "restore", "s", "--detach", "--no-record", "--json")
+    with copies.store.get("s") as snapshot:
+        assert snapshot.end_recording() == 0
+    os.kill(json.loads(done.stdout)["pid"], signal.SIGKILL)

@@ -1,0 +1,119 @@
+"""`lazyrestore record`: run a copy until it has done what matters, and keep what memory that took."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from lazyrestore.cli.words import complete_name, size, to_json
+
+if TYPE_CHECKING:
+    from lazyrestore.api import RestoredProcess, Snapshot
+
+QUIET_SECONDS = 1.0
+LOOK_SECONDS = 0.1
+ANSWER_SECONDS = 60.0
+
+
+@click.command("record")
+@click.argument("name", shell_complete=complete_name)
+@click.option(
+    "--until-port", "address", metavar="PORT", help="Until it answers there: a TCP port or a Unix socket's path."
+)
+@click.option("--request", default="GET / HTTP/1.0\\r\\n\\r\\n", show_default=True, help="What to ask at that port.")
+@click.option("--for", "seconds", type=click.FloatRange(0), metavar="SECONDS", help="For so long.")
+@click.option("--pid", "pid_choice", type=click.Choice(["same", "new"]), default="same", help="As with restore.")
+@click.option("--json", "json_output", is_flag=True, help="Print JSON.")
+@click.pass_obj
+def record_command(
+    store: str,
+    name: str,
+    address: str | None,
+    request: str,
+    seconds: float | None,
+    pid_choice: str,
+    json_output: bool,
+) -> None:
+    """Record the working set of the snapshot NAME: restore it, let it do its first work, end it.
+
+    The chunks of memory that it touches are kept, in that order, and brought to later copies before they ask. The first
+    restore does this by itself, until the process touches nothing new for a second; here you say until when. What an
+    earlier recording found is kept too.
+
+    \b
+    lazyrestore record worker --until-port 8000
+    lazyrestore record worker --until-port /run/worker.sock --request 'GET /warm HTTP/1.0\\r\\n\\r\\n'
+    lazyrestore record worker --for 5
+    """
+    from lazyrestore.api import Store
+    from lazyrestore.working_set import keep
+
+    if address is not None and seconds is not None:
+        raise click.UsageError("--until-port and --for exclude each other")
+    with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
+        process = snapshot.restore(new_pid=pid_choice == "new", record=True)
+        try:
+            if address is not None:
+                _ask(process, address, request.encode().decode("unicode_escape").encode("latin-1"))
+            elif seconds is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(seconds)
+            else:
+                _await_quiet(snapshot, process)
+            snapshot.end_recording()
+            kept = keep(opened.path, name, snapshot.id)
+        finally:
+            process.kill()
+            process.wait()
+    with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
+        chunks, found = len(snapshot.working_set), snapshot.working_set_bytes
+    if json_output:
+        click.echo(to_json({"name": name, "kept": kept, "chunks": chunks, "bytes": found}))
+    elif kept:
+        click.echo(f"{name}: working set of {chunks} chunks, {size(found)}")
+    else:
+        click.echo(f"{name}: it touched nothing; the working set is as it was")
+
+
+def _ask(process: RestoredProcess, address: str, request: bytes) -> None:
+    """Until the first byte of an answer. Raises ClickException if the process ends first, or stays silent."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    while True:
+        try:
+            with _connected(address) as connection:
+                connection.settimeout(max(0.001, deadline - time.monotonic()))
+                connection.sendall(request)
+                if connection.recv(1):
+                    return
+                reason = "it closed the connection without an answer"
+        except OSError as error:
+            reason = str(error)
+        if process.poll() is not None:
+            raise click.ClickException(f"the process ended with {process.returncode} before it answered at {address}")
+        if time.monotonic() > deadline:
+            raise click.ClickException(f"no answer at {address} within {ANSWER_SECONDS:.0f} s: {reason}")
+        time.sleep(0.001)
+
+
+def _connected(address: str) -> socket.socket:
+    if address.isdigit():
+        return socket.create_connection(("127.0.0.1", int(address)), timeout=ANSWER_SECONDS)
+    connection = socket.socket(socket.AF_UNIX)
+    connection.connect(address)
+    return connection
+
+
+def _await_quiet(snapshot: Snapshot, process: RestoredProcess) -> None:
+    """Until it has touched nothing new for a while, or has ended."""
+    before, since = -1, time.monotonic()
+    while process.poll() is None and time.monotonic() - since < QUIET_SECONDS:
+        stats = snapshot.pager_stats()
+        faults = stats.faults if stats else before
+        if faults != before:
+            before, since = faults, time.monotonic()
+        time.sleep(LOOK_SECONDS)
