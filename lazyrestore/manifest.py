@@ -47,8 +47,6 @@ class Manifest(msgspec.Struct, frozen=True):
     files: list[FileIdentity]
     shared: list[SharedObject]
     descriptors: FdTable
-    pages: int  # with content, of 4096 bytes
-    raw_bytes: int
     pause_ms: float
 
 

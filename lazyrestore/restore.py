@@ -60,9 +60,7 @@ class Prepared:
     own: attributes.Credentials
     compiled: dict[object, Compiled] = field(default_factory=dict)  # by Options.shape
     ranges: list[Range] = field(default_factory=list)
-    checked: dict[str, tuple[int, ...] | None] = field(
-        default_factory=dict
-    )  # path → what stat() said of a file found unchanged
+    checked: dict[str, vma.Signature | None] = field(default_factory=dict)  # path → signature when found unchanged
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +129,7 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS) -> Checked:
         _check_pid_free(manifest.pid)
     for identity in manifest.files:
         signature = vma.file_signature(identity)
-        if signature is None or signature != prepared.checked.get(identity.path):
+        if signature is None or signature not in (identity.seen, prepared.checked.get(identity.path)):
             vma.check_file(identity)
             prepared.checked[identity.path] = vma.file_signature(identity)
     descriptors.check_files(manifest.descriptors)

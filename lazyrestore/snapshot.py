@@ -54,10 +54,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a snapshot cost: bytes of content, pages of 4096 bytes, the pause and the whole in ms and seconds."""
+    """What a snapshot cost: the pause in ms, the whole in seconds."""
 
-    pages: int
-    raw_bytes: int
     pause_ms: float
     seconds: float
 
@@ -98,16 +96,14 @@ def take(
                     if fits:
                         buffer.store(writer, runs)
                     pause = (time.monotonic() - paused) * 1e3
-                    manifest = _finish(capture, pause)
-                    writer.commit(manifests.encode(manifest))
+                    writer.commit(manifests.encode(_finish(capture, pause)))
                     frozen.kill()
             if not kill:
                 pause = (time.monotonic() - paused) * 1e3
                 if fits:
                     buffer.store(writer, runs)
-                manifest = _finish(capture, pause)
-                writer.commit(manifests.encode(manifest))
-        return Taken(manifest.pages, manifest.raw_bytes, pause, time.monotonic() - began)
+                writer.commit(manifests.encode(_finish(capture, pause)))
+        return Taken(pause, time.monotonic() - began)
     finally:
         os.close(pidfd)
 
@@ -258,8 +254,6 @@ def _capture(frozen: Frozen, pidfd: int, identities: dict[str, vma.FileIdentity]
         files=plan.files,
         shared=plan.shared,
         descriptors=table,
-        pages=plan.bytes // mmap.PAGESIZE,
-        raw_bytes=plan.bytes,
         pause_ms=0.0,
     )
     return _Capture(planner, plan, manifest)

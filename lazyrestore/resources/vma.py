@@ -35,8 +35,14 @@ the file itself, contents (if any) written over it. shared: a memory file of the
 kernel: vdso and vvar."""
 
 
+Signature = tuple[int, int, int, int, int]
+"""What stat() says of a file: device, inode, size, mtime and ctime in ns. Who changes the file changes that."""
+
+
 class FileIdentity(msgspec.Struct, frozen=True):
     """What a mapped file must still be when it is mapped again; mtime in ns; build_id of an ELF file, hexadecimal.
+
+    seen: its signature at the snapshot. As long as it is the same, nothing of the file needs to be read.
 
     A file that is mapped MAP_SHARED and writable belongs to whoever writes it: `shared`, and only its size must hold.
     If it is small, its `content` is kept, so that it can be made again when it is gone (a JVM removes the perf data of
@@ -50,6 +56,7 @@ class FileIdentity(msgspec.Struct, frozen=True):
     shared: bool = False
     mode: int = 0o600
     content: bytes | None = None
+    seen: Signature | None = None
 
 
 class Vma(msgspec.Struct, frozen=True):
@@ -139,15 +146,19 @@ def identify(path: str, root: str) -> FileIdentity | None:
         status = os.stat(root + path)
     except OSError:
         return None
-    return FileIdentity(path, status.st_size, status.st_mtime_ns, _build_id(root + path))
+    build_id = _build_id(root + path)
+    return FileIdentity(path, status.st_size, status.st_mtime_ns, build_id, seen=_signature(status))
 
 
-def file_signature(identity: FileIdentity) -> tuple[int, ...] | None:
-    """What stat() says of the file now: unchanged as long as this is unchanged. None if it is gone."""
+def file_signature(identity: FileIdentity) -> Signature | None:
+    """The file's signature now. None if it is gone."""
     try:
-        status = os.stat(identity.path)
+        return _signature(os.stat(identity.path))
     except OSError:
         return None
+
+
+def _signature(status: os.stat_result) -> Signature:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 

@@ -16,6 +16,7 @@ from helpers_copies import Copies
 
 import lazyrestore
 from lazyrestore import errors
+from lazyrestore.resources import vma
 
 Start = Callable[..., Victim]
 
@@ -88,6 +89,13 @@ def test_changed_program(
     os.rename(run / "original", run / "small")
     copies.restore(snapshot)
     assert ask(run / "control", "0") == "1002\n"
+
+
+def test_unchanged_files_are_known_by_their_signature(copies: Copies, start: Start) -> None:
+    """So that a first restore need not read them."""
+    snapshot = copies.snapshot(start().pid, "x")
+    files = snapshot.manifest.files
+    assert files and all(identity.seen == vma.file_signature(identity) for identity in files)
 
 
 def test_vanished_open_file(run: Path, victims: Victims, copies: Copies) -> None:
