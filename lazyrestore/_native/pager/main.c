@@ -137,6 +137,7 @@ static struct lr_error pager_init(struct pager *pager, const struct options *opt
 	if (!error.code)
 		error = working_set_load(&pager->working_set);
 	pager->recorder = options->recorder;
+	pager->recorder_pidfd = -1;
 	if (!error.code)
 		error = keeper_start(&pager->keeper);
 	if (!error.code)
@@ -163,7 +164,7 @@ static void accept_all(struct pager *pager, int listener) {
 static bool is_idle(struct pager *pager, bool *stopping) {
 	SCOPED_LOCK(&pager->lock);
 	*stopping = pager->stopping;
-	return !pager->n_spaces && !pager->n_clients;
+	return !pager->n_spaces && !pager->n_clients && pager->recorder_pidfd < 0;
 }
 
 /* The lock file goes with the socket: whoever has taken a lock looks whether its file is still the one at the path. */
@@ -178,12 +179,28 @@ static void unlink_socket_and_lock(const char *socket_path) {
 	unlink(lock);
 }
 
+/* When a recording has ended: the command asks this pager for the working set and stores it. The pager stays as long. */
+static void keep_working_set(struct pager *pager) {
+	if (!pager->recorder || pager->recorder_pidfd >= 0 || !working_set_notice(&pager->working_set))
+		return;
+	pid_t child = fork();
+	if (!child) {
+		const struct sched_param none = {0};
+		sched_setscheduler(0, SCHED_IDLE, &none);
+		execv(pager->recorder[0], pager->recorder);
+		_exit(127);
+	}
+	if (child > 0)
+		pager->recorder_pidfd = (int)syscall(SYS_pidfd_open, child, 0);
+}
+
 /* True with the lock held for good, the socket gone and nobody waiting. */
 static bool may_leave(struct pager *pager, const struct options *options) {
 	bool stopping;
 	if (flock(options->fds[LOCK], LOCK_EX | LOCK_NB))
 		return false;
 	accept_all(pager, options->fds[LISTEN]);
+	keep_working_set(pager);
 	if (is_idle(pager, &stopping)) {
 		unlink_socket_and_lock(pager->keeper.socket_path);
 		return true;
@@ -203,22 +220,14 @@ static void restart_keeper(struct pager *pager) {
 		log_line("the keeper died; process %d took its place", (int)pager->keeper.pid);
 }
 
-/* When a recording has ended: the command asks this pager for the working set and stores it. Its end is nobody's
- * concern; the init process collects it. */
-static void keep_working_set(struct pager *pager) {
-	char **command = pager->recorder;
-	if (!command || !working_set_notice(&pager->working_set))
+static void reap_recorder(struct pager *pager) {
+	siginfo_t info = {0};
+	if (pager->recorder_pidfd < 0 || waitid(P_PIDFD, (id_t)pager->recorder_pidfd, &info, WEXITED | WNOHANG) || !info.si_pid)
 		return;
-	pid_t child = fork();
-	if (!child) {
-		const struct sched_param none = {0};
-		sched_setscheduler(0, SCHED_IDLE, &none);
-		if (!fork())
-			execv(command[0], command);
-		_exit(0);
-	}
-	if (child > 0)
-		waitpid(child, NULL, 0);
+	if (info.si_code != CLD_EXITED || info.si_status)
+		log_line("snapshot %s: the working set was not kept: its recorder ended with %d", pager->image.name, info.si_status);
+	close(pager->recorder_pidfd);
+	pager->recorder_pidfd = -1;
 }
 
 static void serve(struct pager *pager, const struct options *options) {
@@ -230,6 +239,7 @@ static void serve(struct pager *pager, const struct options *options) {
 			{.fd = options->fds[LISTEN], .events = POLLIN},
 			{.fd = pager->wake_fd, .events = POLLIN},
 			{.fd = pager->keeper.pidfd, .events = POLLIN},
+			{.fd = pager->recorder_pidfd, .events = POLLIN},
 		};
 		bool idle = is_idle(pager, &stopping);
 		if (idle && !was_idle)
@@ -248,11 +258,12 @@ static void serve(struct pager *pager, const struct options *options) {
 		}
 		if (pager->keeper.pidfd < 0)
 			timeout = RETRY_MS;
-		poll(fds, 3, timeout);
+		poll(fds, 4, timeout);
 		uint64_t drained;
 		if (fds[1].revents && read(pager->wake_fd, &drained, sizeof drained) < 0)
 			continue;
 		accept_all(pager, options->fds[LISTEN]);
+		reap_recorder(pager);
 		keep_working_set(pager);
 		if (fds[2].revents || pager->keeper.pidfd < 0)
 			restart_keeper(pager);

@@ -6,8 +6,6 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
-#define PROBE_MAX (1ull << 40) /* bytes */
-
 struct lr_error uffd_api(int uffd, bool *poison, bool *hugetlb) {
 	const uint64_t needed = UFFD_FEATURE_EVENT_FORK | UFFD_FEATURE_EVENT_REMAP | UFFD_FEATURE_EVENT_REMOVE |
 				UFFD_FEATURE_EVENT_UNMAP | UFFD_FEATURE_MISSING_SHMEM | UFFD_FEATURE_MINOR_SHMEM;
@@ -71,21 +69,24 @@ void uffd_wake(int uffd, uint64_t start, uint64_t end) {
 	ioctl(uffd, UFFDIO_WAKE, &range);
 }
 
-/* 1 TiB of addresses that cannot be read: the source of copies that must fail. Reserved low, so that source + length is an address. */
+/* A page that cannot be read: the source of copies that must fail, which they do at its first byte, however long they are.
+ * Low, since source + length must be an address. 0: there is no memory for it. */
 static uint64_t unreadable(void) {
 	static _Atomic uint64_t reserved;
 	if (!reserved) {
-		void *at = mmap((void *)(1ull << 42), PROBE_MAX, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+		void *at = mmap((void *)(1ull << 42), LR_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 		if (at != MAP_FAILED)
-			reserved = (uint64_t)(uintptr_t)at; /* two threads at once waste one reservation */
+			reserved = (uint64_t)(uintptr_t)at; /* two threads at once waste one page */
 	}
 	return reserved;
 }
 
 enum probe uffd_probe(int uffd, uint64_t start, uint64_t end) {
 	uint64_t source = unreadable();
-	if (end - start > PROBE_MAX || !source)
-		return PROBE_NOT_ONE;
+	if (!source)
+		return PROBE_BUSY; /* nothing is known; asked again later */
+	if (end - start > LR_ADDRESS_END - LR_PAGE - source)
+		return PROBE_NOT_ONE; /* asked in parts */
 	struct uffdio_copy range = {.dst = start, .src = source, .len = end - start, .mode = UFFDIO_COPY_MODE_DONTWAKE};
 	if (!ioctl(uffd, UFFDIO_COPY, &range))
 		return PROBE_REGISTERED; /* cannot be: the source is unreadable */
