@@ -72,14 +72,18 @@ def worker(report: Report, victim: Victim, folder: Path, tmpfs: Path, answer: st
         with first:
             _restore(report, "1st restore", first, victim, answer, whole, rss)
             _restore(report, "2nd restore", first, victim, answer, whole, rss)
+            _restore(report, "3rd restore", first, victim, answer, whole, rss)
             with store.get("worker") as other:
                 _restore(report, "restore by another caller", other, victim, answer, whole, rss)
             gone = _stop_pager(first)
         gone()
         with store.get("worker") as again:
-            _resume(report, "1st restore, empty request", again, victim, "/empty", nothing)
-            stats = again.pager_stats()
-            report.add("1st restore, empty request: faults", stats.faults if stats else 0, "")
+            report.add("working set", again.working_set_bytes / 1e6, "MB")
+            _restore(report, "1st restore, recorded", again, victim, answer, whole, rss)
+            gone = _stop_pager(again)
+        gone()
+        with store.get("worker") as again:
+            _resume(report, "1st restore, recorded, empty request", again, victim, "/empty", nothing)
 
 
 def size(report: Report, folder: Path) -> None:
@@ -176,6 +180,8 @@ def _restore(
         responded = time.perf_counter()
         resident = _resident(process.pid)
         after = process.stats()
+        if before is None:
+            snapshot.end_recording()
         if first != answer or victim.ask("/all") != whole:
             raise Unresponsive(f"{name}: the copy answers wrongly")
     finally:
