@@ -26,13 +26,13 @@ class Twins:
         command: Command,
         environment: Mapping[str, str],
     ) -> None:
-        self._store, self._directory = store, directory
+        self._store, self.directory = store, directory
         self._snapshots: list[lazyrestore.Snapshot] = []
         self.copy: lazyrestore.RestoredProcess | None = None
         self.never, self.original = (self._start(victims, name, command, environment) for name in ("never", "restored"))
 
     def _start(self, victims: Victims, name: str, command: Command, environment: Mapping[str, str]) -> Victim:
-        directory = self._directory / name
+        directory = self.directory / name
         directory.mkdir(parents=True)
         victim = victims.start(command(directory / "control"), cwd=directory, environment=environment)
         victim.listens(directory / "control")
@@ -46,7 +46,7 @@ class Twins:
     def ask(self, name: str, *words: object) -> str:
         """The answer of one: "never" or "restored"."""
         try:
-            return ask(self._directory / name / "control", " ".join(map(str, words)))
+            return ask(self.directory / name / "control", " ".join(map(str, words)))
         except OSError as error:
             status = self.copy.poll() if self.copy and name == "restored" else None
             raise AssertionError(f"{name}: {error!r} at {words}, status {status}") from error
@@ -59,7 +59,7 @@ class Twins:
 
     def snapshot(self) -> lazyrestore.Snapshot:
         """Snapshot and kill one of the two."""
-        name = f"{self._directory.name}-{len(self._snapshots)}"
+        name = f"{self.directory.name}-{len(self._snapshots)}"
         snapshot = self._store.snapshot(self.original.pid, name=name, kill=True)
         self._snapshots.append(snapshot)
         if self.copy is None:
