@@ -10,12 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Self
 
 from lazyrestore.errors import LazyrestoreError, PagerError
 
 if TYPE_CHECKING:
+    from lazyrestore.fleet.pool import Pool
     from lazyrestore.manifest import Manifest
     from lazyrestore.pager.client import PagerClient, PagerStats
     from lazyrestore.restore import Checked, Prepared, Started
@@ -279,6 +280,45 @@ class Snapshot:
             count,
         )
 
+    def pool(
+        self,
+        size: int,
+        *,
+        max_requests: int | None = 1,
+        max_seconds: float | None = None,
+        max_bytes: int | None = None,
+        new_net: bool = False,
+        reuseport: bool = False,
+        inherit_fd: Mapping[int, int] | None = None,
+        streams: Sequence[int] = (0, 1, 2),
+    ) -> Pool:
+        """A pool that keeps `size` clones parked: restored, but stopped before their first instruction.
+
+        Each of its clones gets listening sockets of its own in place of the process's (`clone.connect()`), but for
+        those in `inherit_fd`, and for all with `new_net` or `reuseport`. A clone that is given back is ended after
+        `max_requests` hand-outs, `max_seconds` since the first one, or when it wrote to more than `max_bytes` of
+        memory; None: no limit. All clones end with the pool. The snapshot must stay open as long. Raises RestoreError
+        if a clone would notice that it was parked.
+        """
+        from lazyrestore.fleet import parking, sockets
+        from lazyrestore.fleet.pool import Clone, Limits, Pool
+        from lazyrestore.restore_options import Options
+
+        parking.check(self.name, self.manifest)
+        given = dict(inherit_fd or {})
+
+        def start() -> Clone:
+            with ExitStack() as owned:
+                made = {}
+                if not new_net and not reuseport:
+                    made = sockets.make(self.manifest.descriptors, given, owned)
+                inherited = {**given, **{number: listening.fileno() for number, listening in made.items()}}
+                options = Options(True, new_net, tuple(sorted(inherited.items())), parked=True, ends_with_caller=True)
+                process = self._restore(options, streams, {}, reuseport)
+                return Clone(process, {number: sockets.address_of(listening) for number, listening in made.items()})
+
+        return Pool(start, size, Limits(max_requests, max_seconds, max_bytes))
+
     def pager_stats(self) -> PagerStats | None:
         """What the pager of this snapshot counted, None if there is none."""
         return _pager_stats(self._image.key, self.name)
@@ -377,6 +417,13 @@ class RestoredProcess:
                 if self._pidfd >= 0:
                     with suppress(ProcessLookupError):
                         signal.pidfd_send_signal(self._pidfd, number)
+
+    def resume(self) -> None:
+        """Let a parked process run; one that was not parked does not notice, unless it is stopped."""
+        with self._lock:
+            if self._pidfd >= 0:
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
 
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)

@@ -182,3 +182,9 @@ class OutOfMemory(RestoreError):
     """Not enough memory or huge pages for the restore."""
 
     exit_status = 37
+
+
+class PoolClosed(LazyrestoreError):
+    """A clone was asked of a pool that is closed."""
+
+    exit_status = 38

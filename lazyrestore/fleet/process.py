@@ -8,9 +8,8 @@ from typing import Protocol
 class Process(Protocol):
     """A restored process that is a child of ours; `api.RestoredProcess` is one."""
 
-    @property
-    def pid(self) -> int:
-        """As the caller sees it."""
+    pid: int
+    """As the caller sees it."""
 
     def poll(self) -> int | None:
         """The exit status, None while it runs."""
@@ -20,3 +19,10 @@ class Process(Protocol):
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end and collect it."""
+
+
+class Parked(Process, Protocol):
+    """One that is stopped before its first instruction."""
+
+    def resume(self) -> None:
+        """Let it run."""

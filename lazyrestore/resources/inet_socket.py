@@ -124,6 +124,10 @@ def port_of(record: TcpListener) -> int:
     return port
 
 
+def host_of(record: TcpListener) -> str:
+    return str(_unpack(record.address)[0])
+
+
 def rebind(record: TcpListener, ports: Mapping[int, int], *, reuse_port: bool = False) -> TcpListener:
     """The same listener, on another port if `ports` (old → new) has its own; reuse_port: with SO_REUSEPORT."""
     port = struct.pack(">H", ports.get(port_of(record), port_of(record)))

@@ -1,0 +1,308 @@
+"""A pool of parked clones: restored ahead of time, stopped before their first instruction, handed out by one signal.
+
+Facts. A clone costs milliseconds to restore and microseconds to continue. A process gets its parent-death signal when
+the *thread* that made it ends; an init of a PID namespace gets even that one if it is SIGKILL, and takes everything in
+its namespace along (pid_namespaces(7)).
+
+Choice. One background thread restores all clones, so all of them are killed by the kernel when this process ends, in
+whatever way; another thread collects the ended ones, so that giving back waits for nothing. Who takes a clone gets it
+from a queue, and leaves a Future in another one if there is none; an asyncio caller awaits the same Future.
+
+Cost. Restoring takes Python's global lock for about half of its time: a busy pool slows down its own process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from lazyrestore.errors import PoolClosed
+
+if TYPE_CHECKING:
+    import socket
+
+    from lazyrestore.fleet.process import Parked
+    from lazyrestore.fleet.sockets import Address
+
+RETRY_SECONDS = 1.0  # after a restore that failed, unless somebody asks earlier
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a clone is retired: after so many requests (hand-outs), seconds since the first one, bytes it wrote.
+
+    None: no limit. They are looked at when a clone is given back; who uses one is never interrupted.
+    """
+
+    requests: int | None = 1
+    seconds: float | None = None
+    bytes_written: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """parked, idle (given back, to be used again), taken: clones as of now; started, retired: sums."""
+
+    parked: int
+    idle: int
+    taken: int
+    started: int
+    retired: int
+
+
+class Clone:
+    """A copy that was handed out; as a context manager it goes back to its pool, or is ended after an exception."""
+
+    def __init__(self, process: Parked, addresses: dict[int, Address]) -> None:
+        self.process = process
+        self.addresses = addresses
+        self.requests = 0
+        self.first_used = 0.0  # time.monotonic()
+        self._pool: Pool | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self.give_back(reuse=kind is None)
+
+    def __repr__(self) -> str:
+        return f"<Clone pid={self.pid} requests={self.requests}>"
+
+    @property
+    def pid(self) -> int:
+        """As the caller sees it."""
+        return self.process.pid
+
+    def connect(self, number: int | None = None, *, timeout: float | None = None) -> socket.socket:
+        """A connection to its listening socket with descriptor `number`, by default the lowest. OSError, KeyError."""
+        return self.addresses[min(self.addresses) if number is None else number].connect(timeout)
+
+    def give_back(self, *, reuse: bool = True) -> None:
+        """Back to the pool, which ends it unless it may serve again. `reuse`: False if it is not fit for that."""
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool._take_back(self, reuse)
+
+
+class Pool:
+    """Keeps `size` clones parked and hands them out. Thread-safe; close() it, or use it as a context manager."""
+
+    def __init__(self, start: Callable[[], Clone], size: int, limits: Limits) -> None:
+        """`start` restores a parked clone; it is called by one thread, which lives as long as the pool."""
+        if size < 1:
+            raise ValueError("a pool has at least one clone")
+        self._start, self._size, self._limits = start, size, limits
+        self._changed = threading.Condition()
+        self._parked: deque[Clone] = deque()
+        self._idle: list[Clone] = []
+        self._taken: set[Clone] = set()
+        self._waiting: deque[Future[Clone]] = deque()
+        self._closing = threading.Event()
+        self._started = self._retired = 0
+        self._ended: queue.SimpleQueue[Clone | None] = queue.SimpleQueue()
+        self._filler = threading.Thread(target=self._fill, name="lazyrestore-pool", daemon=True)
+        self._reaper = threading.Thread(target=self._reap, name="lazyrestore-pool-reaper", daemon=True)
+        self._filler.start()
+        self._reaper.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Pool of {self._size}: {self.stats()}>"
+
+    def take(self, timeout: float | None = None) -> Clone:
+        """A running clone: at once if one is parked, else when the next one is ready.
+
+        Raises TimeoutError after `timeout` seconds, PoolClosed, and what restoring raises.
+        """
+        ready = self._request()
+        if isinstance(ready, Clone):
+            return ready
+        try:
+            return ready.result(timeout)
+        except FutureTimeoutError:
+            if ready.cancel():
+                raise TimeoutError("no clone became ready") from None
+            return ready.result()  # it came at that very moment
+
+    async def take_async(self) -> Clone:
+        """A running clone, as take() gives it; the event loop is not held up. A cancelled wait takes none."""
+        ready = self._request()
+        if isinstance(ready, Clone):
+            return ready
+        try:
+            return await asyncio.wrap_future(ready)
+        except asyncio.CancelledError:
+            if not ready.cancel() and ready.exception() is None:
+                ready.result().give_back()
+            raise
+
+    def wait_until_full(self, timeout: float | None = None) -> bool:
+        """Wait until all clones are parked; False if they are not within `timeout` seconds."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._closing.is_set() or len(self._parked) >= self._size, timeout)
+
+    def stats(self) -> PoolStats:
+        with self._changed:
+            counts = len(self._parked), len(self._idle), len(self._taken)
+            return PoolStats(*counts, self._started, self._retired)
+
+    def close(self) -> None:
+        """End all clones, those that are handed out too, and wait for their end."""
+        with self._changed:
+            if self._closing.is_set():
+                return
+            self._closing.set()
+            waiting = list(self._waiting)
+            self._waiting.clear()
+            for clone in (*self._parked, *self._idle, *self._taken):
+                self._retire(clone)
+            self._parked.clear()
+            self._idle.clear()
+            self._taken.clear()
+            self._changed.notify_all()
+        for future in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(_closed())
+        self._filler.join()
+        self._ended.put(None)
+        self._reaper.join()
+
+    # -- handing out and taking back -----------------------------------------------------------------------------------
+
+    def _request(self) -> Clone | Future[Clone]:
+        """A clone, or where one will arrive."""
+        with self._changed:
+            if self._closing.is_set():
+                raise _closed()
+            clone = self._next()
+            if clone is not None:
+                self._changed.notify_all()
+                return clone
+            future: Future[Clone] = Future()
+            self._waiting.append(future)
+            self._changed.notify_all()
+            return future
+
+    def _next(self) -> Clone | None:
+        """A used clone that may serve again, else a parked one; handed out."""
+        while self._idle or self._parked:
+            clone = self._idle.pop() if self._idle else self._parked.popleft()
+            if clone.process.poll() is None and not self._is_too_old(clone):
+                self._hand_out(clone)
+                return clone
+            self._retire(clone)
+        return None
+
+    def _hand_out(self, clone: Clone) -> None:
+        if clone.requests == 0:
+            clone.first_used = time.monotonic()
+            clone.process.resume()
+        clone.requests += 1
+        clone._pool = self
+        self._taken.add(clone)
+
+    def _offer(self, clone: Clone) -> bool:
+        """Hand the clone to who has waited longest; False if nobody waits."""
+        while self._waiting:
+            future = self._waiting.popleft()
+            if future.set_running_or_notify_cancel():
+                self._hand_out(clone)
+                future.set_result(clone)
+                return True
+        return False
+
+    def _take_back(self, clone: Clone, reuse: bool) -> None:
+        reuse = reuse and self._may_serve_again(clone)
+        with self._changed:
+            if clone not in self._taken:  # the pool was closed meanwhile
+                return
+            self._taken.remove(clone)
+            if not reuse:
+                self._retire(clone)
+            elif not self._offer(clone):
+                self._idle.append(clone)
+
+    def _may_serve_again(self, clone: Clone) -> bool:
+        limits = self._limits
+        if limits.requests is not None and clone.requests >= limits.requests:
+            return False
+        if self._is_too_old(clone) or clone.process.poll() is not None:
+            return False
+        return limits.bytes_written is None or _bytes_written(clone.pid) <= limits.bytes_written
+
+    def _is_too_old(self, clone: Clone) -> bool:
+        seconds = self._limits.seconds
+        return seconds is not None and clone.requests > 0 and time.monotonic() - clone.first_used >= seconds
+
+    def _retire(self, clone: Clone) -> None:
+        self._retired += 1
+        clone._pool = None
+        clone.process.kill()
+        self._ended.put(clone)
+
+    # -- the two threads -----------------------------------------------------------------------------------------------
+
+    def _fill(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._closing.is_set() or self._waiting or len(self._parked) < self._size
+                )
+                if self._closing.is_set():
+                    return
+            try:
+                clone = self._start()
+            except Exception as error:
+                self._fail(error)
+                continue
+            with self._changed:
+                self._started += 1
+                if self._closing.is_set():
+                    self._retire(clone)
+                elif not self._offer(clone):
+                    self._parked.append(clone)
+                    self._changed.notify_all()
+
+    def _fail(self, error: Exception) -> None:
+        """Tell the error to all who wait; with nobody waiting, the next one causes another try."""
+        with self._changed:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for future in waiting:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing.is_set() or self._waiting, RETRY_SECONDS)
+
+    def _reap(self) -> None:
+        while (clone := self._ended.get()) is not None:
+            clone.process.wait()
+
+
+def _closed() -> PoolClosed:
+    return PoolClosed("pool", "take", "it was closed")
+
+
+def _bytes_written(pid: int) -> int:
+    """Bytes of memory that are a process's alone because it wrote to them; 0 if it has ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Anonymous:"):
+                return int(line.split()[1]) << 10
+    return 0

@@ -1,0 +1,240 @@
+"""The pool: clones that do not notice that they were parked, each fresh, ended in time, and none left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from helpers import Victims, alive, in_threads, until
+from helpers_fleet import descriptors, init_of, report, reporter
+
+import lazyrestore
+from lazyrestore.errors import PoolClosed, RestoreError
+from lazyrestore.fleet.pool import Clone, Limits, Pool
+from lazyrestore.kernel import procfs
+
+OWNER = """
+import sys, time, lazyrestore
+with lazyrestore.Store.open(sys.argv[1]) as store, store.get("x") as snapshot, snapshot.pool(3) as pool:
+    taken = pool.take()
+    pool.wait_until_full()
+    print("full", flush=True)
+    time.sleep(1000)
+"""
+
+
+def listening(run: Path, victims: Victims, kind: str = "tcp") -> int:
+    """A server that counts its answers; its process id."""
+    victim = victims.python("listener.py", run, kind)
+    victim.until((run / "address").exists, "the address")
+    victim.until(lambda: "S (" in Path(f"/proc/{victim.pid}/status").read_text(), "a waiting server")
+    return victim.pid
+
+
+def ask(clone: Clone) -> str:
+    with clone.connect(timeout=60) as connection:
+        connection.sendall(b"once")
+        return connection.makefile().readline().strip()
+
+
+def state(pid: int) -> dict[str, str]:
+    return procfs.parse_status(Path(f"/proc/{pid}/status").read_bytes())
+
+
+def report_of(run: Path, pid: int) -> str | None:
+    """What a reporter wrote that was signalled while it was parked, or before."""
+    path = run / f"report-{os.stat(f'/proc/{pid}/ns/pid').st_ino}"
+    return path.read_text() if path.exists() else None
+
+
+def test_a_parked_clone_runs_nothing_and_sees_nothing(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    victim = reporter(run, victims)
+    expected = report(run, victim.pid)
+    with store.snapshot(victim.pid, name="x") as snapshot, snapshot.pool(2) as pool:
+        assert pool.wait_until_full(60)
+        parked = [clone.pid for clone in pool._parked]
+        until(lambda: all(state(pid)["State"][0] == "T" for pid in parked), "two stopped clones")
+        assert [report_of(run, pid) for pid in parked] == [None, None]
+        with pool.take() as clone:
+            until(lambda: state(clone.pid)["State"][0] == "S", "a clone that waits for its signals")
+            now, original = state(clone.pid), state(victim.pid)
+            for name in ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt"):
+                assert now[name] == original[name], name
+            assert report(run, clone.pid) == ["2", *expected[1:]]
+        assert clone.pid in parked
+
+
+@pytest.mark.parametrize("kind", ["tcp", "unix", "epoll"])
+def test_every_clone_is_fresh_and_to_be_reached(
+    run: Path, victims: Victims, store: lazyrestore.Store, kind: str
+) -> None:
+    pid = listening(run, victims, kind)
+    with store.snapshot(pid, name="x") as snapshot:
+        with snapshot.pool(1) as pool, pool.take() as clone:
+            assert ask(clone) == f"1 {pid}"
+        gc.collect()
+        before = descriptors()
+        with snapshot.pool(3) as pool:
+            for _ in range(8):
+                with pool.take() as clone:
+                    assert ask(clone) == f"1 {pid}"
+                    assert ask(clone) == f"2 {pid}"
+        gc.collect()
+        assert descriptors() == before
+    assert set(victims.marked()) == {pid}
+
+
+def test_from_many_threads(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    pid = listening(run, victims)
+    with store.snapshot(pid, name="x") as snapshot, snapshot.pool(4) as pool:
+        seen: list[int] = []
+
+        def work(_: int) -> None:
+            for _ in range(5):
+                with pool.take(60) as clone:
+                    seen.append(clone.pid)
+                    assert ask(clone) == f"1 {pid}"
+
+        in_threads(8, work)
+        assert len(seen) == 40
+        stats = pool.stats()
+        assert (stats.idle, stats.taken) == (0, 0)
+        assert stats.retired == 40
+    assert set(victims.marked()) == {pid}
+
+
+def test_limits(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    pid = listening(run, victims)
+    with store.snapshot(pid, name="x") as snapshot:
+        with snapshot.pool(1, max_requests=3) as pool:
+            answers = []
+            for _ in range(7):
+                with pool.take() as clone:
+                    answers.append(ask(clone).split()[0])
+            assert answers == ["1", "2", "3", "1", "2", "3", "1"]
+            with pytest.raises(ZeroDivisionError), pool.take() as clone:
+                ask(clone)
+                raise ZeroDivisionError
+            with pool.take() as clone:
+                assert ask(clone) == f"1 {pid}"
+        for limits in ({"max_seconds": 0.0}, {"max_bytes": 0}):
+            with snapshot.pool(1, max_requests=None, **limits) as pool:  # type: ignore[arg-type]
+                for _ in range(2):
+                    with pool.take() as clone:
+                        assert ask(clone) == f"1 {pid}"
+        with snapshot.pool(1, max_requests=None, max_seconds=1000.0, max_bytes=1 << 30) as pool:
+            for count in range(1, 4):
+                with pool.take() as clone:
+                    assert ask(clone) == f"{count} {pid}"
+            clone.process.kill()  # while it is idle: the next taker gets another one
+            until(lambda: clone.process.poll() is not None, "the end of the clone")
+            with pool.take() as other:
+                assert ask(other) == f"1 {pid}"
+
+
+def test_close_ends_them_all(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    pid = listening(run, victims)
+    with store.snapshot(pid, name="x") as snapshot:
+        pool = snapshot.pool(3)
+        taken = pool.take()
+        assert pool.wait_until_full(60)
+        assert len(set(victims.marked())) == 5
+        pool.close()
+        assert set(victims.marked()) == {pid}
+        assert taken.process.poll() == -signal.SIGKILL
+        taken.give_back()
+        pool.close()
+        with pytest.raises(PoolClosed):
+            pool.take()
+
+
+def test_death_of_the_owner_ends_them_all(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    victim = reporter(run, victims)
+    store.snapshot(victim.pid, name="x").close()
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, run / "store"], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "full\n"
+    assert len(set(victims.marked())) == 5
+    owner.kill()
+    owner.communicate()
+    until(lambda: set(victims.marked()) == {victim.pid}, "the end of all clones")
+
+
+def test_asyncio(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    pid = listening(run, victims)
+
+    async def one(pool: Pool) -> str:
+        with await pool.take_async() as clone:
+            return await asyncio.to_thread(ask, clone)
+
+    async def main(pool: Pool) -> list[str]:
+        hurried = [asyncio.create_task(pool.take_async()) for _ in range(6)]
+        await asyncio.sleep(0)
+        for task in hurried:
+            task.cancel()
+        for clone in await asyncio.gather(*hurried, return_exceptions=True):
+            if isinstance(clone, Clone):
+                clone.give_back()
+        return await asyncio.gather(*(one(pool) for _ in range(12)))
+
+    with store.snapshot(pid, name="x") as snapshot, snapshot.pool(2) as pool:
+        assert asyncio.run(main(pool)) == [f"1 {pid}"] * 12
+        assert pool.stats().taken == 0
+    assert set(victims.marked()) == {pid}
+
+
+def test_a_timeout_and_a_failure(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    pid = listening(run, victims)
+    with store.snapshot(pid, name="x") as snapshot, snapshot.pool(1) as source:
+        gate, failing = threading.Event(), threading.Event()
+
+        def start() -> Clone:
+            gate.wait()
+            if failing.is_set():
+                raise RestoreError("no luck")
+            return source._start()
+
+        with Pool(start, 1, Limits()) as pool:
+            with pytest.raises(TimeoutError):
+                pool.take(0.01)
+            failing.set()
+            gate.set()
+            with pytest.raises(RestoreError, match="no luck"):
+                pool.take(60)
+            failing.clear()
+            with pool.take(60) as clone:
+                assert ask(clone) == f"1 {pid}"
+
+
+def test_who_would_notice_is_not_parked(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    for number, line in enumerate(
+        ("signal.signal(signal.SIGCONT, print)", "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCONT})")
+    ):
+        code = f"import signal, sys; {line}; open(sys.argv[1], 'w').close(); signal.pause()"
+        ready = run / f"ready{number}"
+        victim = victims.start([sys.executable, "-c", code, ready])
+        victim.until(ready.exists, "the victim")
+        with (
+            store.snapshot(victim.pid, name=f"x{number}") as snapshot,
+            pytest.raises(RestoreError, match=r"park.*SIGCONT"),
+        ):
+            snapshot.pool(1)
+
+
+def test_children_end_when_a_clone_is_given_back(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    victim = reporter(run, victims)
+    with store.snapshot(victim.pid, name="x") as snapshot, snapshot.pool(1) as pool:
+        with pool.take() as clone:
+            report(run, clone.pid, signal.SIGUSR2)
+            namespace = os.stat(f"/proc/{clone.pid}/ns/pid").st_ino
+            members = [pid for pid in victims.marked() if os.stat(f"/proc/{pid}/ns/pid").st_ino == namespace]
+            assert len(members) == 2
+            init = init_of(clone.process)  # type: ignore[arg-type]
+        until(lambda: not any(map(alive, [*members, init])), "the end of all in the namespace")
