@@ -13,30 +13,33 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 
 import msgspec
 
 from lazyrestore import spawn
 from lazyrestore._native import _core
-from lazyrestore.errors import CpuMismatch, KernelMismatch, MissingFeature, NoSuchProcess, PidTaken, RestoreError
+from lazyrestore.errors import MissingFeature, PidTaken, RestoreError
 from lazyrestore.kernel import procfs
-from lazyrestore.kernel.tracee import Registers, vdso_hash
+from lazyrestore.kernel.tracee import Registers
 from lazyrestore.manifest import Manifest
 from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, PagerClient, Range
 from lazyrestore.pid_namespace import Namespace, new_namespace
 from lazyrestore.program import Op, lib
 from lazyrestore.resources import attributes, descriptors, listeners, threads, vma
 from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
+from lazyrestore.restore_checks import check_host, check_pid_free
 from lazyrestore.restore_options import AS_IT_WAS, Options
 from lazyrestore.restore_program import Compiled, compile_program, layout_for
 from lazyrestore.store import StoredImage
 
 ffi = _core.ffi
 
-COLLECT_SECONDS = 3.0  # how long a parent may take to collect the ended original
+AHEAD = 4 << 20  # bytes of contents that are decompressed while the new process maps its memory
+Piece = tuple[vma.Vma, int, bytes]  # address, contents
 
 
 @dataclass(slots=True)
@@ -126,7 +129,7 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS) -> Checked:
     answers. Raises PidTaken, FileChanged and RestoreError."""
     manifest, phases = prepared.manifest, _Phases()
     if not options.new_pid:
-        _check_pid_free(manifest.pid)
+        check_pid_free(manifest.pid)
     for identity in manifest.files:
         signature = vma.file_signature(identity)
         if signature is None or signature not in (identity.seen, prepared.checked.get(identity.path)):
@@ -176,7 +179,9 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
         try:
             child = _Child(prepared, compiled, pid)
             child.start(program)
-            child.run_to_stop()
+            contents = child.contents()
+            ahead = _take(contents, AHEAD)  # while it maps
+            child.reach_stop()
             phases.done("map")
             userfaultfd = child.take(pidfd, compiled.userfaultfd)
             try:
@@ -185,7 +190,7 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
             finally:
                 os.close(userfaultfd)
             phases.done("attach")
-            child.write_contents()
+            child.write(chain(ahead, contents))
             phases.done("write")
             child.run_to_end()
             child.let_go(parked=options.parked)
@@ -198,73 +203,6 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
             raise
     phases.done("finish")
     return Started(pid, pidfd, namespace, (time.perf_counter() - phases.began) * 1e3, phases.ms)
-
-
-# -- checks ------------------------------------------------------------------------------------------------------------
-
-_own_host: tuple[str, list[tuple[str, int]], frozenset[str]] | None = None
-
-
-def _this_host() -> tuple[str, list[tuple[str, int]], frozenset[str]]:
-    """The vdso's hash, the kernel's mappings (name, length), the CPU's features: read once per process."""
-    global _own_host
-    if _own_host is None:
-        kernel = [m for m in procfs.parse_maps(procfs.read(os.getpid(), "maps")) if m.path in KERNEL_MAPPINGS]
-        vdso = next((m for m in kernel if m.path == "[vdso]"), None)
-        if vdso is None:
-            raise KernelMismatch("kernel", "check", "it gives processes no vdso", "boot without vdso=0")
-        content = bytes(ffi.buffer(ffi.cast("char *", vdso.start), vdso.size))
-        _own_host = (vdso_hash(content), [(m.path, m.size) for m in kernel], procfs.cpu_flags())
-    return _own_host
-
-
-def check_host(name: str, manifest: Manifest) -> None:
-    """Raises CpuMismatch or KernelMismatch unless a process of this snapshot can run here."""
-    own_hash, layout, flags = _this_host()
-    host = manifest.host
-    if host.vdso_hash != own_hash or [(entry[0], entry[2]) for entry in host.vdso] != layout:
-        raise KernelMismatch(
-            f"snapshot {name}",
-            "check kernel",
-            f"it was taken on kernel {host.kernel}, whose vdso differs from this kernel's ({os.uname().release})",
-            "restore on the same kernel build",
-        )
-    missing = sorted(set(host.cpu_flags) - flags)
-    if missing:
-        raise CpuMismatch(
-            f"snapshot {name}",
-            "check CPU",
-            f"this CPU lacks {', '.join(missing)}",
-            "restore on a CPU with these features",
-        )
-
-
-def _check_pid_free(pid: int) -> None:
-    """PidTaken if the process id is in use; before sockets are bound, as the one in use may be the original.
-
-    An original that was killed keeps its id until its parent has collected it, which may take a moment, so that is
-    waited for.
-    """
-    deadline = time.monotonic() + COLLECT_SECONDS
-    while True:
-        try:
-            stat = procfs.parse_stat(procfs.read(pid, "stat"))
-        except NoSuchProcess:
-            return
-        ended = stat.state in "ZX"
-        if not ended or stat.ppid == os.getpid() or time.monotonic() > deadline:
-            break
-        time.sleep(0.002)
-    if ended:
-        reason = f"{stat.comm} has ended, but its parent, process {stat.ppid}, has not collected it"
-        advice = (
-            "wait() for it, or restore with --pid new"
-            if stat.ppid == os.getpid()
-            else "end that parent, or restore with --pid new"
-        )
-    else:
-        reason, advice = f"it is in use by {stat.comm}", "end that process, or restore with --pid new"
-    raise PidTaken(f"process id {pid}", "start process", reason, advice, errno=errno.EEXIST)
 
 
 # -- pieces of one restore ---------------------------------------------------------------------------------------------
@@ -297,9 +235,15 @@ def _nothing(owned: ExitStack) -> int:
     return descriptor
 
 
-def _put(memory: int, label: str, at: int, data: bytes) -> None:
-    if os.pwrite(memory, data, at) != len(data):
-        raise RestoreError(label, "write contents", "short write")
+def _take(contents: Iterator[Piece], limit: int) -> list[Piece]:
+    """The first pieces, `limit` bytes or one more piece."""
+    taken, size = [], 0
+    for piece in contents:
+        taken.append(piece)
+        size += len(piece[2])
+        if size >= limit:
+            break
+    return taken
 
 
 def _shared_file(prepared: Prepared, index: int, owned: ExitStack) -> int:
@@ -375,9 +319,10 @@ class _Child:
             spawn.enter(self.pid, linked, self.compiled.layout.program)
         except OSError as error:
             raise RestoreError(f"process {self.pid}", "enter program", errno=error.errno) from error
+        self._must(lib.lr_continue(self.pid, 0), "start program")
 
-    def run_to_stop(self) -> None:
-        self._next(self.pid, 0, lib.LR_STOP_ASKED)
+    def reach_stop(self) -> None:
+        self._next(self.pid, 0, lib.LR_STOP_ASKED, resume=False)
 
     def run_to_end(self) -> None:
         """The rest of the leader's list, then each thread's list."""
@@ -402,22 +347,30 @@ class _Child:
     def take(self, pidfd: int, number: int) -> int:
         return self._must(lib.lr_pidfd_getfd(pidfd, number), "pidfd_getfd")
 
-    def write_contents(self) -> None:
+    def contents(self) -> Iterator[Piece]:
         """What cannot be lazy: the main stack and its like."""
-        manifest = self.prepared.manifest
-        memory = os.open(f"/proc/{self.pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
         try:
-            for v in manifest.vmas:
+            for v in self.prepared.manifest.vmas:
                 for start, end in v.written:
                     if v.kind in ("file", "shared"):  # zeros are not stored, and a file shows through
-                        _put(memory, v.label, start, bytes(end - start))
+                        yield v, start, bytes(end - start)
                     for at, data in self.prepared.image.contents(start, end):
-                        _put(memory, v.label, at, data)
+                        yield v, at, data
+        except OSError as error:
+            raise RestoreError(f"process {self.pid}", "read contents", errno=error.errno) from error
+
+    def write(self, contents: Iterable[Piece]) -> None:
+        try:
+            memory = os.open(f"/proc/{self.pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                for v, at, data in contents:
+                    if os.pwrite(memory, data, at) != len(data):
+                        raise RestoreError(v.label, "write contents", "short write")
+            finally:
+                os.close(memory)
         except OSError as error:
             raise RestoreError(f"process {self.pid}", "write contents", errno=error.errno) from error
-        finally:
-            os.close(memory)
-        attributes.restore_outside(manifest.attributes, self.pid)
+        attributes.restore_outside(self.prepared.manifest.attributes, self.pid)
 
     def let_go(self, *, parked: bool) -> None:
         """Remove what is ours from the address space, set every thread's state, detach."""

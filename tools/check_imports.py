@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pid_namespace": {"_native", "kernel", "program", "spawn"},
     "network_namespace": {"_native", "program"},
     "restore_options": set(),
+    "restore_checks": {"manifest", "resources", "kernel", "_native"},
     "restore_program": {
         "manifest",
         "restore_options",
@@ -39,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "_native",
     },
     "restore": {
+        "restore_checks",
         "restore_options",
         "restore_program",
         "spawn",

@@ -95,9 +95,12 @@ def runtime_directory() -> Path:
 
 def _make_private(path: Path) -> None:
     try:
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
-        about = path.lstat()
+        try:
+            about = path.lstat()
+        except FileNotFoundError:
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+            about = path.lstat()
     except OSError as error:
         raise PagerError(f"run-time directory {path}", "mkdir", errno=error.errno) from error
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:

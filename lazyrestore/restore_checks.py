@@ -1,0 +1,82 @@
+"""What must hold before a process of a snapshot can run here: the kernel, the CPU, a free process id."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+
+from lazyrestore._native import _core
+from lazyrestore.errors import CpuMismatch, KernelMismatch, NoSuchProcess, PidTaken
+from lazyrestore.kernel import procfs
+from lazyrestore.kernel.tracee import vdso_hash
+from lazyrestore.manifest import Manifest
+from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
+
+ffi = _core.ffi
+
+COLLECT_SECONDS = 3.0  # how long a parent may take to collect the ended original
+
+_own_host: tuple[str, list[tuple[str, int]], frozenset[str]] | None = None
+
+
+def _this_host() -> tuple[str, list[tuple[str, int]], frozenset[str]]:
+    """The vdso's hash, the kernel's mappings (name, length), the CPU's features: read once per process."""
+    global _own_host
+    if _own_host is None:
+        kernel = [m for m in procfs.parse_maps(procfs.read(os.getpid(), "maps")) if m.path in KERNEL_MAPPINGS]
+        vdso = next((m for m in kernel if m.path == "[vdso]"), None)
+        if vdso is None:
+            raise KernelMismatch("kernel", "check", "it gives processes no vdso", "boot without vdso=0")
+        content = bytes(ffi.buffer(ffi.cast("char *", vdso.start), vdso.size))
+        _own_host = (vdso_hash(content), [(m.path, m.size) for m in kernel], procfs.cpu_flags())
+    return _own_host
+
+
+def check_host(name: str, manifest: Manifest) -> None:
+    """Raises CpuMismatch or KernelMismatch unless a process of this snapshot can run here."""
+    own_hash, layout, flags = _this_host()
+    host = manifest.host
+    if host.vdso_hash != own_hash or [(entry[0], entry[2]) for entry in host.vdso] != layout:
+        raise KernelMismatch(
+            f"snapshot {name}",
+            "check kernel",
+            f"it was taken on kernel {host.kernel}, whose vdso differs from this kernel's ({os.uname().release})",
+            "restore on the same kernel build",
+        )
+    missing = sorted(set(host.cpu_flags) - flags)
+    if missing:
+        raise CpuMismatch(
+            f"snapshot {name}",
+            "check CPU",
+            f"this CPU lacks {', '.join(missing)}",
+            "restore on a CPU with these features",
+        )
+
+
+def check_pid_free(pid: int) -> None:
+    """PidTaken if the process id is in use; before sockets are bound, as the one in use may be the original.
+
+    An original that was killed keeps its id until its parent has collected it, which may take a moment, so that is
+    waited for.
+    """
+    deadline = time.monotonic() + COLLECT_SECONDS
+    while True:
+        try:
+            stat = procfs.parse_stat(procfs.read(pid, "stat"))
+        except NoSuchProcess:
+            return
+        ended = stat.state in "ZX"
+        if not ended or stat.ppid == os.getpid() or time.monotonic() > deadline:
+            break
+        time.sleep(0.002)
+    if ended:
+        reason = f"{stat.comm} has ended, but its parent, process {stat.ppid}, has not collected it"
+        advice = (
+            "wait() for it, or restore with --pid new"
+            if stat.ppid == os.getpid()
+            else "end that parent, or restore with --pid new"
+        )
+    else:
+        reason, advice = f"it is in use by {stat.comm}", "end that process, or restore with --pid new"
+    raise PidTaken(f"process id {pid}", "start process", reason, advice, errno=errno.EEXIST)
