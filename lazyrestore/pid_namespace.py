@@ -21,7 +21,8 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-from dataclasses import dataclass
+
+import msgspec
 
 from lazyrestore import spawn
 from lazyrestore._native import _core
@@ -37,8 +38,7 @@ SIGCHLD = 17
 PASSED_ON = ((1 << 64) - 1) & ~sum(1 << (number - 1) for number in (lib.SIGKILL, lib.SIGSTOP, lib.SIGTRAP, SIGCHLD))
 
 
-@dataclass(slots=True)
-class Namespace:
+class Namespace(msgspec.Struct, eq=False):
     """A namespace whose init is stopped until watch() is called.
 
     pid and pidfd are init's; descriptor is the namespace's.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(msgspec.Struct, frozen=True):
     """new_pid, new_net: in a PID namespace, a network namespace of its own.
 
     inherited: (number of a listening socket in the process, descriptor of the caller that takes its place), sorted.

@@ -22,7 +22,6 @@ a call that restarts or not as the handler's SA_RESTART says is made again.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import signal
 import struct
@@ -348,6 +347,8 @@ class Frozen:
 
 def vdso_hash(content: bytes) -> str:
     """Identifies a vdso: all of it but the padding at its end, where a stub may stand."""
+    import hashlib  # it loads OpenSSL, 3 ms
+
     return hashlib.blake2b(content[:-STUB_LENGTH], digest_size=16).hexdigest()
 
 

@@ -20,9 +20,10 @@ import os
 import stat as modes
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
 from errno import EBADF, ESRCH
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from msgspec import Struct, field
 
 from lazyrestore._native import _core
 from lazyrestore.errors import RestoreError
@@ -47,8 +48,7 @@ class Gone(Exception):
     """A descriptor that the (running) process closed while it was looked at."""
 
 
-@dataclass(slots=True)
-class Survey:
+class Survey(Struct):
     """One look at one process. contents: bytes in queues are wanted too (it is frozen)."""
 
     pid: int
@@ -77,8 +77,7 @@ class Survey:
         return self._mapped
 
 
-@dataclass(frozen=True, slots=True)
-class View:
+class View(Struct, frozen=True):
     """One open file description of the process, with the numbers that refer to it (sorted)."""
 
     survey: Survey
@@ -118,8 +117,7 @@ class View:
             os.close(number)
 
 
-@dataclass(frozen=True)
-class RestoreContext:
+class RestoreContext(Struct, frozen=True):
     """What the restorer gives to the descriptors.
 
     std_streams: 0, 1, 2 → number in the new process of a duplicate of the restorer's own standard stream; those that
@@ -138,8 +136,7 @@ class RestoreContext:
 R = TypeVar("R", covariant=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Item(Generic[R]):
+class Item(Struct, Generic[R], frozen=True):
     """One description to be restored. title: "fd 7 (timerfd)"."""
 
     index: int
@@ -148,8 +145,7 @@ class Item(Generic[R]):
     title: str
 
 
-@dataclass(slots=True)
-class Build:
+class Build(Struct):
     """A program that makes descriptors, while it is compiled."""
 
     ops: OpList

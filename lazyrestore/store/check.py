@@ -7,7 +7,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+
+import msgspec
 
 from lazyrestore.errors import ChunkInvalid, StoreBusy, StoreReadOnly
 from lazyrestore.store import format, locks
@@ -19,8 +20,7 @@ BATCH = 4 << 20  # raw bytes per task
 TREE_ATTEMPTS = 3  # readings of the tree during which somebody committed, before the check of the tree is given up
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
+class Damage(msgspec.Struct, frozen=True):
     """snapshot: its name, "" if the store as a whole is meant; address: the chunk's image address, None if no chunk is
     meant."""
 
@@ -29,8 +29,7 @@ class Damage:
     reason: str
 
 
-@dataclass(slots=True)
-class Report:
+class Report(msgspec.Struct):
     """What was tested: snapshots, chunks and their raw bytes (one that two snapshots share counts twice); and what is
     wrong. tree_checked: whether LMDB's pages were tested too; not while somebody else keeps writing, nor for a single
     snapshot."""
@@ -39,7 +38,7 @@ class Report:
     chunks: int = 0
     raw_bytes: int = 0
     tree_checked: bool = False
-    damage: list[Damage] = field(default_factory=list)
+    damage: list[Damage] = msgspec.field(default_factory=list)
 
 
 def verify(environment: Environment, name: str | None) -> Report:

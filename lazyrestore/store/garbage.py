@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from dataclasses import dataclass
+
+import msgspec
 
 from lazyrestore.store import format, locks
 from lazyrestore.store.environment import Environment, Transaction
@@ -28,8 +29,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 
 
-@dataclass(frozen=True, slots=True)
-class Freed:
+class Freed(msgspec.Struct, frozen=True):
     """What was freed. stored_bytes: bytes of packs; still_pinned: removed snapshots that are in use, to be freed
     later."""
 

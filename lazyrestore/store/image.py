@@ -15,8 +15,9 @@ import mmap
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from types import TracebackType
+
+import msgspec
 
 from lazyrestore.errors import ChunkInvalid, SnapshotNotFound
 from lazyrestore.store import format, locks
@@ -25,8 +26,7 @@ from lazyrestore.store.environment import Environment, Transaction
 Entry = tuple[int, int, int, int, int]  # image address, raw length, pack slot, offset in the pack, stored length
 
 
-@dataclass(slots=True)
-class StoredImage:
+class StoredImage(msgspec.Struct, eq=False):
     """An open snapshot; close() it, or use it as a context manager.
 
     key: names this very snapshot in this very file, on this host; snapshot: its id; data_fd: the LMDB data file, read
@@ -50,9 +50,9 @@ class StoredImage:
     hugetlb: bool
     directory: str = ""
     working_set: bytes = b""
-    _lengths: list[int] = field(default_factory=list, repr=False)
-    _map: mmap.mmap | None = field(default=None, repr=False)
-    _skip: int = field(default=0, repr=False)  # bytes of the map before the index
+    _lengths: list[int] = msgspec.field(default_factory=list)
+    _map: mmap.mmap | None = None
+    _skip: int = 0  # bytes of the map before the index
 
     def read(self, address: int, length: int) -> bytes:
         """`length` bytes from image address `address`; zeros where nothing is stored. Raises ChunkInvalid."""

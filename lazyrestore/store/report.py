@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+
+import msgspec
 
 from lazyrestore.store import format, locks
 from lazyrestore.store.environment import Environment, Transaction
 from lazyrestore.store.image import index_of, record_of
 
 
-@dataclass(frozen=True, slots=True)
-class Summary:
+class Summary(msgspec.Struct, frozen=True):
     """A snapshot as `ls` shows it. created: seconds since 1970; raw_bytes: of all chunks; stored_bytes: compressed, of
     the distinct chunks; added_bytes: what of this was new to the store at the time; pinned: whether somebody uses it
     now."""
@@ -27,8 +27,7 @@ class Summary:
     pinned: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Sharing:
+class Sharing(msgspec.Struct, frozen=True):
     """unique_bytes: compressed bytes of chunks that no other visible snapshot has; shared_bytes: of the others."""
 
     name: str
@@ -39,8 +38,7 @@ class Sharing:
     packs: int
 
 
-@dataclass(frozen=True, slots=True)
-class Totals:
+class Totals(msgspec.Struct, frozen=True):
     """file_bytes: length of the sparse data file; disk_bytes: what it occupies; stored_bytes: all packs;
     referenced_bytes: chunks that visible snapshots have, each counted once; raw_bytes: all snapshots' chunks;
     deduplicated: 0 to 1, the share of compressed bytes that the snapshots have in common and so need not be stored
