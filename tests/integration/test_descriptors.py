@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import Victim, Victims, ask
 from helpers_copies import Copies
+
+from lazyrestore import restore
 
 
 def start(victims: Victims, directory: Path, *oddities: str) -> Victim:
@@ -66,3 +70,58 @@ def test_no_descriptor_is_left(victims: Victims, copies: Copies) -> None:
     for _ in range(50):
         once()
     assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def asleep(victims: Victims, **options: int) -> Victim:
+    victim = victims.start(["sleep", "1000000"], **options)
+    victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
+    return victim
+
+
+def test_what_runs_once_is_compiled_once(
+    run: Path, victims: Victims, copies: Copies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that writes unread bytes back into a FIFO is for one restore only."""
+    os.mkfifo(run / "fifo")
+    fifo = os.open(run / "fifo", os.O_RDWR)
+    os.write(fifo, b"unread")
+    victim = asleep(victims, stdin=fifo)
+    os.close(fifo)
+    snapshot = copies.snapshot(victim.pid, "x", kill=True)
+    victim.gone()
+    compiled = []
+    compile_program = restore.compile_program
+
+    def counted(*arguments: Any) -> Any:
+        compiled.append(arguments)
+        return compile_program(*arguments)
+
+    monkeypatch.setattr(restore, "compile_program", counted)
+    for number in range(2):
+        copy = copies.restore(snapshot)
+        assert len(compiled) == number + 1
+        fifo = os.open(run / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+        assert os.read(fifo, 100) == b"unread"
+        copy.kill()
+        os.close(fifo)
+
+
+def test_a_caller_with_more_descriptors_than_a_copy_is_handed(victims: Victims, copies: Copies) -> None:
+    """None of ours, whatever its number, may be overwritten by one that is handed over, before the copy has it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 4096:
+        pytest.skip(f"at most {hard} descriptors are allowed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 4096), hard))
+    victim = asleep(victims)
+    snapshot = copies.snapshot(victim.pid, "x", kill=True)
+    victim.gone()
+    held: list[int] = []
+    try:
+        for count in (980, 990, 995, 996, 997, 998, 999, 1000, 1001, 1002, 1003, 1010, 1100):
+            while len(os.listdir("/proc/self/fd")) < count:
+                held.append(os.dup(0))
+            copies.restore(snapshot).kill()
+    finally:
+        for number in held:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
