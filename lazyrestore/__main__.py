@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from contextlib import suppress
 
 COLLECT_AFTER = 100_000  # new containers, some 10 MB
 
@@ -26,12 +27,22 @@ def entry() -> None:
         status = end.code
         if status is not None and not isinstance(status, int):
             raise  # Python prints a message itself
+        os._exit(_flushed(status or 0) & 0xFF)
+
+
+def _flushed(status: int) -> int:
+    """Write out what is buffered. Returns `status`, or 1 if it is 0 and output was lost, which is said in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:  # Python started with it closed
+            continue
         try:
-            sys.stdout.flush()
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            raise end from None  # Python says what is wrong with the stream, with status 120
-        os._exit((status or 0) & 0xFF)
+            stream.flush()
+        except (OSError, ValueError) as error:
+            if status == 0 and stream is sys.stdout and sys.stderr and not isinstance(error, BrokenPipeError):
+                with suppress(OSError, ValueError):
+                    print(f"lazyrestore: standard output: {error}", file=sys.stderr)
+            status = status or 1  # if it is not 0, a command that could not write has said so
+    return status
 
 
 if __name__ == "__main__":

@@ -56,7 +56,13 @@ class LazyGroup(click.Group):
     ) -> click.Context:
         # click would import shutil, with four compression modules, to ask for the width when it prints help.
         extra.setdefault("terminal_width", help_width())
-        return super().make_context(info_name, args, parent, **extra)
+        try:
+            return super().make_context(info_name, args, parent, **extra)
+        except OSError as error:  # --help and --version print from here
+            if isinstance(error, BrokenPipeError):
+                raise  # click ends quietly
+            click.echo(f"lazyrestore: {error}", err=True)
+            raise click.exceptions.Exit(1) from None
 
     def invoke(self, ctx: click.Context) -> object:
         from lazyrestore.errors import LazyrestoreError

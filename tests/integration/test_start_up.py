@@ -96,3 +96,21 @@ def test_the_end_keeps_output_and_status(run: Path) -> None:
         full = subprocess.run(words, stdout=sink, stderr=subprocess.PIPE, check=False)
     assert full.returncode != 0
     assert full.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["ls", "--help"], ["completion", "bash"]])
+def test_output_that_cannot_be_written_is_one_line(words: list[str], unbuffered: str) -> None:
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as sink:
+        command = [sys.executable, "-c", ENTRY, *words]
+        done = subprocess.run(command, stdout=sink, stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(r"lazyrestore: .*No space left on device\n", done.stderr)
+
+
+def test_a_closed_standard_output_is_no_error(run: Path) -> None:
+    lazyrestore.Store.open(run / "store").close()
+    command = f"exec {sys.executable} -c '{ENTRY}' --store {run / 'store'} ls >&-"
+    done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
