@@ -209,7 +209,15 @@ static void zero_below(struct space *space, uint64_t start, uint64_t end) {
 	}
 }
 
-static enum verdict serve_zero(struct space *space, struct job job) {
+/* What to do for others once the fault is served: nothing (ahead is NULL, below empty), bring the chunks behind, or zeros. */
+struct favour {
+	struct backing *ahead;
+	struct interval interval;
+	uint64_t chunk;
+	uint64_t zero_start, zero_end;
+};
+
+static enum verdict serve_zero(struct space *space, struct job job, struct favour *favour) {
 	struct zero_stream *stream = NULL;
 	uint64_t start = job.at;
 	if (job.page == LR_HUGE) {
@@ -228,7 +236,8 @@ static enum verdict serve_zero(struct space *space, struct job job) {
 	stats_add(&space->stats, LR_COUNT_ZERO, 1);
 	if (stream) {
 		*stream = (struct zero_stream){.start = start, .end = job.end};
-		zero_below(space, start, job.at);
+		favour->zero_start = start;
+		favour->zero_end = job.at;
 	}
 	return SERVED;
 }
@@ -256,7 +265,10 @@ static struct chunk_stream *choose_stream(struct space *space, uint64_t chunk) {
 
 /* After `chunk`, whose fault was served: those behind it, for a thread that walks through memory. A favour, given up at the
  * first surprise, and when somebody waits. */
-static void serve_ahead(struct space *space, const struct interval *interval, struct backing *backing, uint64_t chunk) {
+static void serve_ahead(struct space *space, const struct favour *favour) {
+	const struct interval *interval = &favour->interval;
+	struct backing *backing = favour->ahead;
+	uint64_t chunk = favour->chunk;
 	const struct image *image = &space->pager->image;
 	struct chunk_stream *stream = choose_stream(space, chunk);
 	uint64_t last = chunk + stream->ahead, end = image->chunks[chunk].address + image->chunks[chunk].length;
@@ -279,7 +291,7 @@ static void serve_ahead(struct space *space, const struct interval *interval, st
 	}
 }
 
-enum verdict serve_fault(struct space *space, uint64_t address) {
+static enum verdict serve_page(struct space *space, uint64_t address, struct favour *favour) {
 	const struct image *image = &space->pager->image;
 	struct interval interval = locate(space, address);
 	struct backing *backing = space_backing(space, interval.backing);
@@ -288,7 +300,7 @@ enum verdict serve_fault(struct space *space, uint64_t address) {
 	job.start = interval.start;
 	job.end = interval.end;
 	if (interval.flags & INTERVAL_ZERO)
-		return serve_zero(space, job);
+		return serve_zero(space, job, favour);
 
 	uint64_t wanted = interval.image + (job.at - interval.start);
 	struct image_place place = image_find(image, wanted);
@@ -297,7 +309,7 @@ enum verdict serve_fault(struct space *space, uint64_t address) {
 	if (wanted - place.start < job.at - interval.start)
 		job.start = job.at - (wanted - place.start);
 	if (place.hole)
-		return serve_zero(space, job);
+		return serve_zero(space, job, favour);
 	job.what = INSTALL_CONTINUE;
 	if (backing_fill(backing, image, place.chunk, &space->unpacker) != CHUNK_FILLED)
 		return poison(space, job);
@@ -306,6 +318,19 @@ enum verdict serve_fault(struct space *space, uint64_t address) {
 		return verdict;
 	record(space, backing, place.chunk);
 	if (backing->page == LR_PAGE)
-		serve_ahead(space, &interval, backing, place.chunk);
+		*favour = (struct favour){.ahead = backing, .interval = interval, .chunk = place.chunk};
+	return SERVED;
+}
+
+enum verdict serve_fault(struct space *space, const struct fault *fault) {
+	struct favour favour = {0};
+	enum verdict verdict = serve_page(space, fault->address, &favour);
+	if (verdict != SERVED)
+		return verdict;
+	stats_time(&space->stats, now_ns() - fault->read_ns);
+	if (favour.ahead)
+		serve_ahead(space, &favour);
+	else
+		zero_below(space, favour.zero_start, favour.zero_end);
 	return SERVED;
 }

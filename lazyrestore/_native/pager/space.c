@@ -240,11 +240,10 @@ bool space_serve_all(struct space *space) {
 		if (verdict == AGAIN || space->first_fault == space->n_faults)
 			continue;
 		struct fault fault = space->faults[space->first_fault];
-		switch (serve_fault(space, fault.address)) {
+		switch (serve_fault(space, &fault)) {
 		case DEAD:
 			return false;
 		case SERVED:
-			stats_time(&space->stats, now_ns() - fault.read_ns);
 			space->first_fault++;
 			round = 0;
 			break;

@@ -97,4 +97,4 @@ void space_kill(struct space *space, const char *why);
 
 /* serve.c */
 enum verdict { SERVED, AGAIN, DEAD };
-enum verdict serve_fault(struct space *space, uint64_t address);
+enum verdict serve_fault(struct space *space, const struct fault *fault);
