@@ -160,7 +160,9 @@ class Planner:
     def _hugetlb(self, m: Mapping) -> Vma:
         if m.shared:
             raise SnapshotFailed(f"mapping {m.start:x}-{m.end:x}", "plan", "shared hugetlb memory cannot be stored yet")
-        ranges = self._populated(m.start, m.end, anonymous=False)
+        ranges = [(m.start, m.end)] if is_template(m) else self._populated(m.start, m.end, anonymous=False)
+        if not ranges:
+            return self._make(m, "anonymous")
         return self._make(m, "hugetlb", self._add(m, ranges))
 
     def _file(self, m: Mapping) -> Vma:

@@ -27,12 +27,14 @@ PAGE = 4096
 LARGE_FILE_MAPPING = 64 << 20  # bytes; a larger file mapping of which less than 1/8 was written stays a file mapping
 SMALL_SHARED_FILE = 1 << 20  # bytes; the content of no larger one is kept in the manifest
 TEMPLATE_NAME = "/memfd:lazyrestore"
+HUGE_2MB = 21 << lib.MFD_HUGE_SHIFT  # the same bits in flags of mmap and memfd_create
+HUGE_TEMPLATE_NAME = "/memfd:lazyrestore-huge"  # of hugetlb pages
 ANONYMOUS_SHARED_NAME = "/memfd:lazyrestore-shared"  # what a restored anonymous MAP_SHARED mapping is called
 
 Kind = Literal["lazy", "anonymous", "eager", "file", "shared", "hugetlb", "kernel"]
-"""lazy: template, MAP_PRIVATE. anonymous: no content. eager: anonymous, contents written before the process runs. file:
-the file itself, contents (if any) written over it. shared: a memory file of the tree. hugetlb: hugetlb template.
-kernel: vdso and vvar."""
+"""lazy: template, MAP_PRIVATE. anonymous: no content, of huge pages if "ht" is in the flags. eager: anonymous, contents
+written before the process runs. file: the file itself, contents (if any) written over it. shared: a memory file of the
+tree. hugetlb: hugetlb template. kernel: vdso and vvar."""
 
 
 Signature = tuple[int, int, int, int, int]
@@ -110,7 +112,7 @@ def protection_of(mapping: Mapping) -> int:
 
 def is_template(mapping: Mapping) -> bool:
     """A lazily restored mapping: its content is what it reads as, whatever is present."""
-    return mapping.path == TEMPLATE_NAME and not mapping.shared
+    return mapping.path in (TEMPLATE_NAME, HUGE_TEMPLATE_NAME) and not mapping.shared
 
 
 def unsupported(mappings: Iterable[Mapping]) -> list[str]:
@@ -291,6 +293,8 @@ def restore(
                 fd, offset, flags = -1, 0, _PRIVATE | lib.MAP_ANONYMOUS
                 if vma.grows_down:
                     flags |= lib.MAP_GROWSDOWN
+                if "ht" in vma.flags:
+                    flags |= lib.MAP_HUGETLB | HUGE_2MB
                 if "nr" in vma.flags or not vma.protection:
                     flags |= lib.MAP_NORESERVE
             ops.call_expecting(start, _MMAP, start, size, vma.protection, flags, fd, offset, note=kind)
