@@ -3,7 +3,7 @@
 usage: function_server.py [--store DIR] [--port PORT] [--pool SIZE] NAME
 
 NAME is a snapshot of a worker that speaks HTTP on a listening socket, such as numpy_worker.py. Port 0 (the default)
-takes a free one. When it listens it prints one line: "ready PORT". It needs uvicorn: pip install "lazyrestore[examples]".
+takes a free one. When it listens it prints one line: "ready PORT". It needs uvicorn, the package's extra "examples".
 
     python examples/numpy_worker.py > worker.log &                          # wait for "ready"
     lazyrestore --store /tmp/store snapshot $! --name worker --kill

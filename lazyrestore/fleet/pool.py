@@ -139,6 +139,9 @@ class Pool:
             if ready.cancel():
                 raise TimeoutError("no clone became ready") from None
             return ready.result()  # it came at that very moment
+        except BaseException:  # KeyboardInterrupt, or what restoring raised
+            _abandon(ready)
+            raise
 
     async def take_async(self) -> Clone:
         """A running clone, as take() gives it; the event loop is not held up. A cancelled wait takes none."""
@@ -147,9 +150,8 @@ class Pool:
             return ready
         try:
             return await asyncio.wrap_future(ready)
-        except asyncio.CancelledError:
-            if not ready.cancel() and ready.exception() is None:
-                ready.result().give_back()
+        except BaseException:
+            _abandon(ready)
             raise
 
     def wait_until_full(self, timeout: float | None = None) -> bool:
@@ -293,6 +295,12 @@ class Pool:
     def _reap(self) -> None:
         while (clone := self._ended.get()) is not None:
             clone.process.wait()
+
+
+def _abandon(ready: Future[Clone]) -> None:
+    """Nobody waits for the clone any more; one that came all the same has served nobody, but it runs."""
+    if not ready.cancel() and ready.exception() is None:
+        ready.result().give_back(reuse=False)
 
 
 def _closed() -> PoolClosed:
