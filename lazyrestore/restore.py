@@ -33,7 +33,7 @@ from lazyrestore.resources import attributes, descriptors, listeners, threads, v
 from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
 from lazyrestore.restore_checks import check_host, check_pid_free
 from lazyrestore.restore_options import AS_IT_WAS, Options
-from lazyrestore.restore_program import Compiled, compile_program, layout_for
+from lazyrestore.restore_program import Compiled, compile_program, inherited_settings, layout_for
 from lazyrestore.store import StoredImage
 
 ffi = _core.ffi
@@ -61,7 +61,8 @@ class Prepared:
     manifest: Manifest
     image: StoredImage
     own: attributes.Credentials
-    compiled: dict[object, Compiled] = field(default_factory=dict)  # by Options.shape
+    # Options.shape → a program that can be used again, and the settings of the thread that it was compiled for
+    compiled: dict[object, tuple[object, Compiled]] = field(default_factory=dict)
     ranges: list[Range] = field(default_factory=list)
     checked: dict[str, vma.Signature | None] = field(default_factory=dict)  # path → signature when found unchanged
 
@@ -108,12 +109,13 @@ def compiled_for(prepared: Prepared, options: Options, above: int = 0) -> Compil
 
     Handed-over descriptors get numbers higher than `above`.
     """
-    compiled = prepared.compiled.get(options.shape)
-    if compiled is None or above >= compiled.layout.program:
+    settings, compiled = prepared.compiled.get(options.shape, (None, None))
+    inherited = inherited_settings()
+    if compiled is None or settings != inherited or above >= compiled.layout.program:
         layout = layout_for(prepared.manifest, above + 1, options.inherited_numbers)
         compiled = compile_program(prepared.manifest, layout, prepared.own, options)
         if descriptors.is_reusable(prepared.manifest.descriptors):
-            prepared.compiled[options.shape] = compiled
+            prepared.compiled[options.shape] = inherited, compiled
     return compiled
 
 

@@ -62,6 +62,12 @@ class Compiled:
     trap_action: int  # address of SIGTRAP's struct sigaction in the linked program, 0: the default
 
 
+def inherited_settings() -> tuple[object, ...]:
+    """What a new process gets from the calling thread: a program sets it only where the snapshot's differs."""
+    limits = tuple(map(resource.getrlimit, attributes.RLIMITS))
+    return limits, os.sched_getaffinity(0), os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)
+
+
 def layout_for(manifest: Manifest, minimum: int = 0, inherited: Sequence[int] = ()) -> Layout:
     """Where handed-over descriptors go: above the snapshot's own numbers and not below `minimum`."""
     highest = max((descriptor.number for descriptor in manifest.descriptors.descriptors), default=0)

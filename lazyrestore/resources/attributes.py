@@ -11,6 +11,7 @@ kernel/sys.c.
 from __future__ import annotations
 
 import os
+import resource
 import struct
 
 import msgspec
@@ -202,7 +203,7 @@ def restore_flags(attributes: Attributes, program: Program, ops: OpList) -> None
             ops.call(lib.SYS_prctl, lib.PR_SET_THP_DISABLE, 1, 0, 0, 0)
         if attributes.child_subreaper:
             ops.call(lib.SYS_prctl, lib.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    own = procfs.parse_limits(procfs.read(os.getpid(), "limits"))
+    own = [resource.getrlimit(which) for which in RLIMITS]
     with ops.serving("resource limits"):
         for which, limit in zip(RLIMITS, attributes.limits, strict=True):
             # RLIMIT_NOFILE was raised for the handed-over descriptors, whatever it is here

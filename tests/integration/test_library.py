@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -164,3 +165,24 @@ def test_the_main_job_on_the_command_line(run: Path, victims: Victims) -> None:
     assert "w" not in [row.get("name") for row in cli("ls", "--json")]  # type: ignore[attr-defined]
     os.kill(worker.pid, signal.SIGKILL)
     until(lambda: not Path(f"/proc/{worker.pid}").exists(), "the end of the copy")
+
+
+def test_a_caller_that_changes_its_own_settings(victims: Victims, copies: Copies) -> None:
+    """A copy gets the original's CPUs and limits, whatever its parent's have become since the last restore."""
+    victim = victims.start(["sleep", "1000000"])
+    victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
+    limits, cpus = Path(f"/proc/{victim.pid}/limits").read_text(), os.sched_getaffinity(victim.pid)
+    snapshot = copies.snapshot(victim.pid, "x", kill=True)
+    victim.gone()
+    core, own_cpus = resource.getrlimit(resource.RLIMIT_CORE), os.sched_getaffinity(0)
+    try:
+        for _ in range(2):
+            copy = copies.restore(snapshot)
+            assert Path(f"/proc/{copy.pid}/limits").read_text() == limits
+            assert os.sched_getaffinity(copy.pid) == cpus
+            copy.kill()
+            resource.setrlimit(resource.RLIMIT_CORE, (0 if core[0] else core[1], core[1]))
+            os.sched_setaffinity(0, {min(own_cpus)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_CORE, core)
+        os.sched_setaffinity(0, own_cpus)
