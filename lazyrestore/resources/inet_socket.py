@@ -160,7 +160,8 @@ def prepare(title: str, record: InetRecord) -> None:
             advice = ""
             if error.errno == EADDRINUSE:
                 advice = (
-                    "end the process that has it (the original, or another copy?), or wait for its last connections"
+                    "end the process that has it (the original, or another copy?), wait for its last connections, or "
+                    "restore with --listen, --reuseport, --inherit-fd or --net new"
                 )
             elif error.errno == EADDRNOTAVAIL:
                 advice = "this machine has no such address"
