@@ -20,6 +20,7 @@ import lazyrestore
 
 SIZE, LIMIT = 768 << 20, 256 << 20  # bytes
 PAGES = SIZE // 4096
+TOUCHED = 2000  # pages
 TREES = ((Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"), (Path("/sys/fs/cgroup"), "memory.max"))
 
 
@@ -64,7 +65,7 @@ def test_touched_in_part(victims: Victims, build: Builder, store: lazyrestore.St
     assert str(victim.pid) in (group / "cgroup.procs").read_text().split()
     for first in (0, 100, PAGES - 16):
         assert ask(control, f"{first} 1 16") == "0 wrong"
-    assert ask(control, f"1 {PAGES // 1000} 999") == "0 wrong"  # all over it: 64 KiB for each of these pages
+    assert ask(control, f"1 {PAGES // TOUCHED} {TOUCHED - 1}") == "0 wrong"  # all over it, a chunk for each
     usage = next(group / name for name in ("memory.usage_in_bytes", "memory.current") if (group / name).exists())
-    assert 999 * (32 << 10) < int(usage.read_text()) <= LIMIT  # it is here that the memory is counted
+    assert TOUCHED * 4096 < int(usage.read_text()) <= LIMIT  # it is here that the memory is counted
     assert alive(victim.pid)
