@@ -21,6 +21,14 @@ NEEDED = 160  # two victims, templates (pagers linger), what copies and their ch
 numbers = itertools.count()
 
 
+def persistent() -> int:
+    """The size of the pool, without the pages that are still in use since it was made smaller."""
+    while True:
+        surplus, size = int(SURPLUS.read_text()), int(POOL.read_text())
+        if int(SURPLUS.read_text()) == surplus:  # else one was freed between the two
+            return size - surplus
+
+
 @pytest.fixture(autouse=True)
 def pool() -> Iterator[int]:
     """The size of the pool before; larger while the test runs, under the lock of tests/pager/test_hugetlb.py."""
@@ -28,7 +36,7 @@ def pool() -> Iterator[int]:
         pytest.skip("no 2 MiB huge pages on this machine")
     with open("/run/lock/lazyrestore-test-hugepages", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        before = int(POOL.read_text()) - int(SURPLUS.read_text())  # surplus: still in use when a pool was made smaller
+        before = persistent()
         POOL.write_text(str(before + NEEDED))
         try:
             if int(POOL.read_text()) < before + NEEDED:
