@@ -14,9 +14,10 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from functools import cache
 from typing import Protocol
+
+import msgspec
 
 from lazyrestore._native import _core
 
@@ -48,8 +49,7 @@ def call_names() -> dict[int, str]:
     return names
 
 
-@dataclass(frozen=True, slots=True)
-class Pointer:
+class Pointer(msgspec.Struct, frozen=True):
     """The address of `offset` bytes into the program's data."""
 
     offset: int
@@ -58,22 +58,19 @@ class Pointer:
         return Pointer(self.offset + more)
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
+class Result(msgspec.Struct, frozen=True):
     """The result of an earlier operation of the same list."""
 
     index: int
 
 
-@dataclass(frozen=True, slots=True)
-class Word:
+class Word(msgspec.Struct, frozen=True):
     """The signed 32-bit number that an earlier operation wrote at `offset` bytes into the data."""
 
     offset: int
 
 
-@dataclass(frozen=True, slots=True)
-class ListAddress:
+class ListAddress(msgspec.Struct, frozen=True):
     """The address of another list of the program (a thread's)."""
 
     number: int
@@ -92,8 +89,7 @@ class Labelled(Protocol):
 Served = str | Labelled
 
 
-@dataclass(frozen=True, slots=True)
-class Op:
+class Op(msgspec.Struct, frozen=True):
     """One system call: what the executor gets, plus what a person is told."""
 
     number: int
@@ -198,8 +194,7 @@ class OpList:
         return index
 
 
-@dataclass(frozen=True, slots=True)
-class Linked:
+class Linked(msgspec.Struct, frozen=True):
     """A program laid out for one address: `image` is to be mapped at `base`."""
 
     base: int
@@ -211,14 +206,13 @@ class Linked:
     data: int
 
 
-@dataclass(slots=True)
-class Program:
+class Program(msgspec.Struct):
     """Lists of operations (the first is the leader's) and the data they point to."""
 
-    lists: list[OpList] = field(default_factory=list)
-    data: bytearray = field(default_factory=bytearray)
-    _strings: dict[bytes, Pointer] = field(default_factory=dict)
-    _stack_fields: list[tuple[int, int]] = field(default_factory=list)
+    lists: list[OpList] = msgspec.field(default_factory=list)
+    data: bytearray = msgspec.field(default_factory=bytearray)
+    _strings: dict[bytes, Pointer] = msgspec.field(default_factory=dict)
+    _stack_fields: list[tuple[int, int]] = msgspec.field(default_factory=list)
 
     def add_list(self) -> OpList:
         ops = OpList(self, len(self.lists))
@@ -251,7 +245,7 @@ class Program:
         """Let the 8 bytes at `pointer` hold the address of `target` when linked (a pointer inside a structure)."""
         self._relocations.append((pointer.offset, target.offset))
 
-    _relocations: list[tuple[int, int]] = field(default_factory=list)
+    _relocations: list[tuple[int, int]] = msgspec.field(default_factory=list)
 
     def size(self) -> int:
         """Bytes of address space that the linked program takes, a multiple of the page size."""

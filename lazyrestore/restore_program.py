@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 import resource
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from lazyrestore import network_namespace, pid_namespace
 from lazyrestore.kernel import procfs
@@ -29,8 +30,7 @@ FIRST_HIGH = 1000  # handed-over descriptors start here, or lower if the limit i
 ROOM_ABOVE = 16  # numbers above the handed-over ones, for descriptors that are moved out of the way
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True):
     """Numbers of the handed-over descriptors in the new process."""
 
     program: int
@@ -46,8 +46,7 @@ class Layout:
         return max(self.program, self.hugetlb, *others) + 1
 
 
-@dataclass(frozen=True, slots=True)
-class Compiled:
+class Compiled(msgspec.Struct, frozen=True):
     """A program ready to run.
 
     `kernel_moves` are the operations whose first argument is where the new process's vdso parts lie.

@@ -22,7 +22,6 @@ import socket
 import stat as modes
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from errno import EACCES, EPERM, ESRCH
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -158,8 +157,7 @@ def _capture_socket(view: View) -> Description | None:
             sock.detach()
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
+class Kind(msgspec.Struct, frozen=True):
     """records: the types that capture() returns; describe() gives the words for messages."""
 
     records: tuple[type, ...]

@@ -46,7 +46,7 @@ def test_ls_knows_no_process(run: Path) -> None:
     modules, text = imports("--store", run / "store", "ls")
     assert text.startswith("NAME")
     assert "lmdb" in modules
-    assert not modules & (RICH | PROCESSES | WRITING | {"lazyrestore.api"})
+    assert not modules & (RICH | PROCESSES | WRITING | {"lazyrestore.api", "dataclasses"})
 
 
 @pytest.mark.requires("root")
