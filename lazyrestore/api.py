@@ -209,6 +209,7 @@ class Snapshot:
         inherit_fd: Mapping[int, int] | None = None,
         streams: Sequence[int] = (0, 1, 2),
         record: bool | None = None,
+        fill: str = "none",
     ) -> RestoredProcess:
         """Start a copy of the process under its old process id, as a child of this process.
 
@@ -218,13 +219,16 @@ class Snapshot:
         do the same (SO_REUSEPORT). `inherit_fd`: descriptors of its listening sockets → descriptors of ours that take
         their place; ours stay open, and get the flags (O_NONBLOCK) that the old ones had. `streams` are descriptors for
         its standard streams, used where these were terminals or pipes to other processes. `record`: the working set,
-        True: even if one is known, which is extended; None: if none is known. Raises RestoreError's subclasses; nothing
-        is left of the new process then.
+        True: even if one is known, which is extended; None: if none is known. `fill`: bring all of its private memory
+        and not just what it touches, "now", or when the CPUs are "idle". Raises RestoreError's subclasses; nothing is
+        left of the new process then.
         """
         from lazyrestore.restore_options import Options
 
         inherited = tuple(sorted((inherit_fd or {}).items()))
-        return self._restore(Options(new_pid, new_net, inherited, record=record), streams, listen or {}, reuseport)
+        return self._restore(
+            Options(new_pid, new_net, inherited, record=record, fill=fill), streams, listen or {}, reuseport
+        )
 
     def _restore(
         self, options: Options, streams: Sequence[int], listen: Mapping[int, int], reuseport: bool
@@ -259,6 +263,7 @@ class Snapshot:
         inherit_fd: Mapping[int, int] | None = None,
         streams: Sequence[int] = (0, 1, 2),
         record: bool | None = None,
+        fill: str = "none",
     ) -> list[RestoredProcess]:
         """Start `count` copies, each in a PID namespace of its own: all of them, or none.
 
@@ -276,6 +281,7 @@ class Snapshot:
                 inherit_fd=inherit_fd,
                 streams=streams,
                 record=record,
+                fill=fill,
             ),
             count,
         )

@@ -31,10 +31,10 @@ from lazyrestore.pid_namespace import Namespace, new_namespace
 from lazyrestore.program import Op, lib
 from lazyrestore.resources import attributes, descriptors, listeners, threads, vma
 from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
-from lazyrestore.restore_checks import check_host, check_pid_free
+from lazyrestore.restore_checks import check_host, check_huge_pages, check_pid_free
 from lazyrestore.restore_options import AS_IT_WAS, Options
 from lazyrestore.restore_program import Compiled, compile_program, inherited_settings, layout_for
-from lazyrestore.store import StoredImage
+from lazyrestore.store import HUGE_CHUNK, StoredImage
 
 ffi = _core.ffi
 
@@ -64,6 +64,7 @@ class Prepared:
     # Options.shape → a program that can be used again, and the settings of the thread that it was compiled for
     compiled: dict[object, tuple[object, Compiled]] = field(default_factory=dict)
     ranges: list[Range] = field(default_factory=list)
+    huge_pages: int = 0  # of 2 MiB, with content
     checked: dict[str, vma.Signature | None] = field(default_factory=dict)  # path → signature when found unchanged
 
 
@@ -93,6 +94,8 @@ def prepare(name: str, manifest: Manifest, image: StoredImage) -> Prepared:
     check_host(name, manifest)
     prepared = Prepared(name, manifest, image, attributes.credentials_of(os.getpid(), os.getpid()))
     prepared.ranges = _ranges(manifest)
+    if image.hugetlb:
+        prepared.huge_pages = sum(length == HUGE_CHUNK for _, length, *_ in image.entries())
     return prepared
 
 
@@ -154,6 +157,8 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
     with ExitStack() as owned:
         shared = {index: _shared_file(prepared, index, owned) for index in range(len(manifest.shared))}
         hugetlb = pager.hugetlb_fd
+        if hugetlb is not None:
+            check_huge_pages(prepared.name, prepared.huge_pages, hugetlb)
         template = pager.template_fd
         streams = [stream if stream >= 0 else _nothing(owned) for stream in streams]
         inherited = dict(options.inherited)
@@ -188,7 +193,7 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
             userfaultfd = child.take(pidfd, compiled.userfaultfd)
             try:
                 lazy_shared = {k: fd for k, fd in shared.items() if manifest.shared[k].anonymous}
-                pager.attach(userfaultfd, pidfd, prepared.ranges, lazy_shared, record=options.record)
+                pager.attach(userfaultfd, pidfd, prepared.ranges, lazy_shared, record=options.record, fill=options.fill)
             finally:
                 os.close(userfaultfd)
             phases.done("attach")

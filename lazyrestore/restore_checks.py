@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import time
+from pathlib import Path
 
 from lazyrestore._native import _core
-from lazyrestore.errors import CpuMismatch, KernelMismatch, NoSuchProcess, PidTaken
+from lazyrestore.errors import CpuMismatch, KernelMismatch, NoSuchProcess, OutOfMemory, PidTaken
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import vdso_hash
 from lazyrestore.manifest import Manifest
@@ -15,6 +16,8 @@ from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
 
 ffi = _core.ffi
 
+HUGE_PAGE = 2 << 20  # bytes
+POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 COLLECT_SECONDS = 3.0  # how long a parent may take to collect the ended original
 
 _own_host: tuple[str, list[tuple[str, int]], frozenset[str]] | None = None
@@ -31,6 +34,23 @@ def _this_host() -> tuple[str, list[tuple[str, int]], frozenset[str]]:
         content = bytes(ffi.buffer(ffi.cast("char *", vdso.start), vdso.size))
         _own_host = (vdso_hash(content), [(m.path, m.size) for m in kernel], procfs.cpu_flags())
     return _own_host
+
+
+def check_huge_pages(name: str, needed: int, template: int) -> None:
+    """Raises OutOfMemory unless the pool has the huge pages of the snapshot's content that the template does not have.
+
+    Facts: a page that is missing when it is touched means SIGBUS. What the process will write takes pages of its own,
+    which nobody can know. needed: pages of 2 MiB; template: the hugetlb memory file.
+    """
+    missing = needed - os.fstat(template).st_blocks * 512 // HUGE_PAGE
+    free = int((POOL / "free_hugepages").read_text()) - int((POOL / "resv_hugepages").read_text())
+    if missing > max(free, 0):
+        raise OutOfMemory(
+            f"snapshot {name}",
+            "check huge pages",
+            f"its memory needs {missing} huge pages of 2 MiB, and {max(free, 0)} are free",
+            f"raise {POOL / 'nr_hugepages'}",
+        )
 
 
 def check_host(name: str, manifest: Manifest) -> None:

@@ -10,7 +10,8 @@ class Options(msgspec.Struct, frozen=True):
 
     inherited: (number of a listening socket in the process, descriptor of the caller that takes its place), sorted.
     parked: stopped before its first instruction, with new_pid only; SIGCONT lets it run. ends_with_caller: it is killed
-    when the thread that restored it ends, with new_pid only. record: the working set, None: if none is known.
+    when the thread that restored it ends, with new_pid only. record: the working set, None: if none is known. fill:
+    bring all private memory: "none", "idle" (when the CPUs have nothing else to do) or "now".
     """
 
     new_pid: bool = False
@@ -19,6 +20,7 @@ class Options(msgspec.Struct, frozen=True):
     parked: bool = False
     ends_with_caller: bool = False
     record: bool | None = None
+    fill: str = "none"
 
     @property
     def inherited_numbers(self) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Keeps a recorded working set: a pager, which knows no store, starts this once the recording has ended.
 
-usage: python -m lazyrestore.working_set STORE NAME ID     NAME, ID: the snapshot's, as the store knows it
+usage: python -m lazyrestore.working_set STORE NAME ID SOCKET     NAME, ID: the snapshot's, as the store knows it;
+                                                                 SOCKET: the pager's
 
 It asks the pager of that snapshot for the set and stores it beside the manifest. Whatever fails leaves things as they
 were: the next pager records again.
@@ -9,16 +10,17 @@ were: the next pager records again.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from lazyrestore.errors import LazyrestoreError
 from lazyrestore.pager.launch import connect_existing
 from lazyrestore.store import ImageStore
 
 
-def keep(directory: str, name: str, snapshot: int) -> bool:
+def keep(directory: str, name: str, snapshot: int, runtime_dir: Path | None = None) -> bool:
     """Whether a working set was stored. Raises LazyrestoreError, ValueError."""
     with ImageStore.open(directory, create=False) as store, store.open_image(name) as image:
-        client = connect_existing(image.key, name) if image.snapshot == snapshot else None
+        client = connect_existing(image.key, name, runtime_dir=runtime_dir) if image.snapshot == snapshot else None
         if client is None:
             return False
         with client:
@@ -27,9 +29,9 @@ def keep(directory: str, name: str, snapshot: int) -> bool:
 
 
 def main() -> None:
-    directory, name, snapshot = sys.argv[1:]
+    directory, name, snapshot, socket = sys.argv[1:]
     try:
-        kept = keep(directory, name, int(snapshot))
+        kept = keep(directory, name, int(snapshot), Path(socket).parent)
     except (LazyrestoreError, ValueError) as error:
         sys.exit(str(error))
     sys.exit(0 if kept else 1)

@@ -170,6 +170,7 @@ class Victim:
         eager: bool = False,
         record: bool | None = False,
         replay: bool = False,
+        fill: str = "none",
     ) -> None:
         """Hands the victim's memory to the pager, and leaves no userfaultfd open but the pager's."""
         inner = int(self.ask("uffd"))
@@ -177,17 +178,24 @@ class Victim:
         assert uffd >= 0, os.strerror(ctypes.get_errno())
         try:
             assert self.ask("close", inner) == "ok"
-            client.attach(uffd, self.pidfd, ranges, shared, eager=eager, record=record, replay=replay)
+            client.attach(uffd, self.pidfd, ranges, shared, eager=eager, record=record, replay=replay, fill=fill)
         finally:
             os.close(uffd)
 
     def clone(
-        self, client: PagerClient, start: int, length: int, *, record: bool | None = False, replay: bool = False
+        self,
+        client: PagerClient,
+        start: int,
+        length: int,
+        *,
+        record: bool | None = False,
+        replay: bool = False,
+        fill: str = "none",
     ) -> None:
         """Maps [start, start + length) of the template at the same address, and attaches."""
         self.map(start, length, self.open(f"/proc/{os.getpid()}/fd/{client.template_fd}"), start)
         ranges = [Range(start, start + length, start, BACKING_TEMPLATE)]
-        self.attach(client, ranges, record=record, replay=replay)
+        self.attach(client, ranges, record=record, replay=replay, fill=fill)
 
     def open(self, path: str) -> int:
         return int(self.ask("open " + path))

@@ -62,6 +62,13 @@ SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the
     "systemd's (LISTEN_FDS), else N. Repeatable.",
 )
 @click.option("--no-record", is_flag=True, help="Do not record which memory it needs first.")
+@click.option(
+    "--fill",
+    type=click.Choice(["none", "idle", "now"]),
+    default="none",
+    show_default=True,
+    help="Bring all of its memory, not just what it touches: when the CPUs have nothing else to do, or at once.",
+)
 @click.option("--explain", is_flag=True, help="Print the restore program without running it.")
 @click.option("--json", "json_output", is_flag=True, help="Print JSON (to standard error in the foreground).")
 @click.pass_obj
@@ -76,6 +83,7 @@ def restore_command(
     reuseport: bool,
     inherited: tuple[str, ...],
     no_record: bool,
+    fill: str,
     explain: bool,
     json_output: bool,
 ) -> None:
@@ -98,6 +106,7 @@ def restore_command(
         raise click.UsageError("only one process can have the old process id: -n wants --pid new")
     choices: Choices = {
         "record": False if no_record else None,
+        "fill": fill,
         "new_net": net == "new",
         "listen": _ports(ports),
         "reuseport": reuseport,
@@ -127,6 +136,7 @@ class Choices(TypedDict):
     """What restore() is told."""
 
     record: bool | None
+    fill: str
     new_net: bool
     listen: dict[int, int]
     reuseport: bool

@@ -148,14 +148,16 @@ class PagerClient:
         eager: bool = False,
         record: bool | None = None,
         replay: bool = True,
+        fill: str = "none",
     ) -> None:
         """Hands one address space over; when this returns, its faults are served.
 
         userfaultfd: fresh, no UFFDIO_API done, created by or in the process (pidfd_getfd). ranges: sorted by start, not
         overlapping, already mapped. shared: shared object number to memfd. eager: fill the shared memfds wholly before
         returning. record: the working set, True: even if one is known, which is extended then; None: if none is known.
-        replay: whether it gets the known one. All descriptors stay the caller's. Raises PagerError with errno, step and
-        the address in the resource; the process must then be killed.
+        replay: whether it gets the known one. fill: bring all private memory, "idle": when the CPUs have nothing else
+        to do, "now": at once. All descriptors stay the caller's. Raises PagerError with errno, step and the address in
+        the resource; the process must then be killed.
         """
         shared = shared or {}
         if len(shared) > wire.MAX_SHARED:
@@ -167,6 +169,7 @@ class PagerClient:
             flags = wire.ATTACH_EAGER if eager else 0
             flags |= {None: 0, True: wire.ATTACH_RECORD_AGAIN, False: wire.ATTACH_NO_RECORD}[record]
             flags |= 0 if replay else wire.ATTACH_NO_REPLAY
+            flags |= {"none": 0, "idle": wire.ATTACH_FILL_IDLE, "now": wire.ATTACH_FILL_NOW}[fill]
             request = _request(wire.ATTACH, flags, len(packed), list(shared))
             self._ask(request, [userfaultfd, pidfd, memfd, *shared.values()])
         finally:

@@ -67,7 +67,8 @@ class StoredImage(Protocol):
 
     @property
     def recorder(self) -> Sequence[str]:
-        """The command that asks the pager for a recorded working set and stores it; empty: none."""
+        """The command that asks a pager for a recorded working set and stores it; the pager's socket is added as its
+        last word. Empty: none."""
 
     @property
     def hugetlb(self) -> bool:
@@ -212,6 +213,10 @@ def connect_all(*, runtime_dir: Path | None = None) -> Iterator[tuple[Path, Page
                 client = _connect(path, f"pager {path.stem}")
             except (FileNotFoundError, ConnectionRefusedError, PagerGone):
                 continue
+            except PagerError as error:
+                if error.errno != errno.EPROTO:  # one of another version of lazyrestore
+                    raise
+                continue
         yield path, client
 
 
@@ -228,7 +233,7 @@ def _directory(given: Path | None) -> Path:
 
 
 def _socket_path(directory: Path, key: str) -> Path:
-    path = directory / (blake3(key.encode()).hexdigest(8) + ".sock")
+    path = directory / (blake3(f"{wire.VERSION} {key}".encode()).hexdigest(8) + ".sock")
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise PagerError(f"run-time directory {directory}", "socket", "path too long", errno=errno.ENAMETOOLONG)
     return path
@@ -324,7 +329,7 @@ def _start(image: StoredImage, directory: Path, path: Path, linger_ms: int) -> i
         duplicates = {k: owned(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)) for k, fd in fds.items() if fd < 3}
         fds |= duplicates
         arguments = [word for key, fd in fds.items() for word in (key, str(fd))]
-        recorder = ["--", *image.recorder] if image.recorder else []
+        recorder = ["--", *image.recorder, os.fspath(path)] if image.recorder else []
         try:
             return os.posix_spawn(
                 os.fspath(PAGERD),

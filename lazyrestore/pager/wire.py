@@ -12,6 +12,7 @@ MAX_CHUNK = 2 << 20
 
 HELLO, ATTACH, STATS, STOP, WORKING_SET = 1, 2, 3, 4, 5
 ATTACH_EAGER, ATTACH_NO_RECORD, ATTACH_NO_REPLAY, ATTACH_RECORD_AGAIN = 1, 2, 4, 8
+ATTACH_FILL_IDLE, ATTACH_FILL_NOW = 16, 32
 WORKING_SET_END = 1
 
 IMAGE = Struct("<IIIIQQII96s")  # magic, version, flags, packs, index offset, chunks, working set, 0, name

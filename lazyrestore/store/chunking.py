@@ -77,10 +77,15 @@ class Source:
         self._address = address_of(self._view)
 
     def content(self, span: Span) -> tuple[int, memoryview | bytes]:
-        """(image address, bytes) of a chunk without zero pages at its ends; no bytes if it is all zero."""
+        """(image address, bytes) of a chunk without zero pages at its ends; no bytes if it is all zero.
+
+        A huge page stays whole: it can only arrive in one piece.
+        """
         if len(span.runs) == 1:
             address, offset, length = span.runs[0]
             first, last = self._nonzero(offset, length)
+            if last and length == HUGE_CHUNK:
+                first, last = 0, length
             return address + first, self._view[offset + first : offset + last]
         start = span.start
         gathered = bytearray(span.end - start)
@@ -89,6 +94,8 @@ class Source:
         content = bytes(gathered)
         first = (len(content) - len(content.lstrip(b"\0"))) // PAGE * PAGE
         last = -(-len(content.rstrip(b"\0")) // PAGE) * PAGE
+        if last and len(content) == HUGE_CHUNK:
+            first, last = 0, len(content)
         return start + first, content[first:last]
 
     def _nonzero(self, offset: int, length: int) -> tuple[int, int]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
+from helpers_hugetlb import larger_pool
 from helpers_pager import Image, Victim, pages
 
 from lazyrestore.pager import BACKING_HUGETLB, PagerClient, Range
@@ -17,25 +16,13 @@ pytestmark = pytest.mark.requires("root")
 
 HUGE = 2 << 20
 AT = 0x40_0000_0000
-POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages")
 NEEDED = 16
 
 
 @pytest.fixture(autouse=True)
 def huge_pages() -> Iterator[None]:
-    """A few huge pages more, under a lock: other test runs do the same."""
-    if not POOL.exists():
-        pytest.skip("no 2 MiB huge pages on this machine")
-    with open("/run/lock/lazyrestore-test-hugepages", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        before = int(POOL.read_text())
-        POOL.write_text(str(before + NEEDED))
-        try:
-            if int(POOL.read_text()) < before + NEEDED:
-                pytest.skip(f"no {NEEDED} free huge pages")
-            yield
-        finally:
-            POOL.write_text(str(before))
+    with larger_pool(NEEDED):
+        yield
 
 
 @pytest.fixture

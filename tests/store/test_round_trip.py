@@ -131,7 +131,7 @@ def test_impossible_runs_are_refused(store: ImageStore, runs: list[tuple[int, in
 
 
 def test_repeated_content_is_stored_once(store: ImageStore) -> None:
-    chunk = pages(16)
+    chunk = pages(CHUNK // PAGE)
     put(store, "repeated", chunk * 200)
     shown = store.show("repeated")
     assert shown.chunks == 200
@@ -141,7 +141,7 @@ def test_repeated_content_is_stored_once(store: ImageStore) -> None:
 
 def test_a_second_snapshot_stores_what_changed(store: ImageStore) -> None:
     chunks = 400
-    data = pages(16 * chunks)
+    data = pages(CHUNK // PAGE * chunks)
     put(store, "first", data)
     for number in range(0, chunks, 20):  # one page in each twentieth chunk: 5 %
         data[number * CHUNK : number * CHUNK + 8] = b"changed!"

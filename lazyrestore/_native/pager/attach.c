@@ -132,12 +132,14 @@ static struct lr_error attach_owned(struct pager *pager, const struct lr_request
 		error = backing_fill_all(space->shared[i], &pager->image, &space->unpacker);
 	if (error.code)
 		return error;
+	space->fill_now = request->flags & LR_ATTACH_FILL_NOW;
+	space->fill_idle = request->flags & LR_ATTACH_FILL_IDLE;
 	space->replays = !(request->flags & LR_ATTACH_NO_REPLAY);
 	space->records = !(request->flags & LR_ATTACH_NO_RECORD) &&
 			 working_set_claim(&pager->working_set, space->pid, request->flags & LR_ATTACH_RECORD_AGAIN);
 	error = space_start(space);
 	if (error.code && space->records)
-		working_set_end(&pager->working_set, false);
+		working_set_end_of_process(&pager->working_set);
 	if (!error.code)
 		space = NULL; /* its thread owns it */
 	return error;

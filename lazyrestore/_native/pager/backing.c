@@ -121,6 +121,27 @@ static struct lr_error fill(struct backing *backing, const struct image *image, 
 	return error;
 }
 
+/* The end of CHUNK_FILLING. */
+static enum chunk_state settle(struct backing *backing, const struct image *image, uint64_t chunk, bool good) {
+	uint64_t slot = chunk - backing->first;
+	enum chunk_state state = good ? CHUNK_FILLED : CHUNK_BAD;
+	count(image, chunk, good);
+	if (atomic_exchange(&backing->states[slot], (uint8_t)state) == CHUNK_AWAITED)
+		syscall(SYS_futex, futex_word(backing, slot), FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+	return state;
+}
+
+void backing_fill_at_leisure(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
+	uint64_t slot = chunk - backing->first;
+	uint8_t empty = CHUNK_EMPTY;
+	if (slot >= backing->n || atomic_load(&backing->states[slot]) != CHUNK_EMPTY || image_unpack(image, chunk, unpacker).code)
+		return;
+	if (!atomic_compare_exchange_strong(&backing->states[slot], &empty, CHUNK_FILLING))
+		return;
+	const struct lr_chunk *about = &image->chunks[chunk];
+	settle(backing, image, chunk, !store(backing, about->address, unpacker->raw, about->length).code);
+}
+
 enum chunk_state backing_fill(struct backing *backing, const struct image *image, uint64_t chunk,
 			      struct unpacker *unpacker) {
 	uint64_t slot = chunk - backing->first;
@@ -130,11 +151,7 @@ enum chunk_state backing_fill(struct backing *backing, const struct image *image
 	uint8_t value = atomic_load_explicit(state, memory_order_acquire);
 	if (value == CHUNK_EMPTY && atomic_compare_exchange_strong(state, &value, CHUNK_FILLING)) {
 		bool good = !fill(backing, image, chunk, unpacker).code;
-		count(image, chunk, good);
-		value = good ? CHUNK_FILLED : CHUNK_BAD;
-		if (atomic_exchange(state, value) == CHUNK_AWAITED)
-			syscall(SYS_futex, futex_word(backing, slot), FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
-		return value;
+		return settle(backing, image, chunk, good);
 	}
 	if (value == CHUNK_FILLING || value == CHUNK_AWAITED)
 		await(backing, slot);

@@ -47,6 +47,10 @@ struct lr_error backing_create_template(const struct image *image, bool hugetlb,
 enum chunk_state backing_fill(struct backing *backing, const struct image *image, uint64_t chunk,
 			      struct unpacker *unpacker);
 
+/* For a thread that may be kept from running: it claims the chunk only once it has its bytes, so that who needs it waits for
+ * little. A chunk that cannot be read is left to who needs it. */
+void backing_fill_at_leisure(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker);
+
 /* Without waiting. `chunk` may be any number. */
 bool backing_is_filled(const struct backing *backing, uint64_t chunk);
 

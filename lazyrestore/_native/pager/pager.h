@@ -14,6 +14,7 @@ struct pager {
 	struct backing huge; /* only if image.hugetlb */
 	struct working_set working_set;
 	char **recorder; /* argv of what keeps a recorded working set, NULL-terminated; NULL: nobody */
+	_Atomic bool filling_all, all_filled; /* LR_ATTACH_FILL_IDLE: begun; done */
 	int recorder_pidfd; /* while it runs; -1: it does not */
 	struct keeper keeper;
 	uint64_t started_ns;

@@ -27,7 +27,9 @@ enum {
 	LR_ATTACH_EAGER = 1, /* fill the given shared backings wholly before the reply: read(2) on a memfd never faults */
 	LR_ATTACH_NO_RECORD = 2, /* do not record a working set */
 	LR_ATTACH_RECORD_AGAIN = 8, /* record even if one is known, and add to it */
-	LR_ATTACH_NO_REPLAY = 4  /* do not bring the working set */
+	LR_ATTACH_NO_REPLAY = 4, /* do not bring the working set */
+	LR_ATTACH_FILL_IDLE = 16, /* bring all private memory when the CPUs have nothing else to do */
+	LR_ATTACH_FILL_NOW = 32   /* bring all private memory at once */
 };
 
 /* lr_request.flags of LR_WORKING_SET */

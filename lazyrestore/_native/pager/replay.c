@@ -91,10 +91,9 @@ static bool map_chunks(struct space *space, struct lr_touched *touched, uint32_t
 	return map_run(space, run) && serve_waiting(space);
 }
 
-bool replay(struct space *space) {
+/* Fills and maps the chunks of a list, which it reorders. */
+static bool bring(struct space *space, struct lr_touched *touched, uint32_t n) {
 	struct pager *pager = space->pager;
-	uint32_t n;
-	scoped_free struct lr_touched *touched = working_set_copy(&pager->working_set, &n);
 	bool alive = true;
 	for (uint32_t done = 0; alive && done < n;) {
 		/* All that is filled by now, at least a batch. */
@@ -116,10 +115,34 @@ bool replay(struct space *space) {
 	return alive;
 }
 
+bool replay(struct space *space) {
+	uint32_t n;
+	scoped_free struct lr_touched *touched = working_set_copy(&space->pager->working_set, &n);
+	return bring(space, touched, n);
+}
+
+/* A list of all chunks of private memory; NULL: there are none, or no memory. */
+static struct lr_touched *all_chunks(const struct backing *backing, uint32_t *n) {
+	*n = backing->n < UINT32_MAX ? (uint32_t)backing->n : 0;
+	struct lr_touched *all = *n ? calloc(*n, sizeof *all) : NULL;
+	if (!all)
+		*n = 0;
+	for (uint32_t i = 0; i < *n; i++)
+		all[i].chunk = (uint32_t)backing->first + i;
+	return all;
+}
+
+bool replay_all(struct space *space) {
+	uint32_t n;
+	scoped_free struct lr_touched *all = all_chunks(&space->pager->template, &n);
+	return bring(space, all, n);
+}
+
 /* -- filling ahead ----------------------------------------------------------------------------------------------------- */
 
 struct prefetch {
 	struct pager *pager;
+	bool all; /* of private memory, when nobody else wants the CPU */
 	struct lr_touched *touched;
 	uint32_t n;
 	_Atomic uint32_t next;
@@ -133,34 +156,62 @@ static void prefetch_put(struct prefetch *work) {
 	}
 }
 
+static void fill(struct pager *pager, uint64_t chunk, struct unpacker *unpacker) {
+	backing_fill(&pager->template, &pager->image, chunk, unpacker);
+}
+
+static void fill_at_leisure(struct pager *pager, uint64_t chunk, struct unpacker *unpacker) {
+	backing_fill_at_leisure(&pager->template, &pager->image, chunk, unpacker);
+}
+
 static void *prefetch_main(void *argument) {
 	struct prefetch *work = argument;
 	struct pager *pager = work->pager;
 	struct unpacker unpacker;
 	prctl(PR_SET_NAME, "lr-prefetch");
-	setpriority(PRIO_PROCESS, (id_t)gettid(), NICE); /* whoever restores, and whoever faults, comes first */
+	/* Whoever restores, and whoever faults, comes first. */
+	const struct sched_param none = {0};
+	if (!work->all)
+		setpriority(PRIO_PROCESS, (id_t)gettid(), NICE);
+	else
+		sched_setscheduler(0, SCHED_IDLE, &none);
 	if (!unpacker_init(&unpacker).code) {
 		for (uint32_t i; (i = atomic_fetch_add(&work->next, 1)) < work->n;)
-			backing_fill(&pager->template, &pager->image, work->touched[i].chunk, &unpacker);
+			(work->all ? fill_at_leisure : fill)(pager, work->touched[i].chunk, &unpacker);
 		unpacker_deinit(&unpacker);
 	}
+	if (work->all)
+		atomic_store(&pager->all_filled, true);
 	prefetch_put(work);
 	return NULL;
 }
 
-void replay_prefetch(struct pager *pager) {
-	struct prefetch *work = calloc(1, sizeof *work);
-	if (!work)
-		return;
-	work->pager = pager;
-	work->users = 1;
-	work->touched = working_set_copy(&pager->working_set, &work->n);
-	cpu_set_t cpus;
-	unsigned threads = sched_getaffinity(0, sizeof cpus, &cpus) ? 1 : (unsigned)CPU_COUNT(&cpus);
+static void start_threads(struct prefetch *work, unsigned threads) {
 	for (unsigned i = 0; work->n && i < threads && i < MAX_THREADS; i++) {
 		atomic_fetch_add(&work->users, 1);
 		if (pager_thread(prefetch_main, work).code)
 			prefetch_put(work);
 	}
 	prefetch_put(work);
+}
+
+void replay_prefetch(struct pager *pager) {
+	struct prefetch *work = calloc(1, sizeof *work);
+	if (!work)
+		return;
+	*work = (struct prefetch){.pager = pager, .users = 1};
+	work->touched = working_set_copy(&pager->working_set, &work->n);
+	cpu_set_t cpus;
+	start_threads(work, sched_getaffinity(0, sizeof cpus, &cpus) ? 1 : (unsigned)CPU_COUNT(&cpus));
+}
+
+void replay_fill_idle(struct pager *pager) {
+	if (atomic_exchange(&pager->filling_all, true))
+		return;
+	struct prefetch *work = calloc(1, sizeof *work);
+	if (!work)
+		return;
+	*work = (struct prefetch){.pager = pager, .all = true, .users = 1};
+	work->touched = all_chunks(&pager->template, &work->n);
+	start_threads(work, 1);
 }

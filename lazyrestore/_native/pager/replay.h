@@ -13,5 +13,11 @@
 /* False: the address space is gone. */
 bool replay(struct space *space);
 
+/* Brings all private memory. False: the address space is gone. */
+bool replay_all(struct space *space);
+
+/* Starts, once, a thread that fills all chunks of private memory when nobody else wants the CPU; sets pager->all_filled. */
+void replay_fill_idle(struct pager *pager);
+
 /* Starts the threads that fill the chunks of the working set; they end with it. No threads is no error. */
 void replay_prefetch(struct pager *pager);

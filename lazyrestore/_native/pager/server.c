@@ -162,7 +162,7 @@ static bool hello(struct connection *connection) {
 static bool send_working_set(struct connection *connection) {
 	struct working_set *set = &connection->pager->working_set;
 	uint32_t n;
-	if (connection->request.flags & LR_WORKING_SET_END && working_set_end(set, false))
+	if (connection->request.flags & LR_WORKING_SET_END && working_set_end(set))
 		pager_wake(connection->pager);
 	scoped_free struct lr_touched *touched = working_set_copy(set, &n);
 	scoped_fd memfd = memfd_create("lazyrestore-working-set", MFD_CLOEXEC);

@@ -268,13 +268,22 @@ static void serve_space(struct space *space) {
 		return;
 	if (space->replays && !replay(space))
 		return;
+	if (space->fill_now && !replay_all(space))
+		return;
+	if (space->fill_idle)
+		replay_fill_idle(space->pager);
 	for (;;) {
 		struct pollfd fds[] = {
 			[UFFD] = {.fd = space->uffd, .events = POLLIN},
 			[PID] = {.fd = space->pidfd, .events = POLLIN},
 		};
 		int n = poll(fds, 2, space->pidfd >= 0 ? 1000 : 200);
-		if (!n && space->records && working_set_end(&space->pager->working_set, true))
+		if (!n && space->fill_idle && atomic_load(&space->pager->all_filled)) {
+			space->fill_idle = false;
+			if (!replay_all(space))
+				return;
+		}
+		if (!n && space->records && working_set_end_if_quiet(&space->pager->working_set))
 			pager_wake(space->pager);
 		if (fds[PID].revents) {
 			close(space->pidfd);
@@ -305,7 +314,7 @@ static void *space_main(void *argument) {
 	window_abandon(space);
 	await_end(space);
 	if (space->records && space->pid) /* the one that was restored, not a child */
-		working_set_end(&pager->working_set, false);
+		working_set_end_of_process(&pager->working_set);
 	pthread_mutex_lock(&pager->lock);
 	for (struct space **link = &pager->spaces; *link; link = &(*link)->next)
 		if (*link == space) {

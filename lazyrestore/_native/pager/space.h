@@ -54,6 +54,7 @@ struct space {
 	bool poison; /* UFFDIO_POISON works */
 	bool records; /* its faults make the working set */
 	bool replays; /* it gets the working set */
+	bool fill_now, fill_idle; /* it gets all of its private memory: after the working set; once it is filled */
 	uint64_t bytes_registered;
 	struct interval_map map;
 	struct window window; /* while it is open, nothing is served */

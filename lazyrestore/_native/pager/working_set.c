@@ -7,8 +7,8 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { LEAST_CHUNKS = 64, FIRST_CAPACITY = 1024 };
-static const uint64_t QUIET_NS = 1000000000, MOST_BYTES = 128u << 20;
+enum { FIRST_CAPACITY = 1024 };
+static const uint64_t QUIET_NS = 1000000000, LEAST_BYTES = 1 << 20, MOST_BYTES = 128 << 20;
 
 struct scoped_lock {
 	pthread_mutex_t *mutex;
@@ -50,6 +50,7 @@ bool working_set_claim(struct working_set *set, int32_t pid, bool again) {
 	set->member = calloc(set->image->n_chunks ? set->image->n_chunks : 1, 1);
 	if (!set->member)
 		return false;
+	set->n_before = set->n;
 	for (uint32_t i = 0; i < set->n; i++)
 		set->member[set->chunks[i].chunk] = 1;
 	snprintf(path, sizeof path, "/proc/%d/pagemap", (int)pid);
@@ -111,11 +112,27 @@ void working_set_touch(struct working_set *set, uint64_t chunk) {
 		end(set);
 }
 
-bool working_set_end(struct working_set *set, bool if_quiet) {
+bool working_set_end(struct working_set *set) {
 	LOCKED(set);
-	if (if_quiet && (set->n < LEAST_CHUNKS || now_ns() - set->last_ns < QUIET_NS))
+	return end(set);
+}
+
+bool working_set_end_if_quiet(struct working_set *set) {
+	LOCKED(set);
+	if (set->bytes < LEAST_BYTES || now_ns() - set->last_ns < QUIET_NS)
 		return false;
 	return end(set);
+}
+
+void working_set_end_of_process(struct working_set *set) {
+	LOCKED(set);
+	bool said_nothing = set->bytes < LEAST_BYTES && set->n_before == 0;
+	if (!end(set) || !said_nothing)
+		return;
+	set->state = WORKING_SET_NONE;
+	set->fresh = false;
+	set->n = 0;
+	set->bytes = 0;
 }
 
 struct lr_touched *working_set_copy(struct working_set *set, uint32_t *n) {

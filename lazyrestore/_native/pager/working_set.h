@@ -17,6 +17,7 @@ struct working_set {
 	enum working_set_state state;
 	struct lr_touched *chunks; /* in the order of their first touch */
 	uint32_t n, capacity;
+	uint32_t n_before; /* known before this recording */
 	uint64_t bytes; /* raw */
 	uint8_t *member; /* a byte per chunk of the image; while recording */
 	uint64_t last_ns; /* of the last new chunk */
@@ -37,8 +38,12 @@ bool working_set_claim(struct working_set *set, int32_t pid, bool again);
 /* Chunk `chunk` is touched by a space that records. */
 void working_set_touch(struct working_set *set, uint64_t chunk);
 
-/* Ends the recording: now, or only `if_quiet`. True if that ended it. */
-bool working_set_end(struct working_set *set, bool if_quiet);
+/* These end the recording; true if it was on. */
+bool working_set_end(struct working_set *set);
+bool working_set_end_if_quiet(struct working_set *set); /* if it has found something, but nothing new for a while */
+
+/* The process that recorded has ended. If it had hardly run, as one that was only parked, the next one records. */
+void working_set_end_of_process(struct working_set *set);
 
 /* True once after each recording that has ended with something in it. */
 bool working_set_notice(struct working_set *set);
