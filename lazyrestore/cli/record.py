@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lazyrestore.cli.words import complete_name, size, to_json
+from lazyrestore.cli.words import complete_name, end_like_ctrl_c, size, to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot
@@ -26,7 +26,7 @@ ANSWER_SECONDS = 60.0
     "--until-port", "address", metavar="PORT", help="Until it answers there: a TCP port or a Unix socket's path."
 )
 @click.option("--request", default="GET / HTTP/1.0\\r\\n\\r\\n", show_default=True, help="What to ask at that port.")
-@click.option("--for", "seconds", type=click.FloatRange(0), metavar="SECONDS", help="For so long.")
+@click.option("--for", "seconds", type=click.FloatRange(0, 86400), metavar="SECONDS", help="For so long.")
 @click.option("--pid", "pid_choice", type=click.Choice(["same", "new"]), default="same", help="As with restore.")
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 @click.pass_obj
@@ -55,11 +55,18 @@ def record_command(
 
     if address is not None and seconds is not None:
         raise click.UsageError("--until-port and --for exclude each other")
+    try:
+        question = request.encode("latin-1").decode("unicode_escape").encode("latin-1")
+    except ValueError as error:
+        raise click.BadParameter(f"{request!r}: {error}", param_hint="--request") from error
+    if address is not None and address.isdecimal() and not 0 < int(address) < 65536:
+        raise click.BadParameter(f"{address} is no TCP port", param_hint="--until-port")
+    end_like_ctrl_c()
     with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
         process = snapshot.restore(new_pid=pid_choice == "new", record=True)
         try:
             if address is not None:
-                _ask(process, address, request.encode().decode("unicode_escape").encode("latin-1"))
+                _ask(process, address, question)
             elif seconds is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(seconds)
@@ -101,9 +108,10 @@ def _ask(process: RestoredProcess, address: str, request: bytes) -> None:
 
 
 def _connected(address: str) -> socket.socket:
-    if address.isdigit():
+    if address.isdecimal():
         return socket.create_connection(("127.0.0.1", int(address)), timeout=ANSWER_SECONDS)
     connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(ANSWER_SECONDS)
     connection.connect(address)
     return connection
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import click
 
-from lazyrestore.cli.words import complete_name, to_json
+from lazyrestore.cli.words import complete_name, end_like_ctrl_c, to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot
@@ -118,13 +118,15 @@ def restore_command(
             lines = snapshot.explain()
             click.echo(to_json(lines) if json_output else "\n".join(lines))
         elif count is not None:
+            end_like_ctrl_c()
             _start_clones(snapshot, count, choices, json_output)
         elif detach:
+            end_like_ctrl_c()
             process = snapshot.restore(new_pid=new_pid, **choices)
             text = f"{name}: process {process.pid}, restored in {process.restore_ms:.1f} ms"
             try:
                 click.echo(_as_json(process) if json_output else text)
-            except OSError:  # nobody would know its process id
+            except BaseException:  # nobody would know its process id
                 process.kill()
                 process.wait()
                 raise
@@ -183,7 +185,7 @@ def _start_clones(snapshot: Snapshot, count: int, choices: Choices, json_output:
             click.echo(to_json([_facts(process) for process in processes]))
         else:
             click.echo("\n".join(str(process.pid) for process in processes))
-    except OSError:
+    except BaseException:
         clones.end(processes)
         raise
 

@@ -49,3 +49,15 @@ def complete_name(ctx: click.Context, parameter: click.Parameter, incomplete: st
             return [each.name for each in images.ls() if each.name.startswith(incomplete)]
     except LazyrestoreError:
         return []
+
+
+def end_like_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt too: what was begun is ended, and no copy stays behind unknown."""
+    import signal
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, interrupt)

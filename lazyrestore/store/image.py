@@ -205,6 +205,12 @@ def index_of(environment: Environment, txn: Transaction, snapshot: int, chunks: 
     return value[: chunks * format.ENTRY.size]
 
 
+def _working_set(stored: bytes, chunks: int) -> bytes:
+    """Its entries; nothing if it is damaged: it is advice, and a process starts without it too."""
+    whole = len(stored) % format.TOUCHED.size == 0 and len(stored) <= chunks * format.TOUCHED.size
+    return stored if whole else b""
+
+
 def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int, data: int, pin: int) -> StoredImage:
     record = record_of(environment, txn, snapshot)
     index = environment.need(txn, format.key(format.INDEXES, snapshot))
@@ -233,6 +239,6 @@ def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int
         stored_bytes=record.stored_bytes,
         hugetlb=record.hugetlb,
         directory=environment.directory,
-        working_set=bytes(txn.get(format.key(format.WORKING_SETS, snapshot), b"")),
+        working_set=_working_set(bytes(txn.get(format.key(format.WORKING_SETS, snapshot), b"")), record.chunks),
         _lengths=[length for _, length in packs],
     )

@@ -77,7 +77,7 @@ def imports(folder: Path, **files: str) -> tuple[int, str]:
         ("kernel__in__ptrace", "import lazyrestore.resources.vma\n", "kernel may not import resources"),
         ("kernel__in__ptrace", "from lazyrestore import Store\n", "kernel may not import __init__"),
         ("snapshot", "from lazyrestore import restore\n", "snapshot may not import restore"),
-        ("fleet", "import os\n", "fleet has no place in the architecture"),
+        ("elsewhere", "import os\n", "elsewhere has no place in the architecture"),
     ],
 )
 def test_imports_against_the_direction(tmp_path: Path, file: str, text: str, problem: str) -> None:

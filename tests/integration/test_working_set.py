@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import numpy as np
-from helpers import Victims, http_get, until
-from helpers_cli import run_cli
+import pytest
+from helpers import Victims, alive, http_get, until
+from helpers_cli import command, run_cli
 from helpers_copies import Copies, Copy
 
 import lazyrestore
@@ -121,3 +123,16 @@ def test_no_record(run: Path, victims: Victims, copies: Copies) -> None:
     with copies.store.get("s") as snapshot:
         assert snapshot.end_recording() == 0
     os.kill(json.loads(done.stdout)["pid"], signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_ended_record_leaves_no_copy(run: Path, victims: Victims, copies: Copies, number: int) -> None:
+    victim = victims.start(["/bin/sleep", "1000"])
+    victim.quiet()
+    copies.snapshot(victim.pid, "s", kill=True)
+    victim.gone()
+    recording = subprocess.Popen(command(run / "store", "record", "s", "--for", 600), stderr=subprocess.PIPE)
+    until(lambda: alive(victim.pid), "the copy")
+    recording.send_signal(number)
+    assert recording.wait(60) == 130
+    assert not alive(victim.pid)

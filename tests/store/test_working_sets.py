@@ -40,6 +40,17 @@ def test_positions_beyond_the_index(tmp_path: Path) -> None:
         assert store.open_image("one").working_set == b""
 
 
+@pytest.mark.parametrize("damaged", [b"x", bytes(9), bytes(8 * 5)])
+def test_a_damaged_one_is_none(tmp_path: Path, damaged: bytes) -> None:
+    """Half an entry, or more entries than there are chunks."""
+    with filled(tmp_path / "s") as store:
+        with store.open_image("one") as image:
+            key = format.key(format.WORKING_SETS, image.snapshot)
+        store._environment.update(lambda txn: txn.put(key, damaged))
+        with store.open_image("one") as image:
+            assert image.working_set == b""
+
+
 def test_gone_or_replaced_meanwhile(tmp_path: Path) -> None:
     with filled(tmp_path / "s") as store:
         with store.open_image("one") as image:
