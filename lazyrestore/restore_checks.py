@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import time
-from pathlib import Path
 
 from lazyrestore._native import _core
 from lazyrestore.errors import CpuMismatch, KernelMismatch, NoSuchProcess, OutOfMemory, PidTaken
@@ -17,7 +16,6 @@ from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
 ffi = _core.ffi
 
 HUGE_PAGE = 2 << 20  # bytes
-POOL = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
 COLLECT_SECONDS = 3.0  # how long a parent may take to collect the ended original
 
 _own_host: tuple[str, list[tuple[str, int]], frozenset[str]] | None = None
@@ -42,14 +40,16 @@ def check_huge_pages(name: str, needed: int, template: int) -> None:
     Facts: a page that is missing when it is touched means SIGBUS. What the process will write takes pages of its own,
     which nobody can know. needed: pages of 2 MiB; template: the hugetlb memory file.
     """
+    from lazyrestore.kernel.features_lazy import HUGE_PAGES, free_huge_pages  # few restores need it
+
     missing = needed - os.fstat(template).st_blocks * 512 // HUGE_PAGE
-    free = int((POOL / "free_hugepages").read_text()) - int((POOL / "resv_hugepages").read_text())
-    if missing > max(free, 0):
+    free = free_huge_pages().get(HUGE_PAGE, 0)
+    if missing > free:
         raise OutOfMemory(
             f"snapshot {name}",
             "check huge pages",
-            f"its memory needs {missing} huge pages of 2 MiB, and {max(free, 0)} are free",
-            f"raise {POOL / 'nr_hugepages'}",
+            f"its memory needs {missing} huge pages of 2 MiB, and {free} are free",
+            f"raise {HUGE_PAGES / 'hugepages-2048kB/nr_hugepages'}",
         )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lazyrestore
@@ -24,17 +26,7 @@ def fork_and_clone(report: Report, folder: Path) -> None:
             answer = victim.warm_up()
             for _ in range(ROUNDS):
                 report.add(f"{megabytes} MiB: fork() to response", clock(lambda: victim.ask("/fork"))[1], "ms")
-            with (
-                lazyrestore.Store.open(folder / f"clones-{megabytes}") as store,
-                store.snapshot(victim.pid, name="w", kill=True) as snapshot,
-            ):
-                end(victim.pid)
-                process = snapshot.restore()
-                try:
-                    _same(victim.ask(), answer)
-                    snapshot.end_recording()
-                finally:
-                    _finish(process)
+            with _recorded(victim, answer, folder / f"clones-{megabytes}") as snapshot:
                 for _ in range(ROUNDS):
                     _clone(report, f"{megabytes} MiB, clone", snapshot, victim, answer)
 
@@ -43,30 +35,36 @@ def pool(report: Report, folder: Path) -> None:
     """Hand-out to response of parked clones, and clones per second, each used for one request by two threads."""
     with running("worker.py", folder / "pool.sock", str(SIZES[0])) as victim:
         answer = victim.warm_up()
-        with (
-            lazyrestore.Store.open(folder / "pool") as store,
-            store.snapshot(victim.pid, name="w", kill=True) as snapshot,
-        ):
-            end(victim.pid)
-            process = snapshot.restore()
-            try:
-                _same(victim.ask(), answer)
-                snapshot.end_recording()
-            finally:
-                _finish(process)
-            with snapshot.pool(POOL) as parked:
-                for _ in range(ROUNDS):
-                    parked.wait_until_full()
-                    clone, handed = clock(parked.take)
-                    with clone:
-                        report.add("pool: hand-out", handed, "ms")
-                        got, response = clock(lambda clone=clone: _ask(clone))
-                        _same(got, answer)
-                        report.add("pool: hand-out to response", handed + response, "ms")
-                        report.add(
-                            "pool: response of the same clone again", clock(lambda clone=clone: _ask(clone))[1], "ms"
-                        )
-                report.add("pool: clones per second, 2 threads", _sustained(parked, answer), "1/s")
+        with _recorded(victim, answer, folder / "pool") as snapshot, snapshot.pool(POOL) as parked:
+            for _ in range(ROUNDS):
+                parked.wait_until_full()
+                clone, handed = clock(parked.take)
+                with clone:
+                    report.add("pool: hand-out", handed, "ms")
+                    got, response = clock(lambda clone=clone: _ask(clone))
+                    _same(got, answer)
+                    report.add("pool: hand-out to response", handed + response, "ms")
+                    report.add(
+                        "pool: response of the same clone again", clock(lambda clone=clone: _ask(clone))[1], "ms"
+                    )
+            report.add("pool: clones per second, 2 threads", _sustained(parked, answer), "1/s")
+
+
+@contextmanager
+def _recorded(victim: Victim, answer: str, folder: Path) -> Iterator[lazyrestore.Snapshot]:
+    """A snapshot of the victim, which is ended, with the working set of one first response."""
+    with (
+        lazyrestore.Store.open(folder) as store,
+        store.snapshot(victim.pid, name="w", kill=True) as snapshot,
+    ):
+        end(victim.pid)
+        process = snapshot.restore()
+        try:
+            _same(victim.ask(), answer)
+            snapshot.end_recording()
+        finally:
+            _finish(process)
+        yield snapshot
 
 
 def _clone(report: Report, name: str, snapshot: lazyrestore.Snapshot, victim: Victim, answer: str) -> None:

@@ -1,6 +1,6 @@
 #include "working_set.h"
 
-#include "stats.h"
+#include "pager.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
@@ -10,17 +10,6 @@
 enum { FIRST_CAPACITY = 1024 };
 static const uint64_t QUIET_NS = 1000000000, LEAST_BYTES = 1 << 20, MOST_BYTES = 128 << 20;
 
-struct scoped_lock {
-	pthread_mutex_t *mutex;
-};
-
-static void unlock(struct scoped_lock *lock) {
-	pthread_mutex_unlock(lock->mutex);
-}
-#define LOCKED(set)                                                                                                    \
-	__attribute__((cleanup(unlock), unused)) struct scoped_lock locked = {&(set)->lock};                           \
-	pthread_mutex_lock(&(set)->lock)
-
 void working_set_init(struct working_set *set, const struct image *image) {
 	*set = (struct working_set){.state = WORKING_SET_NONE, .image = image, .pagemap = -1};
 	pthread_mutex_init(&set->lock, NULL);
@@ -28,7 +17,7 @@ void working_set_init(struct working_set *set, const struct image *image) {
 
 struct lr_error working_set_load(struct working_set *set) {
 	const struct image *image = set->image;
-	LOCKED(set);
+	SCOPED_LOCK(&set->lock);
 	if (!image->n_working_set)
 		return LR_OK;
 	set->chunks = malloc(image->n_working_set * sizeof *set->chunks);
@@ -44,7 +33,7 @@ struct lr_error working_set_load(struct working_set *set) {
 
 bool working_set_claim(struct working_set *set, int32_t pid, bool again) {
 	char path[64];
-	LOCKED(set);
+	SCOPED_LOCK(&set->lock);
 	if (set->state == WORKING_SET_RECORDING || (set->state == WORKING_SET_KNOWN && !again))
 		return false;
 	set->member = calloc(set->image->n_chunks ? set->image->n_chunks : 1, 1);
@@ -91,7 +80,7 @@ static bool end(struct working_set *set) {
 }
 
 void working_set_touch(struct working_set *set, uint64_t chunk) {
-	LOCKED(set);
+	SCOPED_LOCK(&set->lock);
 	if (set->state != WORKING_SET_RECORDING || set->member[chunk])
 		return;
 	if (set->n == set->capacity) {
@@ -113,19 +102,19 @@ void working_set_touch(struct working_set *set, uint64_t chunk) {
 }
 
 bool working_set_end(struct working_set *set) {
-	LOCKED(set);
+	SCOPED_LOCK(&set->lock);
 	return end(set);
 }
 
 bool working_set_end_if_quiet(struct working_set *set) {
-	LOCKED(set);
+	SCOPED_LOCK(&set->lock);
 	if (set->bytes < LEAST_BYTES || now_ns() - set->last_ns < QUIET_NS)
 		return false;
 	return end(set);
 }
 
 void working_set_end_of_process(struct working_set *set) {
-	LOCKED(set);
+	SCOPED_LOCK(&set->lock);
 	bool said_nothing = set->bytes < LEAST_BYTES && set->n_before == 0;
 	if (!end(set) || !said_nothing)
 		return;
@@ -136,7 +125,7 @@ void working_set_end_of_process(struct working_set *set) {
 }
 
 struct lr_touched *working_set_copy(struct working_set *set, uint32_t *n) {
-	LOCKED(set);
+	SCOPED_LOCK(&set->lock);
 	struct lr_touched *copy = set->n ? malloc(set->n * sizeof *copy) : NULL;
 	*n = copy ? set->n : 0;
 	if (copy)
@@ -145,7 +134,7 @@ struct lr_touched *working_set_copy(struct working_set *set, uint32_t *n) {
 }
 
 bool working_set_notice(struct working_set *set) {
-	LOCKED(set);
+	SCOPED_LOCK(&set->lock);
 	bool fresh = set->fresh;
 	set->fresh = false;
 	return fresh;
