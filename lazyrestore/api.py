@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lazyrestore.fleet.pool import Pool
     from lazyrestore.manifest import Manifest
     from lazyrestore.pager.client import PagerClient, PagerStats
+    from lazyrestore.readiness import ReadySocket
     from lazyrestore.restore import Checked, Prepared, Started
     from lazyrestore.restore_options import Options
     from lazyrestore.store import ImageStore, Report, StoredImage, Summary
@@ -199,6 +200,15 @@ class Snapshot:
 
         return len(self._connect().working_set(end=True)) // format.TOUCHED.size
 
+    def listen_for_ready(self, *, new_pid: bool = False) -> ReadySocket:
+        """Listen at the NOTIFY_SOCKET that the process was started with, for a restore() with the same `new_pid`.
+
+        With `new_pid` also where somebody else listens, say systemd. Raises RestoreError.
+        """
+        from lazyrestore.readiness import ReadySocket
+
+        return ReadySocket(self.name, self.manifest, self._image, own_mounts=new_pid)
+
     def restore(
         self,
         *,
@@ -210,6 +220,7 @@ class Snapshot:
         streams: Sequence[int] = (0, 1, 2),
         record: bool | None = None,
         fill: str = "none",
+        ready: ReadySocket | None = None,
     ) -> RestoredProcess:
         """Start a copy of the process under its old process id, as a child of this process.
 
@@ -220,15 +231,15 @@ class Snapshot:
         their place; ours stay open, and get the flags (O_NONBLOCK) that the old ones had. `streams` are descriptors for
         its standard streams, used where these were terminals or pipes to other processes. `record`: the working set,
         True: even if one is known, which is extended; None: if none is known. `fill`: bring all of its private memory
-        and not just what it touches, "now", or when the CPUs are "idle". Raises RestoreError's subclasses; nothing is
-        left of the new process then.
+        and not just what it touches, "now", or when the CPUs are "idle". `ready`: where it will say READY=1. Raises
+        RestoreError's subclasses; nothing is left of the new process then.
         """
         from lazyrestore.restore_options import Options
 
         inherited = tuple(sorted((inherit_fd or {}).items()))
-        return self._restore(
-            Options(new_pid, new_net, inherited, record=record, fill=fill), streams, listen or {}, reuseport
-        )
+        mounts = ready.mounts if ready else ()
+        options = Options(new_pid, new_net, inherited, record=record, fill=fill, mounts=mounts)
+        return self._restore(options, streams, listen or {}, reuseport)
 
     def _restore(
         self, options: Options, streams: Sequence[int], listen: Mapping[int, int], reuseport: bool

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
+from collections.abc import Iterable
 
 import msgspec
 
@@ -136,11 +137,17 @@ def _init_program(pid: int, ends_with_caller: bool) -> Program:
     return program
 
 
-def mount_proc(program: Program, ops: OpList) -> None:
-    """Append a mount namespace of its own with a /proc that shows the process's PID namespace."""
+def own_mounts(program: Program, ops: OpList, more: Iterable[tuple[str, str]] = ()) -> None:
+    """Append a mount namespace of its own with a /proc that shows the process's PID namespace.
+
+    more: (path, path of the same kind that it is mounted over).
+    """
     with ops.serving("/proc of the PID namespace"):
         ops.call(lib.SYS_unshare, lib.CLONE_NEWNS)
         none = program.string("none")
         ops.call(lib.SYS_mount, none, program.string("/"), 0, lib.MS_REC | lib.MS_PRIVATE, 0)
         flags = lib.MS_NOSUID | lib.MS_NODEV | lib.MS_NOEXEC
         ops.call(lib.SYS_mount, program.string("proc"), program.string("/proc"), program.string("proc"), flags, 0)
+    for path, over in more:
+        with ops.serving(f"mount at {over}"):
+            ops.call(lib.SYS_mount, program.string(path), program.string(over), none, lib.MS_BIND, 0)

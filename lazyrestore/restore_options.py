@@ -11,7 +11,8 @@ class Options(msgspec.Struct, frozen=True):
     inherited: (number of a listening socket in the process, descriptor of the caller that takes its place), sorted.
     parked: stopped before its first instruction, with new_pid only; SIGCONT lets it run. ends_with_caller: it is killed
     when the thread that restored it ends, with new_pid only. record: the working set, None: if none is known. fill:
-    bring all private memory: "none", "idle" (when the CPUs have nothing else to do) or "now".
+    bring all private memory: "none", "idle" (when the CPUs have nothing else to do) or "now". mounts: with new_pid,
+    (path, path that it is mounted over), in the mount namespace that comes with the PID namespace.
     """
 
     new_pid: bool = False
@@ -21,15 +22,16 @@ class Options(msgspec.Struct, frozen=True):
     ends_with_caller: bool = False
     record: bool | None = None
     fill: str = "none"
+    mounts: tuple[tuple[str, str], ...] = ()
 
     @property
     def inherited_numbers(self) -> tuple[int, ...]:
         return tuple(number for number, _ in self.inherited)
 
     @property
-    def shape(self) -> tuple[bool, bool, tuple[int, ...]]:
+    def shape(self) -> tuple[object, ...]:
         """What the restore program depends on."""
-        return self.new_pid, self.new_net, self.inherited_numbers
+        return self.new_pid, self.new_net, self.inherited_numbers, self.mounts
 
 
 AS_IT_WAS = Options()

@@ -100,7 +100,7 @@ def compile_program(manifest: Manifest, layout: Layout, own: Credentials, option
     if options.new_net:
         network_namespace.enter_new(program, ops, fds)
     if options.new_pid:
-        pid_namespace.mount_proc(program, ops)
+        pid_namespace.own_mounts(program, ops, options.mounts)
     with ops.serving("vdso"):
         kernel_moves, at = [], aside
         for name, _, length in manifest.host.vdso:

@@ -14,6 +14,7 @@ from lazyrestore.cli.words import complete_name, end_like_ctrl_c, size, to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot
+    from lazyrestore.readiness import ReadySocket
 
 QUIET_SECONDS = 1.0
 LOOK_SECONDS = 0.1
@@ -26,6 +27,7 @@ ANSWER_SECONDS = 60.0
     "--until-port", "address", metavar="PORT", help="Until it answers there: a TCP port or a Unix socket's path."
 )
 @click.option("--request", default="GET / HTTP/1.0\\r\\n\\r\\n", show_default=True, help="What to ask at that port.")
+@click.option("--until-ready", is_flag=True, help="Until it says READY=1 at the NOTIFY_SOCKET it was started with.")
 @click.option("--for", "seconds", type=click.FloatRange(0, 86400), metavar="SECONDS", help="For so long.")
 @click.option("--pid", "pid_choice", type=click.Choice(["same", "new"]), default="same", help="As with restore.")
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
@@ -35,6 +37,7 @@ def record_command(
     name: str,
     address: str | None,
     request: str,
+    until_ready: bool,
     seconds: float | None,
     pid_choice: str,
     json_output: bool,
@@ -48,13 +51,14 @@ def record_command(
     \b
     lazyrestore record worker --until-port 8000
     lazyrestore record worker --until-port /run/worker.sock --request 'GET /warm HTTP/1.0\\r\\n\\r\\n'
+    lazyrestore record worker --until-ready --pid new
     lazyrestore record worker --for 5
     """
     from lazyrestore.api import Store
     from lazyrestore.working_set import keep
 
-    if address is not None and seconds is not None:
-        raise click.UsageError("--until-port and --for exclude each other")
+    if (address is not None) + (seconds is not None) + until_ready > 1:
+        raise click.UsageError("--until-port, --until-ready and --for exclude each other")
     try:
         question = request.encode("latin-1").decode("unicode_escape").encode("latin-1")
     except ValueError as error:
@@ -62,11 +66,15 @@ def record_command(
     if address is not None and address.isdecimal() and not 0 < int(address) < 65536:
         raise click.BadParameter(f"{address} is no TCP port", param_hint="--until-port")
     end_like_ctrl_c()
-    with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
-        process = snapshot.restore(new_pid=pid_choice == "new", record=True)
+    with Store.open(store, create=False) as opened, opened.get(name) as snapshot, contextlib.ExitStack() as owned:
+        new_pid = pid_choice == "new"
+        ready = owned.enter_context(snapshot.listen_for_ready(new_pid=new_pid)) if until_ready else None
+        process = snapshot.restore(new_pid=new_pid, record=True, ready=ready)
         try:
             if address is not None:
                 _ask(process, address, question)
+            elif ready is not None:
+                _await_ready(ready, process)
             elif seconds is not None:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(seconds)
@@ -114,6 +122,14 @@ def _connected(address: str) -> socket.socket:
     connection.settimeout(ANSWER_SECONDS)
     connection.connect(address)
     return connection
+
+
+def _await_ready(ready: ReadySocket, process: RestoredProcess) -> None:
+    """Until READY=1. Raises RestoreError if the process ends first, ClickException if it stays silent."""
+    try:
+        ready.wait(process.poll, ANSWER_SECONDS)
+    except TimeoutError:
+        raise click.ClickException(f"no READY=1 within {ANSWER_SECONDS:.0f} s") from None
 
 
 def _await_quiet(snapshot: Snapshot, process: RestoredProcess) -> None:
