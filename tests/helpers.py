@@ -280,3 +280,12 @@ class Builder:
         if not output.exists():
             subprocess.run(["javac", "-d", output, VICTIMS / f"{name}.java"], check=True)
         return output
+
+    def go(self, name: str) -> Path:
+        """Compile tests/victims/NAME.go, which imports the standard library only; return the executable."""
+        output = self.directory / name
+        if not output.exists():
+            offline = {"GO111MODULE": "off", "GOPROXY": "off", "GOTOOLCHAIN": "local", "GOFLAGS": ""}
+            environment = {**os.environ, **offline, "GOCACHE": str(self.directory / "go-cache")}
+            subprocess.run(["go", "build", "-o", output, VICTIMS / f"{name}.go"], check=True, env=environment)
+        return output

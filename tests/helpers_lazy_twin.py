@@ -103,3 +103,9 @@ def twins_in(
 def resident(pid: int) -> int:
     """Bytes of a process's memory that are present: its own pages and those of mapped files."""
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
+
+
+def lazily_freed(pid: int) -> int:
+    """KiB under MADV_FREE."""
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("LazyFree:"))

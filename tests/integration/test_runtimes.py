@@ -1,4 +1,4 @@
-"""Node.js and a JVM: JIT-compiled code, garbage collectors, their threads, timers and event loops."""
+"""Node.js, a JVM and Go: JIT-compiled code, garbage collectors, their threads, timers and event loops."""
 
 from __future__ import annotations
 
@@ -68,3 +68,28 @@ def test_jvm(run: Path, victims: Victims, copies: Copies, build: Builder, collec
     copy.until(lambda: int(http_get(port, "/ticks")) > ticks + 5, "a sleeping thread that goes on")
     copy.process.terminate()
     assert copy.process.wait(60) == 143
+
+
+@pytest.mark.requires("program:go")
+def test_go(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
+    victim = victims.start([build.go("goserver"), run / "port"])
+    port = victim.until(lambda: int((run / "port").read_text()), "the port")
+    expected = [http_get(port, f"/mix?n={n}") for n in range(200)]
+    garbage = http_get(port, "/garbage?n=64")
+    digest = http_get(port, "/digest")
+    ticks, served = int(http_get(port, "/ticks")), int(http_get(port, "/served"))
+    victim.quiet()
+
+    copy = copies.replace(victim, ignore=RUNNING)
+    assert int(http_get(port, "/served")) == served + 1
+
+    def load(thread: int) -> None:
+        for n in range(thread, 200, 8):
+            assert http_get(port, f"/mix?n={n}") == expected[n]
+        assert http_get(port, "/garbage?n=64") == garbage
+
+    in_threads(8, load)
+    assert http_get(port, "/digest") == digest
+    copy.until(lambda: int(http_get(port, "/ticks")) > ticks + 5, "a timer that goes on")
+    copy.process.terminate()
+    assert copy.process.wait(60) == -15

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 from helpers import Builder, Victims
-from helpers_lazy_twin import resident, twins_in
+from helpers_lazy_twin import lazily_freed, resident, twins_in
 
 import lazyrestore
 
@@ -50,12 +50,6 @@ ALLOCATORS = {
         lazily=True,
     ),
 }
-
-
-def lazily_freed(pid: int) -> int:
-    """KiB under MADV_FREE."""
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("LazyFree:"))
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
