@@ -1,5 +1,6 @@
-"""Go's heap: reservations without access, arenas, spans that the scavenger returns, and a collector that walks all of it
-while goroutines run. The oracles: every block holds its pattern, what make() gives is zero, live blocks are a twin's."""
+"""Go's heap: reservations without access, arenas, spans that the scavenger returns, and a collector that walks all
+of it while goroutines run. The oracles: every block holds its pattern, what make() gives is zero, live blocks are
+a twin's."""
 
 from __future__ import annotations
 
@@ -54,6 +55,6 @@ def test_heap(
                 assert resident(copy.pid) < min(full, resident(twins.never.pid) * 1.25 + SLACK)
             elif not generation:
                 assert lazily_freed(twins.never.pid)
-            until(lambda: int(twins.ask("restored", "ticks")) > ticks, "a timer that goes on")
+            until(lambda before=ticks: int(twins.ask("restored", "ticks")) > before, "a timer that goes on")
             both("work", 30 + generation, 300)
             both("check")
