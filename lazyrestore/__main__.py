@@ -4,6 +4,9 @@ A command is short, and starting Python is most of it. So the collector of cycli
 is imported: it found nothing to free in the thousands of classes and functions that imports leave behind, and cost a
 tenth of the time. And the process ends with _exit(2) once its output is written, because taking the interpreter apart
 costs another tenth; whatever must happen before the end (closing the store, joining threads) a command does itself.
+
+Standard streams that the caller has closed become /dev/null. Files that are opened later would get their numbers, and
+what is written to a standard stream, here or in a restored process, would be written to one of these.
 """
 
 from __future__ import annotations
@@ -14,11 +17,15 @@ import sys
 from contextlib import suppress
 
 COLLECT_AFTER = 100_000  # new containers, some 10 MB
+LAST_STREAM = 2
 
 
 def entry() -> None:
     """Run the command line and end the process with its exit status."""
     gc.set_threshold(COLLECT_AFTER)
+    while (null := os.open(os.devnull, os.O_RDWR)) <= LAST_STREAM:
+        os.set_inheritable(null, True)
+    os.close(null)
     from lazyrestore.cli import main
 
     try:

@@ -185,11 +185,21 @@ class Snapshot:
                 self._gone.pop().close()
             self._image.close()
 
-    def explain(self) -> list[str]:
-        """The restore program, one line per system call; nothing is run."""
+    def explain(
+        self,
+        *,
+        new_pid: bool = False,
+        new_net: bool = False,
+        listen: Mapping[int, int] | None = None,
+        reuseport: bool = False,
+        inherit_fd: Mapping[int, int] | None = None,
+    ) -> list[str]:
+        """The restore program, one line per system call; nothing is run. Parameters as with restore()."""
         from lazyrestore import restore
+        from lazyrestore.restore_options import Options
 
-        return restore.explain(self._prepare({}, False))
+        options = Options(new_pid, new_net, tuple(sorted((inherit_fd or {}).items())))
+        return restore.explain(self._prepare(listen or {}, reuseport), options)
 
     def end_recording(self) -> int:
         """End the recording of the working set now; returns its number of chunks, 0 if nothing was recorded.
@@ -229,10 +239,10 @@ class Snapshot:
         ports on which it listened → those on which the copy shall. `reuseport`: it shares its TCP ports with all that
         do the same (SO_REUSEPORT). `inherit_fd`: descriptors of its listening sockets → descriptors of ours that take
         their place; ours stay open, and get the flags (O_NONBLOCK) that the old ones had. `streams` are descriptors for
-        its standard streams, used where these were terminals or pipes to other processes. `record`: the working set,
-        True: even if one is known, which is extended; None: if none is known. `fill`: bring all of its private memory
-        and not just what it touches, "now", or when the CPUs are "idle". `ready`: where it will say READY=1. Raises
-        RestoreError's subclasses; nothing is left of the new process then.
+        its standard streams, used where these were terminals or pipes to other processes; -1 stands for /dev/null.
+        `record`: the working set, True: even if one is known, which is extended; None: if none is known. `fill`: bring
+        all of its private memory and not just what it touches, "now", or when the CPUs are "idle". `ready`: where it
+        will say READY=1. Raises RestoreError's subclasses; nothing is left of the new process then.
         """
         from lazyrestore.restore_options import Options
 

@@ -38,6 +38,7 @@ from lazyrestore.store import HUGE_CHUNK, StoredImage
 
 ffi = _core.ffi
 
+LAST_STREAM = 2
 AHEAD = 4 << 20  # bytes of contents that are decompressed while the new process maps its memory
 Piece = tuple[vma.Vma, int, bytes]  # address, contents
 
@@ -160,7 +161,7 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
         if hugetlb is not None:
             check_huge_pages(prepared.name, prepared.huge_pages, hugetlb)
         template = pager.template_fd
-        streams = [stream if stream >= 0 else _nothing(owned) for stream in streams]
+        streams = [stream if _is_stream(stream) else _nothing(owned) for stream in streams]
         inherited = dict(options.inherited)
         program = _memory_file("lazyrestore-program", owned)
         sources = [template, hugetlb or 0, program, spawn.executable(), *shared.values(), *streams, *inherited.values()]
@@ -233,6 +234,17 @@ def _memory_file(name: str, owned: ExitStack, flags: int = 0) -> int:
     descriptor = os.memfd_create(name, os.MFD_CLOEXEC | flags)
     owned.callback(os.close, descriptor)
     return descriptor
+
+
+def _is_stream(descriptor: int) -> bool:
+    """False for what is none, -1 or a standard stream that the caller has closed: 0 to 2 may then be files of its own,
+    even the store's, and no child would get them, as they are close-on-exec."""
+    if descriptor > LAST_STREAM:
+        return True
+    try:
+        return descriptor >= 0 and os.get_inheritable(descriptor)
+    except OSError:
+        return False
 
 
 def _nothing(owned: ExitStack) -> int:

@@ -27,6 +27,7 @@ FORWARDED = (
     signal.SIGWINCH,
     signal.SIGALRM,
 )
+LAST_DESCRIPTOR = (1 << 31) - 1  # a C int
 SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the whole foreground group got it
 
 
@@ -69,7 +70,15 @@ SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the
     show_default=True,
     help="Bring all of its memory, not just what it touches: when the CPUs have nothing else to do, or at once.",
 )
-@click.option("--explain", is_flag=True, help="Print the restore program without running it.")
+@click.option(
+    "--keep-pipes",
+    is_flag=True,
+    help="With --detach or -n: let the copy have pipes that are lazyrestore's own standard streams. Otherwise it gets "
+    "/dev/null for them, so that whoever reads the process id from one sees its end.",
+)
+@click.option(
+    "--explain", is_flag=True, help="Print the system calls that would restore it this way, and restore nothing."
+)
 @click.option("--json", "json_output", is_flag=True, help="Print JSON (to standard error in the foreground).")
 @click.pass_obj
 def restore_command(
@@ -84,6 +93,7 @@ def restore_command(
     inherited: tuple[str, ...],
     no_record: bool,
     fill: str,
+    keep_pipes: bool,
     explain: bool,
     json_output: bool,
 ) -> None:
@@ -104,18 +114,22 @@ def restore_command(
 
     if count is not None and pid_choice == "same":
         raise click.UsageError("only one process can have the old process id: -n wants --pid new")
-    choices: Choices = {
-        "record": False if no_record else None,
-        "fill": fill,
+    shape: Shape = {
         "new_net": net == "new",
         "listen": _ports(ports),
         "reuseport": reuseport,
         "inherit_fd": _inherited(inherited),
     }
-    new_pid = pid_choice == "new"
+    choices: Choices = {
+        **shape,
+        "record": False if no_record else None,
+        "fill": fill,
+        "streams": _streams(pipes=keep_pipes or not (detach or count is not None)),
+    }
+    new_pid = pid_choice == "new" or count is not None
     with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
         if explain:
-            lines = snapshot.explain()
+            lines = snapshot.explain(new_pid=new_pid, **shape)
             click.echo(to_json(lines) if json_output else "\n".join(lines))
         elif count is not None:
             end_like_ctrl_c()
@@ -134,15 +148,21 @@ def restore_command(
             sys.exit(_foreground(snapshot, new_pid, choices, json_output))
 
 
-class Choices(TypedDict):
-    """What restore() is told."""
+class Shape(TypedDict):
+    """What the list of system calls depends on."""
 
-    record: bool | None
-    fill: str
     new_net: bool
     listen: dict[int, int]
     reuseport: bool
     inherit_fd: dict[int, int]
+
+
+class Choices(Shape):
+    """What restore() is told."""
+
+    record: bool | None
+    fill: str
+    streams: list[int]
 
 
 def _ports(words: tuple[str, ...]) -> dict[int, int]:
@@ -152,6 +172,8 @@ def _ports(words: tuple[str, ...]) -> dict[int, int]:
         old, colon, new = word.partition(":")
         if not colon or not all(part.isascii() and part.isdigit() and 0 < int(part) < 65536 for part in (old, new)):
             raise click.BadParameter(f"{word!r} is not OLD:NEW, two TCP ports", param_hint="--listen")
+        if int(old) in ports:
+            raise click.BadParameter(f"port {int(old)} is given twice", param_hint="--listen")
         ports[int(old)] = int(new)
     return ports
 
@@ -164,8 +186,11 @@ def _inherited(words: tuple[str, ...]) -> dict[int, int]:
     inherited: dict[int, int] = {}
     for word in words:
         number, colon, ours = word.partition(":")
-        if not all(part.isascii() and part.isdigit() for part in ((number, ours) if colon else (number,))):
+        parts = (number, ours) if colon else (number,)
+        if not all(part.isascii() and part.isdigit() and int(part) <= LAST_DESCRIPTOR for part in parts):
             raise click.BadParameter(f"{word!r} is not N or N:M, descriptors", param_hint="--inherit-fd")
+        if int(number) in inherited:
+            raise click.BadParameter(f"descriptor {int(number)} is given twice", param_hint="--inherit-fd")
         source = int(ours) if colon else handed.pop(0) if handed else int(number)
         try:
             os.fstat(source)
@@ -173,6 +198,30 @@ def _inherited(words: tuple[str, ...]) -> dict[int, int]:
             raise click.BadParameter(f"descriptor {source} is not open", param_hint="--inherit-fd") from error
         inherited[int(number)] = source
     return inherited
+
+
+def _streams(*, pipes: bool) -> list[int]:
+    """The standard streams for the process; without `pipes`, -1 for those through which a caller reads our answer:
+    `$(...)` and subprocess.run() read until the last writer is gone, which would be the process."""
+    return [stream if pipes or not _is_callers_pipe(stream) else -1 for stream in range(3)]
+
+
+def _is_callers_pipe(stream: int) -> bool:
+    """Whether it is a pipe, or a socket pair, without a name. A FIFO, or a socket that somebody listens for, such as
+    the journal's, was chosen for output."""
+    try:
+        kind = os.readlink(f"/proc/self/fd/{stream}").partition(":")[0]
+    except FileNotFoundError:
+        return False
+    if kind != "socket":
+        return kind == "pipe"
+    import socket
+
+    with socket.socket(fileno=os.dup(stream)) as connection:
+        try:
+            return not connection.getpeername()
+        except OSError:
+            return False
 
 
 def _start_clones(snapshot: Snapshot, count: int, choices: Choices, json_output: bool) -> None:

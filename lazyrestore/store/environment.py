@@ -56,6 +56,23 @@ T = TypeVar("T")
 Transaction = Any  # lmdb.Transaction: the binding's types differ between its versions
 
 
+@contextlib.contextmanager
+def _standard_streams_taken() -> Iterator[None]:
+    """No file that is opened meanwhile becomes standard input, output or error of a process that has these closed.
+
+    LMDB's data file must not: what is written to a standard stream, by a child too (LMDB does not set close-on-exec
+    there), would be written to its first page.
+    """
+    held = [os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)]
+    try:
+        while held[-1] <= 2:
+            held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+        yield
+    finally:
+        for number in held:
+            os.close(number)
+
+
 class Environment:
     """One open LMDB environment. Transactions of several threads may run at once."""
 
@@ -67,7 +84,7 @@ class Environment:
         self._transactions = 0
         self._origin: int | None = None  # address of the data file's byte 0 in this process
         self.fd = -1
-        with self._translated("open"):
+        with self._translated("open"), _standard_streams_taken():
             self._env = self._open()
         try:
             self.page = int(self._env.stat()["psize"])

@@ -24,14 +24,17 @@ import lazyrestore
 from helpers import in_threads
 from helpers_fleet import report
 run, store, rounds = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+reports = []  # printed by one thread: print() writes a line in pieces, between which another's would come
 with lazyrestore.Store.open(store) as opened, opened.get("x") as snapshot:
     def work(_):
         for _ in range(rounds):
             process = snapshot.restore(new_pid=True)
-            print(*report(run, process.pid), flush=True)
+            reports.append(report(run, process.pid))
             process.kill()
             assert process.wait(60) == -9
     in_threads(2, work)
+for words in reports:
+    print(*words)
 """
 
 

@@ -150,9 +150,32 @@ def test_on_the_command_line(run: Path, victims: Victims, store: lazyrestore.Sto
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
     until(lambda: not any(alive(pid) for pid in pids), "the end of the clones")
-    for words in (["--listen", "80"], ["--listen", "80:x"], ["--inherit-fd", "x"], ["--inherit-fd", "3:999"]):
+    twice = ["--listen", f"{port}:{new}", "--listen", f"{port}:{new + 1}"]
+    huge = ["--inherit-fd", f"{number}:99999999999999999999"]
+    wrong = (["--listen", "80"], ["--listen", "80:x"], twice, ["--inherit-fd", "x"], ["--inherit-fd", "3:999"], huge)
+    for words in (*wrong, ["--inherit-fd", f"{number}:0", "--inherit-fd", f"{number}:1"]):
         answer = run_cli(run / "store", *restore, *words)
         assert (answer.returncode, words[0] in answer.stderr) == (2, True), answer.stderr
+
+
+def test_explained(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    """--explain shows the program that the same words without it would run, and refuses what they refuse."""
+    victim, port, number = listener(run, victims, "tcp")
+    store.snapshot(victim.pid, name="x").close()
+    for words, expected, unexpected in (
+        (["--listen", f"{port}:1"], "(TCP listener 127.0.0.1:1)", f"127.0.0.1:{port})"),
+        (["--reuseport"], f", {socket.SOL_SOCKET}, {socket.SO_REUSEPORT}, data", "unshare("),
+        (["--inherit-fd", f"{number}:0"], "# the caller's socket", " bind("),
+        (["--net", "new"], "network namespace", "PID namespace"),
+        (["--pid", "new"], "PID namespace", "network namespace"),
+        (["-n", "2"], "PID namespace", "network namespace"),
+    ):
+        answer = run_cli(run / "store", "restore", "x", "--explain", *words)
+        assert answer.returncode == 0, answer.stderr
+        assert expected in answer.stdout
+        assert unexpected not in answer.stdout
+    for words, status in ((["--listen", "1:2"], 30), (["--inherit-fd", "0:1"], 30)):
+        assert run_cli(run / "store", "restore", "x", "--explain", *words).returncode == status
 
 
 def test_sockets_of_systemd(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
