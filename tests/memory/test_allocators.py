@@ -95,7 +95,10 @@ def test_returns_memory_and_takes_it_again(
             if allocator.lazily:
                 assert lazily_freed(twins.never.pid)
             else:
-                assert now.removes + now.unmaps > dropped.removes + dropped.unmaps
+                # glibc by itself returns only what is free at the end of a heap; which block lies there depends on how
+                # its threads ran, and it may be one that was taken after the restore, which raises no event.
+                if name != "glibc":
+                    assert now.removes + now.unmaps > dropped.removes + dropped.unmaps
                 assert resident(copy.pid) < resident(twins.never.pid) * 1.25 + SLACK
             both("work", 30 + generation, 1000)
             both("check")

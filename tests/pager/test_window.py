@@ -16,14 +16,28 @@ pytestmark = pytest.mark.requires("root")
 
 HERE = Path(__file__).parent
 NATIVE = HERE.parents[1] / "lazyrestore/_native"
-EVENTS = {"u": 1, "h": 1, "s": 2, "d": 2, "k": 1, "b": 2, "f": 1}  # a move: REMAP, then UNMAP of its source
-X, S, D, SIZE = "100000000", "200000000", "300000000", "10000"
+EVENTS = {
+    "u": 1,
+    "h": 1,
+    "z": 1,
+    "s": 2,
+    "d": 2,
+    "t": 2,
+    "e": 2,
+    "k": 1,
+    "b": 2,
+    "f": 1,
+}  # a move: REMAP, then UNMAP of its source
+X, S, D, E, SIZE = "100000000", "200000000", "300000000", "400000000", "10000"
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("window") / "window"
-    sources = [HERE / "window.c", *(NATIVE / "pager" / f"{name}.c" for name in ("window", "interval_map", "uffd"))]
+    sources = [
+        HERE / "window.c",
+        *(NATIVE / "pager" / f"{name}.c" for name in ("window", "interval_map", "uffd", "vma")),
+    ]
     flags = ["-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-pthread"]
     subprocess.run(["cc", *flags, "-iquote", NATIVE, *sources, "-o", path], check=True)
     return path
@@ -39,8 +53,8 @@ def orders(scenario: str) -> list[str]:
     return ["".join(map(str, order)) for order in itertools.permutations(range(len(owner))) if possible(order)]
 
 
-def run(program: Path, scenario: str, order: str) -> set[str]:
-    done = subprocess.run([program, scenario, order], check=False, capture_output=True, text=True)
+def run(program: Path, scenario: str, order: str, kernel: str = "new") -> set[str]:
+    done = subprocess.run([program, scenario, order, kernel], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return set(done.stdout.splitlines())
 
@@ -52,6 +66,24 @@ def at(whose: str, address: str, image: str) -> str:
 @pytest.mark.parametrize("order", orders("us"))
 def test_a_move_into_what_was_just_unmapped(program: Path, order: str) -> None:
     assert run(program, "us", order) == {at("self", S, X)}
+
+
+@pytest.mark.parametrize("kernel", ["new", "old", "none"])
+@pytest.mark.parametrize("order", orders("dt"))
+def test_a_move_into_what_was_just_moved_away(program: Path, order: str, kernel: str) -> None:
+    assert run(program, "dt", order, kernel) == {at("self", D, X), at("self", X, S)}
+
+
+@pytest.mark.parametrize("kernel", ["new", "old"])
+@pytest.mark.parametrize("order", [o for o in orders("dte") if o.index("2") < o.index("3") < o.index("4")])
+def test_and_moved_on_from_there(program: Path, order: str, kernel: str) -> None:
+    """By the thread that moved it there, in its next call, while another thread's first move may still be untold."""
+    assert run(program, "dte", order, kernel) == {at("self", D, X), at("self", E, S)}
+
+
+@pytest.mark.parametrize("order", [o for o in orders("zte") if o.index("1") < o.index("2") < o.index("3")])
+def test_and_moved_on_from_what_was_just_unmapped(program: Path, order: str) -> None:
+    assert run(program, "zte", order) == {at("self", E, S)}
 
 
 @pytest.mark.parametrize("order", [order for order in orders("db") if order[0] == "0"])

@@ -1,15 +1,22 @@
 /* Real mapping calls, their real events, applied to a real window in another order; prints the maps that come out.
  *
- * usage: window SCENARIO ORDER; ORDER: a digit per event, the position in which it really came. */
+ * usage: window SCENARIO ORDER KERNEL; ORDER: a digit per event, the position in which it really came; KERNEL: whether it can be
+ * asked what is mapped: new (PROCMAP_QUERY), old (the text), none (as of a forked child). */
 #define _GNU_SOURCE
 #include "pager/space.h"
 #include "pager/uffd.h"
+#include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <stddef.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 
@@ -17,6 +24,7 @@ enum { SIZE = 16 * LR_PAGE, MAX_EVENTS = 8 };
 #define X 0x100000000ull /* two registered mappings, and free room */
 #define S 0x200000000ull
 #define D 0x300000000ull
+#define E 0x400000000ull
 #define CHECK(condition)                                                                                               \
 	do {                                                                                                           \
 		if (!(condition)) {                                                                                    \
@@ -48,10 +56,32 @@ void space_orphan(struct space *parent, struct space *child, struct lr_error err
 	space_kill(parent, error.step);
 }
 
+static struct backing template = {.page = LR_PAGE, .kind = LR_BACKING_TEMPLATE};
+
 struct backing *space_backing(struct space *space, uint32_t kind) {
-	static struct backing backing = {.page = LR_PAGE};
 	(void)space, (void)kind;
-	return &backing;
+	return &template;
+}
+
+struct backing *space_backing_of(struct space *space, dev_t device, ino_t inode) {
+	(void)space;
+	return device == template.device && inode == template.inode ? &template : NULL;
+}
+
+/* From now on this is Linux 6.10: /proc/PID/maps knows no ioctl. */
+static void forget_procmap_query(void) {
+	const unsigned procmap_query = 0xc0686611;
+	struct sock_filter filter[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_ioctl, 0, 3),
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[1])),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, procmap_query, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOTTY),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+	};
+	struct sock_fprog program = {.len = sizeof filter / sizeof *filter, .filter = filter};
+	CHECK(!prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0));
+	CHECK(!syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC, &program));
 }
 
 static void print_map(const char *whose, const struct interval_map *map) {
@@ -108,6 +138,7 @@ static void apply(struct space *space, const struct uffd_msg *event) {
 		interval_map_init(&child->map);
 		window_init(&child->window);
 		child->uffd = (int)event->arg.fork.ufd;
+		child->maps = child->pidfd = -1;
 		CHECK(!interval_map_copy(&space->map, &child->map));
 		CHECK(!window_fork(space, child));
 		break;
@@ -143,14 +174,23 @@ int main(int argc, char **argv) {
 	bool poison, hugetlb;
 	pthread_t reader;
 	pid_t child = 0;
-	CHECK(argc == 3);
-	const char *scenario = argv[1], *order = argv[2];
+	struct stat file;
+	CHECK(argc == 4);
+	const char *scenario = argv[1], *order = argv[2], *kernel = argv[3];
 	int memfd = memfd_create("template", MFD_CLOEXEC);
-	CHECK(memfd >= 0 && !ftruncate(memfd, (off_t)LR_ADDRESS_END));
+	CHECK(memfd >= 0 && !ftruncate(memfd, (off_t)LR_ADDRESS_END) && !fstat(memfd, &file));
+	template.device = file.st_dev;
+	template.inode = file.st_ino;
 	uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC);
 	CHECK(uffd >= 0 && !uffd_api(uffd, &poison, &hugetlb).code);
 	CHECK(!fcntl(uffd, F_SETFL, 0)); /* read blocks */
 	space.uffd = uffd;
+	space.pid = getpid();
+	space.maps = space.pidfd = -1;
+	if (strcmp(kernel, "none") != 0)
+		CHECK((space.pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0)) >= 0);
+	if (!strcmp(kernel, "old"))
+		forget_procmap_query();
 	interval_map_init(&space.map);
 	window_init(&space.window);
 	add(&space, memfd, X);
@@ -173,6 +213,15 @@ int main(int argc, char **argv) {
 			break;
 		case 'k': /* X to D, and X stays mapped */
 			move(X, D, MREMAP_DONTUNMAP);
+			break;
+		case 't': /* S to X, which must be free */
+			move(S, X, 0);
+			break;
+		case 'e': /* X to E */
+			move(X, E, 0);
+			break;
+		case 'z': /* unmap X */
+			CHECK(!munmap((void *)X, SIZE));
 			break;
 		case 'b': /* D back to X */
 			move(D, X, 0);

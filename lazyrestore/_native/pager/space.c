@@ -18,7 +18,7 @@ struct space *space_new(struct pager *pager) {
 	if (!space)
 		return NULL;
 	space->pager = pager;
-	space->uffd = space->pidfd = -1;
+	space->uffd = space->pidfd = space->maps = -1;
 	interval_map_init(&space->map);
 	window_init(&space->window);
 	return space;
@@ -34,6 +34,8 @@ void space_free(struct space *space) {
 		close(space->uffd);
 	if (space->pidfd >= 0)
 		close(space->pidfd);
+	if (space->maps >= 0)
+		close(space->maps);
 	interval_map_deinit(&space->map);
 	unpacker_deinit(&space->unpacker);
 	free(space->shared);
@@ -49,6 +51,16 @@ struct backing *space_backing(struct space *space, uint32_t kind) {
 	for (uint32_t i = 0; i < space->n_shared; i++)
 		if (space->shared[i]->kind == kind)
 			return space->shared[i];
+	return NULL;
+}
+
+struct backing *space_backing_of(struct space *space, dev_t device, ino_t inode) {
+	struct backing *const common[] = {&space->pager->template, &space->pager->huge};
+	for (uint32_t i = 0; i < 2 + space->n_shared; i++) {
+		struct backing *backing = i < 2 ? common[i] : space->shared[i - 2];
+		if (backing->fd >= 0 && backing->device == device && backing->inode == inode)
+			return backing;
+	}
 	return NULL;
 }
 

@@ -48,6 +48,7 @@ struct space {
 	struct space *next;
 	uint64_t id;
 	int uffd;  /* owned */
+	int maps;  /* owned; /proc/PID/maps, once it was asked (vma.h), else -1 */
 	int pidfd; /* owned; -1: a forked child, or the process ended but its memory lives on (vfork) */
 	int32_t pid;
 	uint32_t generation;
@@ -82,6 +83,9 @@ struct lr_error space_start(struct space *space);
 
 /* The backing behind an interval. */
 struct backing *space_backing(struct space *space, uint32_t kind);
+
+/* The backing that is this file; NULL: none of them. */
+struct backing *space_backing_of(struct space *space, dev_t device, ino_t inode);
 
 /* Reads all messages: events change the map, faults join the queue. False: the space cannot be kept right. */
 bool space_drain(struct space *space, uint32_t *n_read);

@@ -3,6 +3,7 @@
 #include "log.h"
 #include "space.h"
 #include "uffd.h"
+#include "vma.h"
 #include <errno.h>
 #include <string.h>
 
@@ -13,7 +14,7 @@ struct move {
 	bool left; /* moved on, in the same window */
 };
 
-enum { FIRST_MOVES = 16 };
+enum { FIRST_ROOM = 16 };
 
 void window_init(struct window *window) {
 	*window = (struct window){0};
@@ -24,28 +25,32 @@ static void forget(struct window *window) {
 	interval_map_deinit(&window->taken);
 	free(window->inherited);
 	window->inherited = NULL;
-	window->n_moves = window->n_inherited = window->n_before = 0;
+	window->n_moves = window->n_displaced = window->n_inherited = window->n_before = 0;
 	window->open = window->changed = window->suspects = false;
 }
 
 void window_deinit(struct window *window) {
 	forget(window);
 	free(window->moves);
+	free(window->displaced);
+}
+
+/* [start, end) of an interval. */
+static struct interval cut(struct interval whole, uint64_t start, uint64_t end) {
+	if (!(whole.flags & INTERVAL_ZERO))
+		whole.image += start - whole.start;
+	else
+		whole.image = start;
+	whole.start = start;
+	whole.end = end;
+	return whole;
 }
 
 /* The next piece of an interval in [at, end); false: none. */
 static bool next_piece(const struct interval_map *map, uint64_t at, uint64_t end, struct interval *piece) {
 	if (at >= end || !interval_map_next(map, at, piece) || piece->start >= end)
 		return false;
-	if (piece->start < at) {
-		if (!(piece->flags & INTERVAL_ZERO))
-			piece->image += at - piece->start;
-		piece->start = at;
-	}
-	if (piece->end > end)
-		piece->end = end;
-	if (piece->flags & INTERVAL_ZERO)
-		piece->image = piece->start;
+	*piece = cut(*piece, piece->start < at ? at : piece->start, piece->end > end ? end : piece->end);
 	return true;
 }
 
@@ -61,37 +66,54 @@ static int flag(struct interval_map *map, uint64_t start, uint64_t end, uint32_t
 	return 0;
 }
 
-/* What `from` holds in [start, end) and `into` does not. */
-static int fill_gaps(struct interval_map *into, const struct interval_map *from, uint64_t start, uint64_t end) {
-	struct interval piece, known;
-	for (uint64_t at = start; next_piece(from, at, end, &piece);) {
-		at = piece.end;
-		if (next_piece(into, piece.start, piece.end, &known)) {
-			if (known.start == piece.start) {
-				at = known.end;
-				continue;
-			}
-			piece.end = at = known.start;
-		}
-		int error = interval_map_insert(into, piece);
+/* Those parts of `piece` of which `into` holds nothing. */
+static int fill_gap(struct interval_map *into, struct interval piece) {
+	struct interval known;
+	for (uint64_t at = piece.start; at < piece.end; at = known.end) {
+		if (!next_piece(into, at, piece.end, &known))
+			known.start = known.end = piece.end;
+		int error = known.start > at ? interval_map_insert(into, cut(piece, at, known.start)) : 0;
 		if (error)
 			return error;
 	}
 	return 0;
 }
 
+/* What `from` holds in [start, end) and `into` does not. */
+static int fill_gaps(struct interval_map *into, const struct interval_map *from, uint64_t start, uint64_t end) {
+	struct interval piece;
+	int error = 0;
+	for (uint64_t at = start; !error && next_piece(from, at, end, &piece); at = piece.end)
+		error = fill_gap(into, piece);
+	return error;
+}
+
 /* -- events ------------------------------------------------------------------------------------------------------------ */
 
+/* Room for one more in an array of the window's. */
+static bool make_room(void **array, uint32_t n, uint32_t *capacity, size_t size) {
+	if (n < *capacity)
+		return true;
+	uint32_t larger = *capacity ? *capacity * 2 : FIRST_ROOM;
+	void *grown = realloc(*array, larger * size);
+	if (!grown)
+		return false;
+	*array = grown;
+	*capacity = larger;
+	return true;
+}
+
 static int add_move(struct window *window, struct move move) {
-	if (window->n_moves == window->capacity) {
-		uint32_t capacity = window->capacity ? window->capacity * 2 : FIRST_MOVES;
-		struct move *moves = realloc(window->moves, capacity * sizeof *moves);
-		if (!moves)
-			return ENOMEM;
-		window->moves = moves;
-		window->capacity = capacity;
-	}
+	if (!make_room((void **)&window->moves, window->n_moves, &window->moves_capacity, sizeof move))
+		return ENOMEM;
 	window->moves[window->n_moves++] = move;
+	return 0;
+}
+
+static int add_displaced(struct window *window, struct interval piece) {
+	if (!make_room((void **)&window->displaced, window->n_displaced, &window->displaced_capacity, sizeof piece))
+		return ENOMEM;
+	window->displaced[window->n_displaced++] = piece;
 	return 0;
 }
 
@@ -147,22 +169,135 @@ static int leave_behind(struct space *space, const struct interval_map *before, 
 	return 0;
 }
 
+/* Something is about to be put where the map holds [start, end): that has left, as an event to come will tell. */
+static int displace(struct space *space, uint64_t start, uint64_t end) {
+	struct interval piece;
+	for (uint64_t at = start; next_piece(&space->map, at, end, &piece); at = piece.end) {
+		if (piece.flags & INTERVAL_ZERO)
+			continue;
+		int error = add_displaced(&space->window, piece);
+		if (!error)
+			error = fill_gap(&space->window.taken, piece);
+		if (error)
+			return error;
+	}
+	return interval_map_erase(&space->map, start, end);
+}
+
+/* What was moved, told by the kernel. */
+struct origin {
+	bool known;
+	uint32_t backing;
+	uint64_t image; /* of the first byte */
+};
+
+static struct origin find_origin(struct space *space, uint64_t address) {
+	struct vma_place place;
+	if (!vma_place(space, address, &place))
+		return (struct origin){0};
+	const struct backing *backing = space_backing_of(space, place.device, place.inode);
+	return backing ? (struct origin){true, backing->kind, backing->image + place.offset} : (struct origin){0};
+}
+
+/* Is `piece` a part of what lay at `from` and is `origin`? Where that is not known, of course. */
+static bool belongs(struct interval piece, uint64_t from, struct origin origin) {
+	if (!origin.known)
+		return true;
+	return !(piece.flags & INTERVAL_ZERO) && piece.backing == origin.backing &&
+	       piece.image - piece.start == origin.image - from;
+}
+
+/* Takes what lay in [from, end) before something else was put there: what belongs to `origin`, else what is oldest. */
+static int take_displaced(struct window *window, uint64_t from, uint64_t end, struct origin origin, struct interval_map *moved) {
+	int error = 0;
+	uint32_t n = window->n_displaced, kept = 0;
+	for (uint32_t i = 0; !error && i < n; i++) {
+		struct interval piece = window->displaced[i];
+		uint64_t start = piece.start > from ? piece.start : from, stop = piece.end < end ? piece.end : end;
+		if (start >= stop || !belongs(piece, from, origin)) {
+			window->displaced[kept++] = piece;
+			continue;
+		}
+		error = fill_gap(moved, cut(piece, start, stop));
+		if (piece.start < start)
+			window->displaced[kept++] = cut(piece, piece.start, start);
+		if (!error && stop < piece.end)
+			error = add_displaced(window, cut(piece, stop, piece.end));
+	}
+	memmove(window->displaced + kept, window->displaced + n, (window->n_displaced - n) * sizeof *window->displaced);
+	window->n_displaced -= n - kept;
+	return error;
+}
+
+/* Takes what lies in [from, end) now and belongs to `origin`; `before`: what that is, to be left behind. */
+static int take_current(struct space *space, uint64_t from, uint64_t end, struct origin origin, struct interval_map *before) {
+	struct window *window = &space->window;
+	struct interval piece;
+	int error = 0;
+	for (uint64_t at = from; !error && next_piece(&space->map, at, end, &piece); at = piece.end)
+		if (belongs(piece, from, origin))
+			error = interval_map_insert(before, piece);
+	for (uint32_t i = 0; before->count && i < window->n_moves; i++)
+		if (window->moves[i].to >= from && window->moves[i].to + window->moves[i].length <= end)
+			window->moves[i].left = true;
+	return error;
+}
+
+/* Did a call of this window put something into [start, end)? Then this call may be older, and take what was there before. */
+static bool is_doubtful(const struct window *window, uint64_t start, uint64_t end) {
+	for (uint32_t i = 0; i < window->n_moves; i++)
+		if (!window->moves[i].left && window->moves[i].to < end && start < window->moves[i].to + window->moves[i].length)
+			return true;
+	for (uint32_t i = 0; i < window->n_displaced; i++)
+		if (window->displaced[i].start < end && start < window->displaced[i].end)
+			return true;
+	return false;
+}
+
+/* Puts what was moved where nothing else is then. What the kernel says is there, and nobody knew, is dropped or grown memory. */
+static int put(struct space *space, struct interval_map *moved, struct move move, struct origin origin) {
+	struct interval piece;
+	int error = displace(space, move.to, move.to + move.length);
+	if (!error && origin.known) {
+		bool shared = origin.backing >= LR_BACKING_SHARED;
+		error = interval_map_insert(&space->map, (struct interval){.start = move.to,
+									   .end = move.to + move.length,
+									   .image = shared ? origin.image : move.to,
+									   .backing = origin.backing,
+									   .flags = shared ? 0 : INTERVAL_ZERO});
+	}
+	if (!error)
+		error = interval_map_move(moved, move.from, move.to, move.length);
+	for (uint64_t at = move.to; !error && next_piece(moved, at, move.to + move.length, &piece); at = piece.end)
+		error = interval_map_insert(&space->map, piece);
+	return error;
+}
+
 int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t length) {
 	struct window *window = &space->window;
+	__attribute__((cleanup(interval_map_deinit))) struct interval_map moved;
 	__attribute__((cleanup(interval_map_deinit))) struct interval_map before;
+	struct origin origin = {0};
+	struct move move = {from, to, length, false};
+	int error = 0;
+	interval_map_init(&moved);
 	interval_map_init(&before);
 	window->open = window->changed = true;
-	for (uint32_t i = 0; i < window->n_moves; i++)
-		if (window->moves[i].to >= from && window->moves[i].to + window->moves[i].length <= from + length)
-			window->moves[i].left = true;
-	int error = fill_gaps(&before, &space->map, from, from + length);
+	if (is_doubtful(window, from, from + length)) {
+		origin = find_origin(space, to);
+		error = take_displaced(window, from, from + length, origin, &moved);
+	}
+	if (!error && (origin.known || !moved.count))
+		error = take_current(space, from, from + length, origin, &before);
 	if (!error)
-		error = fill_gaps(&window->taken, &before, from, from + length);
+		error = fill_gaps(&moved, &before, from, from + length);
 	if (!error)
-		error = interval_map_move(&space->map, from, to, length);
+		error = fill_gaps(&window->taken, &moved, from, from + length);
+	if (!error)
+		error = put(space, &moved, move, origin);
 	if (!error)
 		error = leave_behind(space, &before, from, from + length, 0);
-	return error ? error : add_move(window, (struct move){from, to, length, false});
+	return error ? error : add_move(window, move);
 }
 
 int window_fork(struct space *space, struct space *child) {

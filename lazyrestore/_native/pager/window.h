@@ -9,13 +9,17 @@
  * Consequence: a window is open from the first such event read until an ioctl does not answer EAGAIN: then every call that the window's
  * events tell of is over. Nothing can be installed meanwhile. Only these orders matter to a program that does not itself race for an address:
  *   UNMAP over what a REMAP of the window moved there      may be older than it: the interval stays, as a suspect
+ *   REMAP to where the map holds something                 that has left, by a call whose event comes later: it is kept, displaced
+ *   REMAP from where something was moved or displaced      may be older than that move: the kernel is asked what it moved. It is
+ *                                                          still there, since its mover sleeps until its UNMAP is read
  *   UNMAP or REMAP read beside a FORK, before or after     the child may have been copied on either side of it: its map is made of
  *                                                          all that was there at some time of the window, each of it a suspect;
  *                                                          a move happened before if its destination is registered in the child
  * Choice: when the window closes, each suspect is held against the kernel: a UFFDIO_COPY from where nothing can be read ends
  * in ENOENT where nothing is registered and in EFAULT where something is, and changes nothing. What is not registered is erased.
  * Cost: two or three short system calls of the pager after each munmap, mremap and fork, none of which their caller waits for; and a
- * forked child's first fault waits for the end of calls that its parent's other threads had begun. What stays open: a program
+ * forked child's first fault waits for the end of calls that its parent's other threads had begun. A forked child's pid is
+ * not known, so it cannot be asked about: there the oldest that was displaced is taken. What stays open: a program
  * that races for an address itself (one thread reads in a forked child what another was unmapping or dropping at the moment of the fork) may
  * see a mix of before and after. */
 #pragma once
@@ -30,7 +34,9 @@ struct window {
 	bool changed;              /* an UNMAP or REMAP was among its events */
 	struct interval_map taken; /* what these took away, wherever it was */
 	struct move *moves;        /* its REMAPs */
-	uint32_t n_moves, capacity;
+	uint32_t n_moves, moves_capacity;
+	struct interval *displaced; /* overwritten by REMAPs, the oldest first; none of it zeros */
+	uint32_t n_displaced, displaced_capacity;
 	struct move *inherited; /* a child's: the moves of the parent's window in which it was forked, */
 	uint32_t n_inherited;
 	uint32_t n_before; /* so many of them read before the fork; `taken` is the parent's of then */

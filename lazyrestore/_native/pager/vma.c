@@ -1,0 +1,81 @@
+#define _GNU_SOURCE
+#include "vma.h"
+
+#include "space.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <stdio.h>
+#include <sys/ioctl.h>
+#include <sys/sysmacros.h>
+
+/* As in Linux 6.11; the headers of the build machine may be older. */
+struct procmap_query_v1 {
+	uint64_t size;
+	uint64_t query_flags;
+	uint64_t query_addr;
+	uint64_t vma_start;
+	uint64_t vma_end;
+	uint64_t vma_flags;
+	uint64_t vma_page_size;
+	uint64_t vma_offset;
+	uint64_t inode;
+	uint32_t dev_major;
+	uint32_t dev_minor;
+	uint32_t vma_name_size;
+	uint32_t build_id_size;
+	uint64_t vma_name_addr;
+	uint64_t build_id_addr;
+};
+#define PROCMAP_QUERY_V1 _IOWR('f', 17, struct procmap_query_v1)
+
+static bool find_in_text(int maps, uint64_t address, struct vma_place *place) {
+	int copy = fcntl(maps, F_DUPFD_CLOEXEC, 0);
+	FILE *lines = copy >= 0 && !lseek(copy, 0, SEEK_SET) ? fdopen(copy, "r") : NULL;
+	if (!lines) {
+		if (copy >= 0)
+			close(copy);
+		return false;
+	}
+	char line[8192]; /* a path of PATH_MAX bytes, escaped at worst in part: a longer line is read in pieces that do not parse */
+	bool found = false;
+	while (!found && fgets(line, sizeof line, lines)) {
+		uint64_t start, end, offset, inode;
+		unsigned major_number, minor_number;
+		if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %*4s %" SCNx64 " %x:%x %" SCNu64, &start, &end, &offset, &major_number,
+			   &minor_number, &inode) != 6)
+			continue;
+		found = start <= address && address < end;
+		*place = (struct vma_place){makedev(major_number, minor_number), inode, offset + (address - start)};
+	}
+	fclose(lines);
+	return found && place->inode;
+}
+
+/* -1: it cannot be opened, or the process has ended, and its pid may be another's. */
+static int open_maps(const struct space *space) {
+	char path[32];
+	struct pollfd ended = {.fd = space->pidfd, .events = POLLIN};
+	if (space->pidfd < 0)
+		return -1;
+	snprintf(path, sizeof path, "/proc/%d/maps", (int)space->pid);
+	int maps = open(path, O_RDONLY | O_CLOEXEC);
+	if (maps < 0 || !poll(&ended, 1, 0))
+		return maps;
+	close(maps);
+	return -1;
+}
+
+bool vma_place(struct space *space, uint64_t address, struct vma_place *place) {
+	if (space->maps < 0)
+		space->maps = open_maps(space);
+	if (space->maps < 0)
+		return false;
+	struct procmap_query_v1 query = {.size = sizeof query, .query_addr = address};
+	if (ioctl(space->maps, PROCMAP_QUERY_V1, &query))
+		return errno == ENOTTY && find_in_text(space->maps, address, place);
+	*place = (struct vma_place){makedev(query.dev_major, query.dev_minor), query.inode,
+				    query.vma_offset + (address - query.vma_start)};
+	return query.inode;
+}
