@@ -54,6 +54,8 @@ class Image:
     name: str = "test"
     hugetlb: bool = False
     working_set: bytes = b""
+    frames: bytes = b""
+    frames_offset: int = 0
     recorder: Sequence[str] = ()
     per_pack: int = 7
     data_fd: int = -1
@@ -86,9 +88,25 @@ class Image:
     def n_chunks(self) -> int:
         return len(self.chunks)
 
+    def add_frames(self, *counts: int) -> None:
+        """The working set's pack: frames of so many of its chunks each, behind all else in the file."""
+        compressor = zstandard.ZstdCompressor(level=-5, write_checksum=True, write_content_size=True)
+        addresses = sorted(self.chunks)
+        touched = [addresses[number] for number, _ in wire.TOUCHED.iter_unpack(self.working_set)]
+        with self.path.open("ab") as file:
+            self.frames_offset = file.tell()
+            for count in counts:
+                frame = compressor.compress(b"".join(self.chunks[address] for address in touched[:count]))
+                del touched[:count]
+                self.frames += wire.FRAME.pack(len(frame), count)
+                file.write(frame)
+
     def damage(self, address: int) -> None:
         """Flips a bit in the middle of a stored chunk."""
-        offset, length = self.stored_at[address]
+        self.flip(*self.stored_at[address])
+
+    def flip(self, offset: int, length: int) -> None:
+        """Flips a bit in the middle of these bytes of the file."""
         with self.path.open("r+b") as file:
             file.seek(offset + length // 2)
             byte = file.read(1)[0]

@@ -66,6 +66,14 @@ class StoredImage(Protocol):
         """struct lr_touched each, in the order of first touch; empty if none was recorded."""
 
     @property
+    def frames(self) -> bytes:
+        """struct lr_frame each, of the working set's pack; empty if there is none."""
+
+    @property
+    def frames_offset(self) -> int:
+        """Bytes into the data file, of the first frame."""
+
+    @property
     def recorder(self) -> Sequence[str]:
         """The command that asks a pager for a recorded working set and stores it; the pager's socket is added as its
         last word. Empty: none."""
@@ -293,7 +301,8 @@ def _image_memfd(image: StoredImage) -> int:
         image.index_offset,
         image.n_chunks,
         len(image.working_set) // wire.TOUCHED.size,
-        0,
+        len(image.frames) // wire.FRAME.size,
+        image.frames_offset,
         name,
     )
     memfd = os.memfd_create("lazyrestore-image", os.MFD_CLOEXEC)
@@ -301,6 +310,7 @@ def _image_memfd(image: StoredImage) -> int:
         file.write(header)
         file.writelines(wire.PACK.pack(offset, length) for offset, length in image.packs)
         file.write(image.working_set)
+        file.write(image.frames)
     return memfd
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from struct import Struct
 
-VERSION = 2
+VERSION = 3
 IMAGE_MAGIC = 0x474D494C
 IMAGE_HUGETLB = 1
 MAX_SHARED = 248
@@ -15,10 +15,13 @@ ATTACH_EAGER, ATTACH_NO_RECORD, ATTACH_NO_REPLAY, ATTACH_RECORD_AGAIN = 1, 2, 4,
 ATTACH_FILL_IDLE, ATTACH_FILL_NOW = 16, 32
 WORKING_SET_END = 1
 
-IMAGE = Struct("<IIIIQQII96s")  # magic, version, flags, packs, index offset, chunks, working set, 0, name
+IMAGE = Struct(
+    "<IIIIQQIIQ96s"
+)  # magic, version, flags, packs, index offset, chunks, touched, frames, their offset, name
 PACK = Struct("<QQ")  # offset into the data file, length
 CHUNK = Struct("<QIIII")  # image address, raw length, pack, offset into the pack, stored length
 TOUCHED = Struct("<II")  # position in the index, bits: pages written
+FRAME = Struct("<II")  # compressed bytes, chunks
 RANGE = Struct("<QQQII")  # start, end, image address, backing, flags
 REQUEST = Struct("<5I248I")  # kind, version, flags, ranges, shared, shared object numbers
 REPLY = Struct("<IiQ64siiII")  # kind, errno, address, step, pager, keeper, descriptors, spaces

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import msgspec
 
 from lazyrestore.errors import ChunkInvalid, StoreBusy, StoreReadOnly
-from lazyrestore.store import format, locks
+from lazyrestore.store import format, locks, working_sets
 from lazyrestore.store.environment import Environment
 from lazyrestore.store.image import Entry, StoredImage, open_image
 from lazyrestore.store.report import names as names_of
@@ -110,6 +110,16 @@ def _check_image(environment: Environment, image: StoredImage, pool: ThreadPoolE
             report.damage += pending.popleft().result()
     while pending:
         report.damage += pending.popleft().result()
+    if reason := working_sets.damage(image, hashes):
+        with open_image(environment, image.name) as again:
+            if (again.snapshot, again.frames_offset, again.frames) == (
+                image.snapshot,
+                image.frames_offset,
+                image.frames,
+            ):
+                report.damage.append(
+                    Damage(image.name, None, f"the working set's pack, which restores will pass over: {reason}")
+                )
 
 
 def _batches(image: StoredImage, hashes: bytes, report: Report) -> Iterator[list[tuple[Entry, bytes]]]:

@@ -30,6 +30,8 @@ LEVELS = range(1, 20)  # zstd compression levels on offer
 ENTRY = struct.Struct("<QIIII")  # struct lr_chunk: image address, raw length, pack slot, offset in pack, stored length
 TOUCHED = struct.Struct("<II")  # working set: position in the index; bit i: page i of the chunk was written
 LOCATION = struct.Struct("<QIII")  # deduplication: pack id, offset in pack, stored length, raw length
+FRAMES = struct.Struct("<I")  # the head of a working set's pack: number of FRAMEs
+FRAME = struct.Struct("<II")  # struct lr_frame: compressed bytes, chunks
 KEY = struct.Struct(">Q")  # ids as keys, so that LMDB sorts them as numbers
 
 NAME = re.compile(r"[A-Za-z0-9_:@+][A-Za-z0-9._:@+-]{0,127}")
@@ -44,9 +46,11 @@ INDEXES = b"I"  # + id: ENTRYs, then zeros
 HASHES = b"H"  # + id: 32 bytes for each chunk
 MANIFESTS = b"M"  # + id: opaque here
 WORKING_SETS = b"W"  # + id: TOUCHEDs, in the order of first touch; may be absent
+WORKING_SET_PACKS = b"R"  # + id: FRAMES, FRAMEs, zstd frames of the working set's chunks, then zeros; may be absent
 PACKS = b"P"  # + id: zstd frames, then zeros
 CONTENTS = b"C"  # + id of a pack: 32 bytes for each chunk in it
 CHUNKS = b"D"  # + hash: LOCATION
+TABLES_OF_A_SNAPSHOT = (SNAPSHOTS, INDEXES, HASHES, MANIFESTS, WORKING_SETS, WORKING_SET_PACKS)
 
 
 class Head(msgspec.Struct, frozen=True):

@@ -63,7 +63,7 @@ def _free_doomed(environment: Environment) -> tuple[int, int]:
 
         def remove(txn: Transaction) -> None:
             for number in free:
-                for table in (format.SNAPSHOTS, format.INDEXES, format.HASHES, format.MANIFESTS, format.WORKING_SETS):
+                for table in format.TABLES_OF_A_SNAPSHOT:
                     txn.delete(format.key(table, number))
 
         if free:

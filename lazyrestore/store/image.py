@@ -33,7 +33,9 @@ class StoredImage(msgspec.Struct, eq=False):
     only; index_offset: bytes into it; n_chunks: 24-byte entries of the index; packs: (file offset, length in bytes) by
     slot; pin_fd: keeps all of this valid while any copy of the descriptor is open, in whatever process; stored_bytes:
     compressed bytes that the snapshot refers to; hugetlb: whether it has chunks for huge pages; directory: the store's;
-    working_set: format.TOUCHED each, in the order of first touch; empty if none was recorded.
+    working_set: format.TOUCHED each, in the order of first touch; empty if none was recorded; frames: format.FRAME
+    each, of the working set's pack; frames_offset: bytes into data_fd, of the first of them. That pack may be replaced
+    by another recording in spite of the pin: checksums tell.
     """
 
     name: str
@@ -50,6 +52,8 @@ class StoredImage(msgspec.Struct, eq=False):
     hugetlb: bool
     directory: str = ""
     working_set: bytes = b""
+    frames: bytes = b""
+    frames_offset: int = 0
     _lengths: list[int] = msgspec.field(default_factory=list)
     _map: mmap.mmap | None = None
     _skip: int = 0  # bytes of the map before the index
@@ -101,11 +105,15 @@ class StoredImage(msgspec.Struct, eq=False):
     def decompress(self, entry: Entry) -> bytes:
         """The raw bytes of a checked entry. Raises ChunkInvalid."""
         address, length, slot, offset, stored = entry
-        payload = os.pread(self.data_fd, stored, self.packs[slot][0] + offset)
+        payload = self.read_data(self.packs[slot][0] + offset, stored)
         try:
             return format.decompress(payload, length)
         except ValueError as error:
             raise self.invalid(address, str(error)) from error
+
+    def read_data(self, offset: int, length: int) -> bytes:
+        """Bytes of the data file."""
+        return os.pread(self.data_fd, length, offset)
 
     def invalid(self, address: int, reason: str) -> ChunkInvalid:
         return ChunkInvalid(
@@ -211,6 +219,24 @@ def _working_set(stored: bytes, chunks: int) -> bytes:
     return stored if whole else b""
 
 
+def _frames(environment: Environment, value: memoryview, touched: int) -> tuple[bytes, int]:
+    """The table of a working set's pack, and where in the data file its frames begin; nothing if it is damaged."""
+    if len(value) < format.FRAMES.size:
+        return b"", 0
+    (count,) = format.FRAMES.unpack_from(value)
+    begin = format.FRAMES.size + count * format.FRAME.size
+    if begin > len(value):
+        return b"", 0
+    table = bytes(value[format.FRAMES.size : begin])
+    frames = list(format.FRAME.iter_unpack(table))
+    if sum(stored for stored, _ in frames) > len(value) - begin or sum(chunks for _, chunks in frames) > touched:
+        return b"", 0
+    try:
+        return table, environment.file_offset(value) + begin
+    except ChunkInvalid:
+        return b"", 0
+
+
 def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int, data: int, pin: int) -> StoredImage:
     record = record_of(environment, txn, snapshot)
     index = environment.need(txn, format.key(format.INDEXES, snapshot))
@@ -221,6 +247,9 @@ def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int
         if len(value) > format.PACK_MAX:
             raise ChunkInvalid(environment.resource, f"read pack {pack}", f"{len(value)} bytes", "see `verify`")
         packs.append((environment.file_offset(value), len(value)))
+    working_set = _working_set(bytes(txn.get(format.key(format.WORKING_SETS, snapshot), b"")), record.chunks)
+    pack = txn.get(format.key(format.WORKING_SET_PACKS, snapshot))
+    frames, frames_offset = _frames(environment, pack, len(working_set) // format.TOUCHED.size) if pack else (b"", 0)
     place = environment.file_offset(index)
     end = max([place + len(index), *(offset + length for offset, length in packs)])
     if end > os.fstat(data).st_size:
@@ -239,6 +268,8 @@ def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int
         stored_bytes=record.stored_bytes,
         hugetlb=record.hugetlb,
         directory=environment.directory,
-        working_set=_working_set(bytes(txn.get(format.key(format.WORKING_SETS, snapshot), b"")), record.chunks),
+        working_set=working_set,
+        frames=frames,
+        frames_offset=frames_offset,
         _lengths=[length for _, length in packs],
     )

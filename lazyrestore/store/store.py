@@ -6,7 +6,7 @@ import os
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from lazyrestore.errors import StoreBusy
+from lazyrestore.errors import SnapshotNotFound, StoreBusy
 from lazyrestore.store import format, image, locks, registry
 from lazyrestore.store.environment import Environment, Transaction
 
@@ -81,25 +81,31 @@ class ImageStore:
             return bytes(environment.need(txn, format.key(format.MANIFESTS, snapshot)))
 
     def keep_working_set(self, name: str, snapshot: int, working_set: bytes) -> bool:
-        """Store the working set (format.TOUCHED each) of the snapshot with that name and id.
+        """Store the working set (format.TOUCHED each) of the snapshot with that name and id, and its chunks in a pack.
 
-        False, and nothing stored, if it has gone or was replaced. Raises ValueError for positions beyond the index.
+        False, and nothing stored, if it has gone or was replaced. Raises ValueError for positions beyond the index,
+        ChunkInvalid.
         """
+        from lazyrestore.store import working_sets
+
         environment = self._environment
+        try:
+            with self.open_image(name) as stored:
+                if stored.snapshot != snapshot:
+                    return False
+                working_sets.check(working_set, stored.n_chunks)
+                packed = working_sets.pack(stored, working_set)
+        except SnapshotNotFound:
+            return False
 
         def keep(txn: Transaction) -> bool:
             found = txn.get(format.NAMES + format.check_name(name))
             if found is None or format.number_of(found, environment.resource) != snapshot:
                 return False
-            chunks = image.record_of(environment, txn, snapshot).chunks
-            if len(working_set) % format.TOUCHED.size:
-                raise ValueError("a working set with half an entry")
-            if any(chunk >= chunks for chunk, _ in format.TOUCHED.iter_unpack(working_set)):
-                raise ValueError("a working set with positions beyond the index")
-            txn.put(format.key(format.WORKING_SETS, snapshot), working_set)
+            working_sets.keep(environment, txn, snapshot, working_set, packed)
             return True
 
-        kept = environment.update(keep, room=len(working_set))
+        kept = environment.update(keep, room=len(working_set) + len(packed))
         environment.sync()
         return kept
 

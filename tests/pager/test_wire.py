@@ -12,7 +12,10 @@ from lazyrestore.pager import wire
 
 PROTOCOL = Path(__file__).parents[2] / "lazyrestore/_native/pager/protocol.h"
 STRUCTS = {
-    "lr_image": (wire.IMAGE, "magic version flags n_packs index_offset n_chunks n_working_set reserved name"),
+    "lr_image": (
+        wire.IMAGE,
+        "magic version flags n_packs index_offset n_chunks n_working_set n_frames frames_offset name",
+    ),
     "lr_pack": (wire.PACK, "offset length"),
     "lr_chunk": (wire.CHUNK, "address length pack offset stored"),
     "lr_touched": (wire.TOUCHED, "chunk written"),

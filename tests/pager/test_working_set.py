@@ -11,6 +11,7 @@ import pytest
 from helpers import until
 from helpers_pager import CHUNK, PAGE, Image, Victim, stats_when
 
+from lazyrestore.errors import PagerError
 from lazyrestore.pager import PagerClient, wire
 
 pytestmark = pytest.mark.requires("root")
@@ -134,6 +135,45 @@ def test_from_a_store(start: Start, make_image: MakeImage, make_victim: MakeVict
     replayed(client, 3 * CHUNK // PAGE)
     assert numbers(client.working_set()) == (5, 4, 11)
     assert victim.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_from_its_pack(start: Start, make_image: MakeImage, make_victim: MakeVictim, damaged: bool) -> None:
+    """The frames serve, not the chunks, whose stored bytes are damaged here; where a frame is, its chunks do."""
+    image = make_image(working_set=packed(5, 4, 11, 0, 3))
+    image.add_frames(3, 1)
+    for number in (5, 4, 11, 0)[3 if damaged else 0 :]:
+        image.damage(sorted(image.chunks)[number])
+    if damaged:
+        image.flip(image.frames_offset, wire.FRAME.unpack_from(image.frames)[0])
+    client, victim = start(image), make_victim()
+    stats_when(client, lambda stats: stats.chunks_filled == 5)
+    victim.clone(client, BASE, LENGTH, replay=True)
+    replayed(client, 5 * CHUNK // PAGE)
+    for number in (5, 4, 11, 0, 3):
+        address = sorted(image.chunks)[number]
+        assert victim.ask("crc", address, CHUNK) == str(zlib.crc32(image.raw(address, CHUNK)))
+    stats = client.stats()
+    assert (stats.chunks_bad, stats.faults) == (0, 0)
+    alone = [image.stored_at[sorted(image.chunks)[number]][1] for number in ((5, 4, 11, 3) if damaged else (3,))]
+    frames = [stored for stored, _ in wire.FRAME.iter_unpack(image.frames)][1 if damaged else 0 :]
+    assert stats.bytes_read == sum(alone) + sum(frames)
+
+
+@pytest.mark.parametrize("frames", [(7, 2), (7, 0), (1 << 31, 1), (7, 1 << 31)])
+def test_pack_of_impossible_frames(
+    start: Start, make_image: MakeImage, make_victim: MakeVictim, frames: tuple[int, int]
+) -> None:
+    """Bytes that are no frame are passed over; a table that cannot be true is no image to start from."""
+    image = make_image(working_set=packed(5, 4))
+    image.frames, image.frames_offset = wire.FRAME.pack(*frames), 100
+    if frames == (7, 2):
+        client, victim = start(image), make_victim()
+        victim.clone(client, BASE, LENGTH, replay=True)
+        replayed(client, 2 * CHUNK // PAGE)
+    else:
+        with pytest.raises(PagerError):
+            start(image)
 
 
 def test_damaged_chunk_in_it(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:

@@ -32,6 +32,47 @@ def test_kept_and_found(tmp_path: Path) -> None:
         assert not store.verify().damage
 
 
+def test_kept_in_a_pack(tmp_path: Path) -> None:
+    """Its frames hold the chunks' raw bytes in the order of the list, and `verify` compares them."""
+    with filled(tmp_path / "s") as store:
+        with store.open_image("one") as image:
+            assert image.frames == b""
+            store.keep_working_set("one", image.snapshot, struct.pack("<6I", 3, 0, 0, 15, 2, 1))
+        with store.open_image("one") as image:
+            ((stored, chunks),) = format.FRAME.iter_unpack(image.frames)
+            raw = format.decompress(image.read_data(image.frames_offset, stored), 3 * CHUNK)
+            assert chunks == 3
+            assert raw == b"".join(bytes([number + 1]) * CHUNK for number in (3, 0, 2))
+            with (tmp_path / "s/data.mdb").open("r+b") as file:
+                file.seek(image.frames_offset + stored // 2)
+                file.write(bytes([image.read_data(file.tell(), 1)[0] ^ 1]))
+        (damage,) = store.verify("one").damage
+        assert "working set's pack" in damage.reason
+
+
+def test_pack_of_other_chunks(tmp_path: Path) -> None:
+    """A pack that does not fit its list is found by `verify`, whole as it may be in itself."""
+    with filled(tmp_path / "s") as store:
+        with store.open_image("one") as image:
+            store.keep_working_set("one", image.snapshot, struct.pack("<4I", 3, 0, 0, 0))
+            key = format.key(format.WORKING_SETS, image.snapshot)
+        store._environment.update(lambda txn: txn.put(key, struct.pack("<4I", 2, 0, 0, 0)))
+        (damage,) = store.verify().damage
+        assert "another one" in damage.reason
+
+
+@pytest.mark.parametrize("damaged", [b"x", bytes(4), b"\xff" * 8, struct.pack("<III", 1, 9999, 1).ljust(8000, b"\0")])
+def test_a_damaged_pack_is_none(tmp_path: Path, damaged: bytes) -> None:
+    with filled(tmp_path / "s") as store:
+        with store.open_image("one") as image:
+            store.keep_working_set("one", image.snapshot, bytes(8))
+            key = format.key(format.WORKING_SET_PACKS, image.snapshot)
+        store._environment.update(lambda txn: txn.put(key, damaged))
+        with store.open_image("one") as image:
+            assert image.frames == b""
+            assert image.working_set == bytes(8)
+
+
 def test_positions_beyond_the_index(tmp_path: Path) -> None:
     with filled(tmp_path / "s") as store, store.open_image("one") as image:
         for wrong in (struct.pack("<II", 4, 0), b"abcd"):
@@ -69,3 +110,4 @@ def test_freed_with_its_snapshot(tmp_path: Path) -> None:
         environment = store._environment
         with environment.read() as txn:
             assert not list(environment.keys(txn, format.WORKING_SETS))
+            assert not list(environment.keys(txn, format.WORKING_SET_PACKS))

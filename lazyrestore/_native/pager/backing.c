@@ -107,11 +107,17 @@ static void count(const struct image *image, uint64_t chunk, bool good) {
 	}
 	atomic_fetch_add_explicit(&fill_stats.chunks_filled, 1, memory_order_relaxed);
 	atomic_fetch_add_explicit(&fill_stats.bytes_filled, image->chunks[chunk].length, memory_order_relaxed);
-	atomic_fetch_add_explicit(&fill_stats.bytes_read, image->chunks[chunk].stored, memory_order_relaxed);
+}
+
+static struct lr_error unpack(const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
+	struct lr_error error = image_unpack(image, chunk, unpacker);
+	if (!error.code)
+		atomic_fetch_add_explicit(&fill_stats.bytes_read, image->chunks[chunk].stored, memory_order_relaxed);
+	return error;
 }
 
 static struct lr_error fill(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
-	struct lr_error error = image_unpack(image, chunk, unpacker);
+	struct lr_error error = unpack(image, chunk, unpacker);
 	if (!error.code)
 		error = store(backing, image->chunks[chunk].address, unpacker->raw, image->chunks[chunk].length);
 	if (error.code)
@@ -131,15 +137,36 @@ static enum chunk_state settle(struct backing *backing, const struct image *imag
 	return state;
 }
 
-void backing_fill_at_leisure(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
+static bool is_empty(const struct backing *backing, uint64_t chunk) {
 	uint64_t slot = chunk - backing->first;
-	uint8_t empty = CHUNK_EMPTY;
-	if (slot >= backing->n || atomic_load(&backing->states[slot]) != CHUNK_EMPTY || image_unpack(image, chunk, unpacker).code)
-		return;
-	if (!atomic_compare_exchange_strong(&backing->states[slot], &empty, CHUNK_FILLING))
-		return;
+	return slot < backing->n && atomic_load_explicit(&backing->states[slot], memory_order_acquire) == CHUNK_EMPTY;
+}
+
+/* Fills an empty chunk from its raw bytes. */
+static void fill_from(struct backing *backing, const struct image *image, uint64_t chunk, const void *raw) {
 	const struct lr_chunk *about = &image->chunks[chunk];
-	settle(backing, image, chunk, !store(backing, about->address, unpacker->raw, about->length).code);
+	uint8_t empty = CHUNK_EMPTY;
+	if (atomic_compare_exchange_strong(&backing->states[chunk - backing->first], &empty, CHUNK_FILLING))
+		settle(backing, image, chunk, !store(backing, about->address, raw, about->length).code);
+}
+
+void backing_fill_at_leisure(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
+	if (is_empty(backing, chunk) && !unpack(image, chunk, unpacker).code)
+		fill_from(backing, image, chunk, unpacker->raw);
+}
+
+void backing_fill_frame(struct backing *backing, const struct image *image, const struct frame *frame, struct unpacker *unpacker) {
+	const struct lr_touched *touched = &image->working_set[frame->first];
+	bool wanted = false;
+	for (uint32_t i = 0; i < frame->n; i++)
+		wanted |= is_empty(backing, touched[i].chunk);
+	if (!wanted || image_unpack_frame(image, frame, unpacker).code)
+		return;
+	atomic_fetch_add_explicit(&fill_stats.bytes_read, frame->stored, memory_order_relaxed);
+	const char *raw = unpacker->raw;
+	for (uint32_t i = 0; i < frame->n; raw += image->chunks[touched[i].chunk].length, i++)
+		if (is_empty(backing, touched[i].chunk))
+			fill_from(backing, image, touched[i].chunk, raw);
 }
 
 enum chunk_state backing_fill(struct backing *backing, const struct image *image, uint64_t chunk,

@@ -27,6 +27,7 @@ void image_deinit(struct image *image) {
 		munmap(image->map, image->map_length);
 	free(image->packs);
 	free(image->working_set);
+	free(image->frames);
 	if (image->data_fd >= 0)
 		close(image->data_fd);
 	*image = (struct image){.data_fd = -1};
@@ -51,6 +52,25 @@ static struct lr_error map_index(struct image *image, uint64_t offset) {
 	return LR_OK;
 }
 
+static struct lr_error read_frames(struct image *image, int image_fd, uint64_t table, uint32_t n, uint64_t offset) {
+	scoped_free struct lr_frame *stored = calloc(n ? n : 1, sizeof *stored);
+	image->frames = calloc(n ? n : 1, sizeof *image->frames);
+	if (!stored || !image->frames)
+		return lr_fail("calloc", ENOMEM, 0);
+	struct lr_error error = read_whole(image_fd, stored, n * sizeof *stored, table);
+	uint32_t first = 0;
+	for (uint32_t i = 0; !error.code && i < n; i++) {
+		if (!inside(offset, stored[i].stored, image->data_size) || !stored[i].chunks ||
+		    stored[i].chunks > image->n_working_set - first)
+			return lr_fail("image: frame beyond the data file or the working set", EINVAL, i);
+		image->frames[i] = (struct frame){offset, stored[i].stored, first, stored[i].chunks};
+		image->n_frames++;
+		offset += stored[i].stored;
+		first += stored[i].chunks;
+	}
+	return error;
+}
+
 struct lr_error image_init(int image_fd, int data_fd, struct image *image) {
 	struct lr_image header;
 	struct stat data, about;
@@ -64,7 +84,8 @@ struct lr_error image_init(int image_fd, int data_fd, struct image *image) {
 		return lr_fail("image: magic or version", EPROTO, header.version);
 	uint64_t packs_size = header.n_packs * (uint64_t)sizeof(struct lr_pack);
 	uint64_t working_set_size = header.n_working_set * (uint64_t)sizeof(struct lr_touched);
-	if ((uint64_t)about.st_size != sizeof header + packs_size + working_set_size)
+	uint64_t frames_size = header.n_frames * (uint64_t)sizeof(struct lr_frame);
+	if ((uint64_t)about.st_size != sizeof header + packs_size + working_set_size + frames_size)
 		return lr_fail("image: size", EINVAL, (uint64_t)about.st_size);
 	struct image made = {
 		.data_fd = -1,
@@ -85,6 +106,9 @@ struct lr_error image_init(int image_fd, int data_fd, struct image *image) {
 	error = read_whole(image_fd, made.packs, packs_size, sizeof header);
 	if (!error.code)
 		error = read_whole(image_fd, made.working_set, working_set_size, sizeof header + packs_size);
+	if (!error.code)
+		error = read_frames(&made, image_fd, sizeof header + packs_size + working_set_size, header.n_frames,
+				    header.frames_offset);
 	for (uint32_t i = 0; !error.code && i < made.n_packs; i++)
 		if (!inside(made.packs[i].offset, made.packs[i].length, made.data_size))
 			error = lr_fail("image: pack beyond the data file", EINVAL, i);
@@ -152,28 +176,48 @@ static struct lr_error check(const struct image *image, uint64_t index) {
 		return lr_fail("chunk: overlaps the next", EBADMSG, chunk->address);
 	if (chunk->pack >= image->n_packs || !inside(chunk->offset, chunk->stored, image->packs[chunk->pack].length))
 		return lr_fail("chunk: outside its pack", EBADMSG, chunk->address);
-	if (chunk->stored > ZSTD_compressBound(LR_MAX_CHUNK))
-		return lr_fail("chunk: stored size", EBADMSG, chunk->address);
+	return LR_OK;
+}
+
+/* One frame of `stored` bytes at `offset` of the data file, which makes `length` bytes; `address`: what to name in an error. */
+static struct lr_error unpack(const struct image *image, uint64_t offset, uint32_t stored, uint64_t length, uint64_t address,
+			      struct unpacker *unpacker) {
+	enum { DESCRIPTOR = 4, CHECKSUM_FLAG = 1 << 2 }; /* RFC 8878, 3.1.1.1.1 */
+	const unsigned char *frame = unpacker->stored;
+	if (stored > ZSTD_compressBound(LR_MAX_CHUNK))
+		return lr_fail("frame: stored size", EBADMSG, address);
+	struct lr_error error = read_whole(image->data_fd, unpacker->stored, stored, offset);
+	if (error.code)
+		return error;
+	if (ZSTD_getFrameContentSize(frame, stored) != length)
+		return lr_fail("frame: content size", EBADMSG, address);
+	if (!(frame[DESCRIPTOR] & CHECKSUM_FLAG))
+		return lr_fail("frame: no checksum", EBADMSG, address);
+	size_t n = ZSTD_decompressDCtx(unpacker->context, unpacker->raw, length, frame, stored);
+	if (ZSTD_isError(n) || n != length)
+		return lr_fail("ZSTD_decompressDCtx", EBADMSG, address);
 	return LR_OK;
 }
 
 struct lr_error image_unpack(const struct image *image, uint64_t index, struct unpacker *unpacker) {
-	enum { DESCRIPTOR = 4, CHECKSUM_FLAG = 1 << 2 }; /* RFC 8878, 3.1.1.1.1 */
 	const struct lr_chunk *chunk = &image->chunks[index];
 	struct lr_error error = check(image, index);
 	if (error.code)
 		return error;
 	uint64_t offset = image->packs[chunk->pack].offset + chunk->offset;
-	error = read_whole(image->data_fd, unpacker->stored, chunk->stored, offset);
-	if (error.code)
-		return error;
-	const unsigned char *stored = unpacker->stored;
-	if (ZSTD_getFrameContentSize(stored, chunk->stored) != chunk->length)
-		return lr_fail("chunk: content size", EBADMSG, chunk->address);
-	if (!(stored[DESCRIPTOR] & CHECKSUM_FLAG))
-		return lr_fail("chunk: no checksum", EBADMSG, chunk->address);
-	size_t n = ZSTD_decompressDCtx(unpacker->context, unpacker->raw, chunk->length, stored, chunk->stored);
-	if (ZSTD_isError(n) || n != chunk->length)
-		return lr_fail("ZSTD_decompressDCtx", EBADMSG, chunk->address);
-	return LR_OK;
+	return unpack(image, offset, chunk->stored, chunk->length, chunk->address, unpacker);
+}
+
+struct lr_error image_unpack_frame(const struct image *image, const struct frame *frame, struct unpacker *unpacker) {
+	uint64_t length = 0;
+	for (uint32_t i = frame->first; i < frame->first + frame->n; i++) {
+		uint32_t chunk = image->working_set[i].chunk;
+		struct lr_error error = chunk < image->n_chunks ? check(image, chunk) : lr_fail("frame: chunk", EBADMSG, chunk);
+		if (error.code)
+			return error;
+		length += image->chunks[chunk].length;
+	}
+	if (length > LR_MAX_CHUNK)
+		return lr_fail("frame: raw size", EBADMSG, length);
+	return unpack(image, frame->offset, frame->stored, length, frame->offset, unpacker);
 }

@@ -9,6 +9,14 @@
 #include "result.h"
 #include <stdbool.h>
 
+/* One frame of the working set's pack: entries [first, first + n) of the working set. */
+struct frame {
+	uint64_t offset; /* bytes into the data file */
+	uint32_t stored;
+	uint32_t first;
+	uint32_t n;
+};
+
 struct image {
 	int data_fd; /* owned */
 	uint64_t data_size;
@@ -20,6 +28,8 @@ struct image {
 	uint32_t n_packs;
 	struct lr_touched *working_set; /* not checked */
 	uint32_t n_working_set;
+	struct frame *frames; /* the working set's pack; checked against the file's size and the list's length */
+	uint32_t n_frames;
 	bool hugetlb;
 	char name[96];
 };
@@ -51,3 +61,7 @@ void unpacker_deinit(struct unpacker *unpacker);
 
 /* Leaves the chunk's raw bytes, checked against its checksum, in unpacker->raw. */
 struct lr_error image_unpack(const struct image *image, uint64_t chunk, struct unpacker *unpacker);
+
+/* Leaves the raw bytes of a frame's chunks, one behind the other, in unpacker->raw. The frame may have been overwritten since
+ * the pager started, when another working set was recorded: then its checksum does not hold. */
+struct lr_error image_unpack_frame(const struct image *image, const struct frame *frame, struct unpacker *unpacker);

@@ -10,6 +10,7 @@ struct space;
 
 struct pager {
 	struct image image;
+	_Atomic uint32_t next_frame; /* of the working set's pack */
 	struct backing template;
 	struct backing huge; /* only if image.hugetlb */
 	struct working_set working_set;

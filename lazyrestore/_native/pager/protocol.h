@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 enum {
-	LR_PROTOCOL_VERSION = 2,
+	LR_PROTOCOL_VERSION = 3,
 	LR_IMAGE_MAGIC = 0x474d494c,
 	LR_IMAGE_HUGETLB = 1, /* lr_image.flags: there are hugetlb VMAs */
 	LR_MAX_SHARED = 248,  /* the kernel passes 253 descriptors in one packet; three are taken */
@@ -45,7 +45,7 @@ enum {
 };
 
 /* The image memfd: this header, then n_packs times lr_pack, then n_working_set times
- * struct lr_touched. */
+ * struct lr_touched, then n_frames times struct lr_frame. */
 struct lr_image {
 	uint32_t magic;
 	uint32_t version;
@@ -54,7 +54,8 @@ struct lr_image {
 	uint64_t index_offset; /* bytes into the data file; lr_chunk[n_chunks] */
 	uint64_t n_chunks;
 	uint32_t n_working_set;
-	uint32_t reserved; /* 0 */
+	uint32_t n_frames;
+	uint64_t frames_offset; /* bytes into the data file: of the working set's pack; its frames follow one another */
 	char name[96]; /* the snapshot's, for log lines; ends with a zero byte */
 };
 
@@ -75,6 +76,13 @@ struct lr_chunk {
 struct lr_touched {
 	uint32_t chunk;   /* position in the chunk index */
 	uint32_t written; /* bit i: the process wrote page i of it; of its first 32 pages */
+};
+
+/* One zstd frame, with content size and checksum, of the working set's pack: the raw bytes of chunks that follow one another
+ * in the working set, those of the first frame first. */
+struct lr_frame {
+	uint32_t stored; /* compressed bytes */
+	uint32_t chunks; /* at least 1; together 2 MiB raw at most */
 };
 
 /* One restored VMA, or part of one. Sorted by start, not overlapping. */

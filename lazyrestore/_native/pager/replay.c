@@ -115,9 +115,23 @@ static bool bring(struct space *space, struct lr_touched *touched, uint32_t n) {
 	return alive;
 }
 
+/* A frame of the working set's pack that nobody has taken yet; NULL: there is none left. */
+static const struct frame *next_frame(struct pager *pager) {
+	uint32_t next = atomic_load(&pager->next_frame);
+	if (next < pager->image.n_frames)
+		next = atomic_fetch_add(&pager->next_frame, 1);
+	return next < pager->image.n_frames ? &pager->image.frames[next] : NULL;
+}
+
 bool replay(struct space *space) {
+	struct pager *pager = space->pager;
 	uint32_t n;
-	scoped_free struct lr_touched *touched = working_set_copy(&space->pager->working_set, &n);
+	for (const struct frame *frame; (frame = next_frame(pager));) {
+		backing_fill_frame(&pager->template, &pager->image, frame, &space->unpacker);
+		if (!serve_waiting(space))
+			return false;
+	}
+	scoped_free struct lr_touched *touched = working_set_copy(&pager->working_set, &n);
 	return bring(space, touched, n);
 }
 
@@ -176,6 +190,8 @@ static void *prefetch_main(void *argument) {
 	else
 		sched_setscheduler(0, SCHED_IDLE, &none);
 	if (!unpacker_init(&unpacker).code) {
+		for (const struct frame *frame; !work->all && (frame = next_frame(pager));)
+			backing_fill_frame(&pager->template, &pager->image, frame, &unpacker);
 		for (uint32_t i; (i = atomic_fetch_add(&work->next, 1)) < work->n;)
 			(work->all ? fill_at_leisure : fill)(pager, work->touched[i].chunk, &unpacker);
 		unpacker_deinit(&unpacker);
