@@ -18,10 +18,19 @@ from contextlib import suppress
 
 COLLECT_AFTER = 100_000  # new containers, some 10 MB
 LAST_STREAM = 2
+INTERRUPTED = 130  # the exit status, 128 + SIGINT
 
 
 def entry() -> None:
     """Run the command line and end the process with its exit status."""
+    try:
+        _run()
+    except KeyboardInterrupt:  # before there was a command to end
+        os.write(2, b"lazyrestore: interrupted\n")
+        os._exit(INTERRUPTED)
+
+
+def _run() -> None:
     gc.set_threshold(COLLECT_AFTER)
     while (null := os.open(os.devnull, os.O_RDWR)) <= LAST_STREAM:
         os.set_inheritable(null, True)

@@ -22,7 +22,7 @@ import msgspec
 
 from lazyrestore import spawn
 from lazyrestore._native import _core
-from lazyrestore.errors import MissingFeature, PidTaken, RestoreError
+from lazyrestore.errors import MissingFeature, NoSuchProcess, PidTaken, RestoreError
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import Registers
 from lazyrestore.manifest import Manifest
@@ -458,9 +458,14 @@ class _Child:
 
 
 def _kill(pid: int, pidfd: int) -> None:
-    """End a process that did not come up, and collect it."""
+    """End a process that did not come up, and collect it: a traced thread before the leader, which waits for it."""
     lib.lr_pidfd_send_signal(pidfd, lib.SIGKILL)
+    try:
+        others = [tid for tid in procfs.threads(pid) if tid != pid]  # none can be started any more
+    except NoSuchProcess:  # where SIGCHLD is ignored the kernel collects
+        others = []
     status = ffi.new("int32_t *")
-    while lib.lr_wait(pid, status) >= 0 and os.WIFSTOPPED(status[0]):
-        continue
+    for tid in [*others, pid]:
+        while lib.lr_wait(tid, status) >= 0 and os.WIFSTOPPED(status[0]):
+            continue
     os.close(pidfd)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 import pytest
-from helpers import Builder, Victim, Victims, alive, ask, children_of
+from helpers import GUARD_SECONDS, Builder, Victim, Victims, alive, ask, children_of
 from helpers_cli import run_cli
 from helpers_copies import Copies
 
 import lazyrestore
-from lazyrestore import errors
+from lazyrestore import errors, restore
 from lazyrestore.resources import vma
 
 Start = Callable[..., Victim]
@@ -48,6 +50,41 @@ def refused_by_cli(run: Path, snapshot: lazyrestore.Snapshot, kind: type[errors.
     answer = run_cli(run / "store", "restore", snapshot.name, "--detach", "--json")
     assert answer.returncode == kind.exit_status, answer.stderr
     assert len(answer.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("new_pid", [False, True])
+@pytest.mark.parametrize("step", ["run_to_end", "let_go"])
+def test_failure_when_threads_are_there(
+    victims: Victims, copies: Copies, monkeypatch: pytest.MonkeyPatch, step: str, new_pid: bool
+) -> None:
+    """The leader of a traced process ends only after its threads have been collected."""
+    code = "import threading\nfor _ in range(4): threading.Thread(target=threading.Event().wait).start()"
+    victim = victims.start([sys.executable, "-c", code])
+    victim.until(lambda: len(os.listdir(f"/proc/{victim.pid}/task")) == 5, "its threads")
+    victim.quiet()
+    snapshot = end(victim, copies)
+    original = getattr(restore._Child, step)
+
+    def fails(child: object, **options: bool) -> None:
+        if step == "run_to_end":
+            original(child)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(restore._Child, step, fails)
+    raised: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            snapshot.restore(new_pid=new_pid)
+        except BaseException as error:
+            raised.append(error)
+
+    attempting = threading.Thread(target=attempt, daemon=True)
+    before = children_of(os.getpid())
+    attempting.start()
+    attempting.join(GUARD_SECONDS)
+    assert [type(error) for error in raised] == [KeyboardInterrupt]
+    assert (list(victims.marked()), children_of(os.getpid())) == ([], before)
 
 
 def end(victim: Victim, copies: Copies) -> lazyrestore.Snapshot:
