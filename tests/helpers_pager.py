@@ -18,6 +18,7 @@ from pathlib import Path
 import zstandard
 
 from lazyrestore.pager import BACKING_SHARED, BACKING_TEMPLATE, PagerClient, PagerStats, Range, wire
+from lazyrestore.store.format import sums_of
 
 PAGE = 4096
 CHUNK = 64 << 10
@@ -61,6 +62,7 @@ class Image:
     data_fd: int = -1
     pin_fd: int = -1
     index_offset: int = 0
+    sums: bool = True
     packs: list[tuple[int, int]] = field(default_factory=list)
     stored_at: dict[int, tuple[int, int]] = field(default_factory=dict)  # file offset and length of each frame
 
@@ -81,6 +83,7 @@ class Image:
             file.write(bytes(-file.tell() % 8))
             self.index_offset = file.tell()
             file.write(index)
+            file.write(sums_of(index))
         self.data_fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         self.pin_fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
 

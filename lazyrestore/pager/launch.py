@@ -58,6 +58,10 @@ class StoredImage(Protocol):
     def n_chunks(self) -> int: ...
 
     @property
+    def sums(self) -> bool:
+        """Whether the index is followed by a CRC-32 of each INDEX_BLOCK of its entries."""
+
+    @property
     def packs(self) -> Sequence[tuple[int, int]]:
         """(offset into the data file, length), bytes."""
 
@@ -291,7 +295,7 @@ def _dial(path: Path) -> socket.socket:
 
 
 def _image_memfd(image: StoredImage) -> int:
-    flags = wire.IMAGE_HUGETLB if image.hugetlb else 0
+    flags = (wire.IMAGE_HUGETLB if image.hugetlb else 0) | (wire.IMAGE_SUMS if image.sums else 0)
     name = image.name.encode()[:95]
     header = wire.IMAGE.pack(
         wire.IMAGE_MAGIC,

@@ -44,8 +44,8 @@ class Report(msgspec.Struct):
 def verify(environment: Environment, name: str | None) -> Report:
     """Test one snapshot, or, without a name, all of them and the store's own structure; damage is reported, not raised.
 
-    Of each chunk: its place in the index and in its pack, zstd's checksum, its raw length and its BLAKE3. Raises
-    SnapshotNotFound, StoreError.
+    The index's checksums, and of each chunk: its place in the index and in its pack, zstd's checksum, its raw length
+    and its BLAKE3. Raises SnapshotNotFound, StoreError.
     """
     report = Report()
     if name is None and not _check_tree(environment, report):
@@ -103,6 +103,11 @@ def _check_image(environment: Environment, image: StoredImage, pool: ThreadPoolE
     count = image.n_chunks
     if len(hashes) != count * format.HASH:
         raise ChunkInvalid(f"snapshot {image.name}", "read the hashes", f"{len(hashes)} bytes for {count} chunks")
+    for block in range(0, count, format.INDEX_BLOCK):
+        if not image.is_sound(block // format.INDEX_BLOCK):
+            last = min(block + format.INDEX_BLOCK, count) - 1
+            reason = f"entries {block} to {last} of the index: the checksum is wrong"
+            report.damage.append(Damage(image.name, None, reason))
     pending: deque[Future[list[Damage]]] = deque()
     for batch in _batches(image, hashes, report):
         pending.append(pool.submit(_check_chunks, image, batch))
@@ -129,7 +134,7 @@ def _batches(image: StoredImage, hashes: bytes, report: Report) -> Iterator[list
     for number in range(image.n_chunks):
         report.chunks += 1
         try:
-            entry = image.entry(number, previous)
+            entry = image.entry_within_bounds(number, previous)
         except ChunkInvalid as error:
             report.damage.append(Damage(image.name, None, f"entry {number} of the index: {error.reason}"))
             continue

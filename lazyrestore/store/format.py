@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ PACK_MAX = 8 << 20
 LEVELS = range(1, 20)  # zstd compression levels on offer
 
 ENTRY = struct.Struct("<QIIII")  # struct lr_chunk: image address, raw length, pack slot, offset in pack, stored length
+INDEX_BLOCK = 128  # ENTRYs with one checksum
 TOUCHED = struct.Struct("<II")  # working set: position in the index; bit i: page i of the chunk was written
 LOCATION = struct.Struct("<QIII")  # deduplication: pack id, offset in pack, stored length, raw length
 FRAMES = struct.Struct("<I")  # the head of a working set's pack: number of FRAMEs
@@ -42,7 +44,7 @@ IDENTITY = b"lazyrestore"  # the whole key; no table starts with this letter
 COUNTERS = b"counters"  # the whole key
 NAMES = b"N"  # + name: the snapshot's id, 8 bytes as in a key
 SNAPSHOTS = b"S"  # + id: Record
-INDEXES = b"I"  # + id: ENTRYs, then zeros
+INDEXES = b"I"  # + id: ENTRYs, a CRC-32 of each INDEX_BLOCK of them, then zeros
 HASHES = b"H"  # + id: 32 bytes for each chunk
 MANIFESTS = b"M"  # + id: opaque here
 WORKING_SETS = b"W"  # + id: TOUCHEDs, in the order of first touch; may be absent
@@ -79,7 +81,7 @@ class Counters(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct, frozen=True):
     """One snapshot. created: seconds since 1970; raw_bytes: sum of the chunks' raw lengths; stored_bytes: compressed
     size of the distinct chunks it refers to; added_bytes: what of this was new to the store; packs: ids, by slot;
-    hugetlb: whether it has chunks of 2 MiB, for huge pages."""
+    hugetlb: whether it has chunks of 2 MiB, for huge pages; sums: whether the index has checksums."""
 
     created: float
     chunks: int
@@ -88,6 +90,7 @@ class Record(msgspec.Struct, frozen=True):
     added_bytes: int
     packs: list[int]
     hugetlb: bool = False
+    sums: bool = False
 
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -131,6 +134,12 @@ def entries(index: bytes | bytearray | memoryview) -> Iterator[tuple[int, int, i
     """(image address, raw length, pack slot, offset, stored length) of each chunk, unchecked; length a multiple of
     24."""
     return ENTRY.iter_unpack(index)
+
+
+def sums_of(index: bytes | bytearray | memoryview) -> bytes:
+    """What stands behind an index: a little-endian u32 for each block."""
+    step = INDEX_BLOCK * ENTRY.size
+    return b"".join(zlib.crc32(index[at : at + step]).to_bytes(4, "little") for at in range(0, len(index), step))
 
 
 def fault_in(entry: tuple[int, int, int, int, int], end: int, packs: Sequence[int]) -> str:

@@ -32,10 +32,10 @@ class StoredImage(msgspec.Struct, eq=False):
     key: names this very snapshot in this very file, on this host; snapshot: its id; data_fd: the LMDB data file, read
     only; index_offset: bytes into it; n_chunks: 24-byte entries of the index; packs: (file offset, length in bytes) by
     slot; pin_fd: keeps all of this valid while any copy of the descriptor is open, in whatever process; stored_bytes:
-    compressed bytes that the snapshot refers to; hugetlb: whether it has chunks for huge pages; directory: the store's;
-    working_set: format.TOUCHED each, in the order of first touch; empty if none was recorded; frames: format.FRAME
-    each, of the working set's pack; frames_offset: bytes into data_fd, of the first of them. That pack may be replaced
-    by another recording in spite of the pin: checksums tell.
+    compressed bytes that the snapshot refers to; hugetlb: whether it has chunks for huge pages; sums: whether the index
+    is followed by checksums; directory: the store's; working_set: format.TOUCHED each, in the order of first touch;
+    empty if none was recorded; frames: format.FRAME each, of the working set's pack; frames_offset: bytes into data_fd,
+    of the first of them. That pack may be replaced by another recording in spite of the pin: checksums tell.
     """
 
     name: str
@@ -50,6 +50,7 @@ class StoredImage(msgspec.Struct, eq=False):
     raw_bytes: int
     stored_bytes: int
     hugetlb: bool
+    sums: bool = False
     directory: str = ""
     working_set: bytes = b""
     frames: bytes = b""
@@ -57,6 +58,7 @@ class StoredImage(msgspec.Struct, eq=False):
     _lengths: list[int] = msgspec.field(default_factory=list)
     _map: mmap.mmap | None = None
     _skip: int = 0  # bytes of the map before the index
+    _sound: set[int] = msgspec.field(default_factory=set)  # blocks of the index whose checksum was right
 
     def read(self, address: int, length: int) -> bytes:
         """`length` bytes from image address `address`; zeros where nothing is stored. Raises ChunkInvalid."""
@@ -71,8 +73,8 @@ class StoredImage(msgspec.Struct, eq=False):
         first = self._first_after(start)
         previous = 0
         for number in range(max(0, first - 2), self.n_chunks):
-            # Two entries before the first, and one behind the last, are checked too: a single wrong entry cannot
-            # mislead the search without being out of order with a neighbour of where it ended.
+            # Two entries before the first, and one behind the last, are checked too: where there is no checksum, a
+            # single wrong entry cannot mislead the search without being out of order with a neighbour of its end.
             entry = self.entry(number, previous)
             address, length = entry[:2]
             previous = address + length
@@ -89,10 +91,31 @@ class StoredImage(msgspec.Struct, eq=False):
     def entry(self, number: int, previous: int = 0) -> Entry:
         """Chunk `number` of the index, checked; previous: image address where the one before ends. Raises
         ChunkInvalid."""
+        found = self.entry_within_bounds(number, previous)
+        if not self.is_sound(number // format.INDEX_BLOCK):
+            raise self.invalid(found[0], f"the checksum of entries around number {number} of the index is wrong")
+        return found
+
+    def entry_within_bounds(self, number: int, previous: int) -> Entry:
+        """As entry(), but for the checksum of its block. Raises ChunkInvalid."""
         found = self._entry(number)
         if fault := format.fault_in(found, previous, self._lengths):
             raise self.invalid(found[0], fault)
         return found
+
+    def is_sound(self, block: int) -> bool:
+        """Whether a block of the index is what was written; True where nothing was written to compare it with."""
+        if not self.sums or block in self._sound:
+            return True
+        index = self._index()
+        step = format.INDEX_BLOCK * format.ENTRY.size
+        end = self._skip + self.n_chunks * format.ENTRY.size
+        start = self._skip + block * step
+        expected = index[end + 4 * block : end + 4 * block + 4]
+        if format.sums_of(index[start : min(start + step, end)]) != expected:
+            return False
+        self._sound.add(block)
+        return True
 
     def entries(self) -> Iterator[Entry]:
         """All of the index, in order, each checked. Raises ChunkInvalid."""
@@ -146,13 +169,18 @@ class StoredImage(msgspec.Struct, eq=False):
     ) -> None:
         self.close()
 
-    def _entry(self, number: int) -> Entry:
+    def _index(self) -> mmap.mmap:
         if self._map is None:
             self._skip = self.index_offset % mmap.ALLOCATIONGRANULARITY
             size = self._skip + max(1, self.n_chunks) * format.ENTRY.size
+            size += 4 * -(-self.n_chunks // format.INDEX_BLOCK) if self.sums else 0
             start = self.index_offset - self._skip
             self._map = mmap.mmap(self.data_fd, size, mmap.MAP_SHARED, mmap.PROT_READ, offset=start)
-        return format.ENTRY.unpack_from(self._map, self._skip + number * format.ENTRY.size)
+        return self._map
+
+    def _entry(self, number: int) -> Entry:
+        index = self._index()
+        return format.ENTRY.unpack_from(index, self._skip + number * format.ENTRY.size)
 
     def _first_after(self, address: int) -> int:
         """The number of the first chunk that ends behind `address`."""
@@ -203,10 +231,12 @@ def record_of(environment: Environment, txn: Transaction, snapshot: int) -> form
     return format.decode(data, format.Record, environment.resource)
 
 
-def index_of(environment: Environment, txn: Transaction, snapshot: int, chunks: int) -> memoryview:
-    """The index of a snapshot of `chunks` chunks, without the zeros behind it. Raises ChunkInvalid."""
+def index_of(environment: Environment, txn: Transaction, snapshot: int, record: format.Record) -> memoryview:
+    """The entries of a snapshot's index, without what stands behind them. Raises ChunkInvalid."""
     value = environment.need(txn, format.key(format.INDEXES, snapshot))
-    if not 0 <= chunks <= len(value) // format.ENTRY.size:
+    chunks = record.chunks
+    sums = 4 * -(-chunks // format.INDEX_BLOCK) if record.sums else 0
+    if chunks < 0 or chunks * format.ENTRY.size + sums > len(value):
         raise ChunkInvalid(
             environment.resource, "read an index", f"{len(value)} bytes for {chunks} chunks", "see `verify`"
         )
@@ -240,7 +270,7 @@ def _frames(environment: Environment, value: memoryview, touched: int) -> tuple[
 def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int, data: int, pin: int) -> StoredImage:
     record = record_of(environment, txn, snapshot)
     index = environment.need(txn, format.key(format.INDEXES, snapshot))
-    index_of(environment, txn, snapshot, record.chunks)
+    index_of(environment, txn, snapshot, record)
     packs = []
     for pack in record.packs:
         value = environment.need(txn, format.key(format.PACKS, pack))
@@ -267,6 +297,7 @@ def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int
         raw_bytes=record.raw_bytes,
         stored_bytes=record.stored_bytes,
         hugetlb=record.hugetlb,
+        sums=record.sums,
         directory=environment.directory,
         working_set=working_set,
         frames=frames,

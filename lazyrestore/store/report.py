@@ -121,7 +121,7 @@ def _places(
     environment: Environment, txn: Transaction, snapshot: int, record: format.Record
 ) -> dict[tuple[int, int], int]:
     """Compressed length by (pack id, offset), of the distinct chunks."""
-    index = index_of(environment, txn, snapshot, record.chunks)
+    index = index_of(environment, txn, snapshot, record)
     slots = len(record.packs)
     return {
         (record.packs[slot], offset): stored for _, _, slot, offset, stored in format.entries(index) if slot < slots

@@ -140,6 +140,7 @@ class ImageWriter:
         while self._writing:
             self._writing.popleft().result()
         index, hashes = self._sorted()
+        sums = format.sums_of(index)
         record = format.Record(
             created=time.time(),
             chunks=len(index) // format.ENTRY.size,
@@ -148,6 +149,7 @@ class ImageWriter:
             added_bytes=self._added,
             packs=list(self._slots),
             hugetlb=self._hugetlb,
+            sums=True,
         )
         counters = format.encode(format.Counters(self._snapshot + 1, self._pack))
         chunks = sorted((format.CHUNKS + digest, location) for digest, location in self._new.items())
@@ -157,7 +159,7 @@ class ImageWriter:
                 raise self._exists()
             with txn.cursor() as cursor:
                 cursor.putmulti(chunks)
-            txn.put(format.key(format.INDEXES, self._snapshot), environment.lengthen(index))
+            txn.put(format.key(format.INDEXES, self._snapshot), environment.lengthen(index + sums))
             txn.put(format.key(format.HASHES, self._snapshot), hashes)
             txn.put(format.key(format.MANIFESTS, self._snapshot), manifest)
             txn.put(format.key(format.SNAPSHOTS, self._snapshot), format.encode(record))
@@ -165,7 +167,8 @@ class ImageWriter:
             txn.put(format.COUNTERS, counters)
 
         # 128 bytes per new chunk: a node of 61, doubled by half-full pages.
-        environment.update(show, room=len(index) + len(hashes) + len(manifest) + 128 * len(chunks) + (1 << 20))
+        room = len(index) + len(sums) + len(hashes) + len(manifest) + 128 * len(chunks) + (1 << 20)
+        environment.update(show, room=room)
         environment.sync()
         self._finish()
         return self._snapshot

@@ -76,7 +76,31 @@ def test_a_chunk_swapped_for_a_sound_one(path: Path) -> None:
     alter(path, format.key(format.INDEXES, 1), lambda index: index[:24] + record + index[48:])
     with ImageStore.open(path) as store:
         damage = store.verify().damage
-        assert [(each.address, "BLAKE3" in each.reason) for each in damage] == [(one[0], True)]
+        assert [(each.address, "BLAKE3" in each.reason) for each in damage] == [(None, False), (one[0], True)]
+        assert damage[0].reason.startswith("entries 0 to ")
+
+
+def test_a_plausible_entry_that_is_wrong(path: Path) -> None:
+    """Nothing but the index's checksum tells: each bound is kept, and the chunk's bytes are sound."""
+    with ImageStore.open(path) as store, store.open_image("good") as image:
+        address, *rest = list(image.entries())[-1]
+    moved = format.ENTRY.pack(address + CHUNK, *rest)
+
+    def change(index: bytes) -> bytes:
+        at = index.index(format.ENTRY.pack(address, *rest))
+        return index[:at] + moved + index[at + len(moved) :]
+
+    alter(path, format.key(format.INDEXES, 1), change)
+    with ImageStore.open(path) as store:
+        assert [each.address for each in store.verify().damage] == [None]
+        with store.open_image("good") as image:
+            for start in (address, address + CHUNK):
+                with pytest.raises(ChunkInvalid, match="checksum"):
+                    image.read(start, PAGE)
+    record = format.key(format.SNAPSHOTS, 1)
+    alter(path, record, lambda data: msgspec.msgpack.encode(msgspec.msgpack.decode(data) | {"sums": False}))
+    with ImageStore.open(path) as store, store.open_image("good") as image:  # as before November 2026
+        assert image.read(address, PAGE) == bytes(PAGE)
 
 
 ENTRIES = {

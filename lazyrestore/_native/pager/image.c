@@ -1,5 +1,6 @@
 #include "image.h"
 
+#include "log.h"
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -25,6 +26,7 @@ static struct lr_error read_whole(int fd, void *buffer, size_t length, uint64_t 
 void image_deinit(struct image *image) {
 	if (image->map)
 		munmap(image->map, image->map_length);
+	free((void *)image->verdicts);
 	free(image->packs);
 	free(image->working_set);
 	free(image->frames);
@@ -33,9 +35,14 @@ void image_deinit(struct image *image) {
 	*image = (struct image){.data_fd = -1};
 }
 
-static struct lr_error map_index(struct image *image, uint64_t offset) {
-	uint64_t bytes = image->n_chunks * sizeof(struct lr_chunk);
-	if (image->n_chunks > UINT64_MAX / sizeof(struct lr_chunk) || !inside(offset, bytes, image->data_size))
+static uint64_t n_blocks(const struct image *image) {
+	return image->n_chunks / LR_INDEX_BLOCK + (image->n_chunks % LR_INDEX_BLOCK != 0);
+}
+
+static struct lr_error map_index(struct image *image, uint64_t offset, bool sums) {
+	uint64_t entries = image->n_chunks * sizeof(struct lr_chunk);
+	uint64_t bytes = entries + (sums ? n_blocks(image) * sizeof *image->sums : 0);
+	if (image->n_chunks > UINT64_MAX / 2 / sizeof(struct lr_chunk) || !inside(offset, bytes, image->data_size))
 		return lr_fail("image: index beyond the data file", EINVAL, offset);
 	if (offset % _Alignof(struct lr_chunk))
 		return lr_fail("image: index not aligned", EINVAL, offset);
@@ -49,7 +56,11 @@ static struct lr_error map_index(struct image *image, uint64_t offset) {
 		return lr_fail("mmap of the index", errno, offset);
 	}
 	image->chunks = (const struct lr_chunk *)((const char *)image->map + (offset - first));
-	return LR_OK;
+	if (!sums)
+		return LR_OK;
+	image->sums = (const uint32_t *)(image->chunks + image->n_chunks);
+	image->verdicts = calloc(n_blocks(image), 1);
+	return image->verdicts ? LR_OK : lr_fail("calloc", ENOMEM, 0);
 }
 
 static struct lr_error read_frames(struct image *image, int image_fd, uint64_t table, uint32_t n, uint64_t offset) {
@@ -114,7 +125,7 @@ struct lr_error image_init(int image_fd, int data_fd, struct image *image) {
 			error = lr_fail("image: pack beyond the data file", EINVAL, i);
 	made.data_fd = data_fd;
 	if (!error.code)
-		error = map_index(&made, header.index_offset);
+		error = map_index(&made, header.index_offset, header.flags & LR_IMAGE_SUMS);
 	if (error.code) {
 		made.data_fd = -1; /* the caller keeps it */
 		image_deinit(&made);
@@ -124,8 +135,68 @@ struct lr_error image_init(int image_fd, int data_fd, struct image *image) {
 	return LR_OK;
 }
 
+/* CRC-32 as zlib's, one byte at a time. */
+static uint32_t crc32_of(const void *data, size_t length) {
+	static const uint32_t NIBBLES[16] = {0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4,
+					     0x4db26158, 0x5005713c, 0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c,
+					     0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
+	uint32_t crc = ~0u;
+	for (const unsigned char *byte = data; length--; byte++) {
+		crc = NIBBLES[(crc ^ *byte) & 15] ^ crc >> 4;
+		crc = NIBBLES[(crc ^ *byte >> 4) & 15] ^ crc >> 4;
+	}
+	return ~crc;
+}
+
+enum index_verdict { INDEX_UNKNOWN, INDEX_SOUND, INDEX_DAMAGED };
+
+/* Threads that ask for a block at the same time come to the same verdict. */
+static bool is_sound(const struct image *image, uint64_t chunk) {
+	if (!image->sums)
+		return true;
+	uint64_t block = chunk / LR_INDEX_BLOCK, first = block * LR_INDEX_BLOCK;
+	uint8_t verdict = atomic_load_explicit(&image->verdicts[block], memory_order_relaxed);
+	if (verdict != INDEX_UNKNOWN)
+		return verdict == INDEX_SOUND;
+	uint64_t n = image->n_chunks - first < LR_INDEX_BLOCK ? image->n_chunks - first : LR_INDEX_BLOCK;
+	bool sound = crc32_of(image->chunks + first, n * sizeof *image->chunks) == image->sums[block];
+	atomic_store_explicit(&image->verdicts[block], sound ? INDEX_SOUND : INDEX_DAMAGED, memory_order_relaxed);
+	if (!sound)
+		log_line("snapshot %s: the index is damaged: chunks %llu to %llu cannot be read", image->name,
+			 (unsigned long long)first, (unsigned long long)(first + n - 1));
+	return sound;
+}
+
+/* The first chunk from `first` on that begins a sound block; `end` if there is none below it. Both are such chunks, or n_chunks. */
+static uint64_t sound_from(const struct image *image, uint64_t first, uint64_t end) {
+	while (first < end && !is_sound(image, first))
+		first += LR_INDEX_BLOCK;
+	return first < end ? first : end;
+}
+
+/* The first chunk of the last sound block that begins below `address`; false: there is none. */
+static bool block_below(const struct image *image, uint64_t address, uint64_t *found) {
+	uint64_t low = 0, high = n_blocks(image);
+	bool any = false;
+	while (low < high) {
+		uint64_t middle = low + (high - low) / 2;
+		uint64_t chunk = sound_from(image, middle * LR_INDEX_BLOCK, high * LR_INDEX_BLOCK);
+		if (chunk < high * LR_INDEX_BLOCK && image->chunks[chunk].address < address) {
+			*found = chunk;
+			any = true;
+			low = chunk / LR_INDEX_BLOCK + 1;
+		} else {
+			high = middle;
+		}
+	}
+	return any;
+}
+
 uint64_t image_first_at(const struct image *image, uint64_t address) {
-	uint64_t low = 0, high = image->n_chunks;
+	uint64_t low;
+	if (!block_below(image, address, &low))
+		return 0;
+	uint64_t high = image->n_chunks - low < LR_INDEX_BLOCK ? image->n_chunks : low + LR_INDEX_BLOCK;
 	while (low < high) {
 		uint64_t middle = low + (high - low) / 2;
 		if (image->chunks[middle].address < address)
@@ -139,17 +210,22 @@ uint64_t image_first_at(const struct image *image, uint64_t address) {
 struct image_place image_find(const struct image *image, uint64_t address) {
 	uint64_t above = image_first_at(image, address + 1);
 	struct image_place place = {.hole = true, .end = UINT64_MAX};
-	if (above < image->n_chunks)
-		place.end = image->chunks[above].address;
-	if (!above)
-		return place;
-	const struct lr_chunk *below = &image->chunks[above - 1];
-	uint64_t end = below->address + below->length;
-	if (address >= end) {
+	if (above) { /* in a sound block: that is how it was found */
+		const struct lr_chunk *below = &image->chunks[above - 1];
+		uint64_t end = below->address + below->length;
+		if (address >= below->address && address < end && !((below->address | end) % LR_PAGE))
+			return (struct image_place){.chunk = above - 1, .start = below->address, .end = end};
 		place.start = end;
-		return place;
 	}
-	return (struct image_place){.chunk = above - 1, .start = below->address, .end = end};
+	if (above < image->n_chunks) {
+		uint64_t next = sound_from(image, above, image->n_chunks);
+		if (next < image->n_chunks)
+			place.end = image->chunks[next].address;
+		place.damaged = next != above;
+	}
+	bool sane = address >= place.start && address < place.end && place.start % LR_PAGE == 0 &&
+		    (place.end % LR_PAGE == 0 || place.end == UINT64_MAX);
+	return sane ? place : (struct image_place){.damaged = true, .start = address, .end = address + 1};
 }
 
 struct lr_error unpacker_init(struct unpacker *unpacker) {
@@ -170,9 +246,13 @@ void unpacker_deinit(struct unpacker *unpacker) {
 
 static struct lr_error check(const struct image *image, uint64_t index) {
 	const struct lr_chunk *chunk = &image->chunks[index];
-	if (chunk->address % LR_PAGE || chunk->length % LR_PAGE || !chunk->length || chunk->length > LR_MAX_CHUNK)
+	if (!is_sound(image, index))
+		return lr_fail("index: checksum", EBADMSG, index);
+	if (chunk->address % LR_PAGE || chunk->length % LR_PAGE || !chunk->length || chunk->length > LR_MAX_CHUNK ||
+	    chunk->address > UINT64_MAX - chunk->length)
 		return lr_fail("chunk: address or length", EBADMSG, chunk->address);
-	if (index + 1 < image->n_chunks && chunk->address + chunk->length > image->chunks[index + 1].address)
+	if (index + 1 < image->n_chunks && is_sound(image, index + 1) &&
+	    chunk->address + chunk->length > image->chunks[index + 1].address)
 		return lr_fail("chunk: overlaps the next", EBADMSG, chunk->address);
 	if (chunk->pack >= image->n_packs || !inside(chunk->offset, chunk->stored, image->packs[chunk->pack].length))
 		return lr_fail("chunk: outside its pack", EBADMSG, chunk->address);

@@ -2,11 +2,16 @@
  *
  * Facts: the numbers come from a file that may be damaged; a read beyond the end of a mapped file, or of a bad disk
  * block, is SIGBUS, while pread(2) says so. Opening must cost O(packs). Choice: the index is mapped (its range checked
- * against the file's size once), each entry is checked when it is used, packs are read with pread. Cost: one copy of the
- * compressed bytes, 2 us per chunk; a disk error under the index ends the pager, and the keeper its processes. */
+ * against the file's size once), each entry is checked when it is used, and its block's checksum before the first such
+ * use; packs are read with pread. Cost: one copy of the compressed bytes, 2 us per chunk; 8 us per 128 chunks for the
+ * checksum; a disk error under the index ends the pager, and the keeper its processes.
+ *
+ * A search may look at damaged entries, but ends between two neighbours, and there is only one such place for an address
+ * in a sorted index: if the blocks of both are sound, so is the answer. Stores before November 2026 have no checksums. */
 #pragma once
 #include "protocol.h"
 #include "result.h"
+#include <stdatomic.h>
 #include <stdbool.h>
 
 /* One frame of the working set's pack: entries [first, first + n) of the working set. */
@@ -24,6 +29,8 @@ struct image {
 	size_t map_length;
 	const struct lr_chunk *chunks;
 	uint64_t n_chunks;
+	const uint32_t *sums;      /* in the map, one per block; NULL: the image has none */
+	_Atomic uint8_t *verdicts; /* enum index_verdict of each block */
 	struct lr_pack *packs;
 	uint32_t n_packs;
 	struct lr_touched *working_set; /* not checked */
@@ -38,16 +45,18 @@ struct image {
 struct lr_error image_init(int image_fd, int data_fd, struct image *image);
 void image_deinit(struct image *image);
 
-/* Where an image address lies: in chunk `chunk`, or in a hole; [start, end) is the chunk's or the hole's. */
+/* Where an image address lies: in chunk `chunk`, in a hole, or where the index is damaged, so that nobody knows; [start, end)
+ * is the chunk's or the hole's, and contains the address. */
 struct image_place {
 	bool hole;
+	bool damaged;
 	uint64_t chunk;
 	uint64_t start;
 	uint64_t end;
 };
 struct image_place image_find(const struct image *image, uint64_t address);
 
-/* The first chunk that begins at or after `address`; n_chunks if there is none. */
+/* The first chunk that begins at or after `address`; n_chunks if there is none. Next to damaged blocks, one of theirs. */
 uint64_t image_first_at(const struct image *image, uint64_t address);
 
 /* One thread's buffers and zstd context. */

@@ -9,6 +9,8 @@ enum {
 	LR_PROTOCOL_VERSION = 3,
 	LR_IMAGE_MAGIC = 0x474d494c,
 	LR_IMAGE_HUGETLB = 1, /* lr_image.flags: there are hugetlb VMAs */
+	LR_IMAGE_SUMS = 2,    /* lr_image.flags: a uint32_t for each block of the index follows it: CRC-32 of its entries */
+	LR_INDEX_BLOCK = 128, /* entries; the last block may have fewer */
 	LR_MAX_SHARED = 248,  /* the kernel passes 253 descriptors in one packet; three are taken */
 	LR_MAX_CHUNK = 2097152
 };
@@ -51,7 +53,7 @@ struct lr_image {
 	uint32_t version;
 	uint32_t flags;
 	uint32_t n_packs;
-	uint64_t index_offset; /* bytes into the data file; lr_chunk[n_chunks] */
+	uint64_t index_offset; /* bytes into the data file; lr_chunk[n_chunks], then the checksums, if there are any */
 	uint64_t n_chunks;
 	uint32_t n_working_set;
 	uint32_t n_frames;

@@ -308,6 +308,11 @@ static enum verdict serve_page(struct space *space, uint64_t address, struct fav
 		job.end = job.at + (place.end - wanted);
 	if (wanted - place.start < job.at - interval.start)
 		job.start = job.at - (wanted - place.start);
+	if (place.damaged) {
+		job.start = job.at;
+		job.end = job.at + job.page;
+		return poison(space, job);
+	}
 	if (place.hole && backing->page == LR_HUGE && (place.start > wanted || place.end < wanted + LR_HUGE))
 		return poison(space, job); /* a part of it is stored: a huge page arrives whole or not at all */
 	if (place.hole)

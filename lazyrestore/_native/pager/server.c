@@ -43,9 +43,9 @@ static bool receive(struct connection *connection) {
 	do
 		n = recvmsg(connection->fd, &message, MSG_CMSG_CLOEXEC);
 	while (n < 0 && errno == EINTR);
-	if (n <= 0)
+	if (n < 0)
 		return false;
-	collect_fds(&message, connection);
+	collect_fds(&message, connection); /* an empty packet looks like the end, but may bring descriptors */
 	return n == sizeof connection->request && !(message.msg_flags & (MSG_TRUNC | MSG_CTRUNC));
 }
 
