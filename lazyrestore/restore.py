@@ -15,7 +15,6 @@ import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import chain
 
 import msgspec
@@ -30,7 +29,6 @@ from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TE
 from lazyrestore.pid_namespace import Namespace, new_namespace
 from lazyrestore.program import Op, lib
 from lazyrestore.resources import attributes, descriptors, listeners, threads, vma
-from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
 from lazyrestore.restore_checks import check_host, check_huge_pages, check_pid_free
 from lazyrestore.restore_options import AS_IT_WAS, Options
 from lazyrestore.restore_program import Compiled, compile_program, inherited_settings, layout_for
@@ -43,8 +41,7 @@ AHEAD = 4 << 20  # bytes of contents that are decompressed while the new process
 Piece = tuple[vma.Vma, int, bytes]  # address, contents
 
 
-@dataclass(slots=True)
-class Started:
+class Started(msgspec.Struct):
     """A restored process that runs: pid (ours, not its namespace's), pidfds that the caller owns, times in ms."""
 
     pid: int
@@ -54,8 +51,7 @@ class Started:
     phases: dict[str, float]
 
 
-@dataclass(slots=True)
-class Prepared:
+class Prepared(msgspec.Struct):
     """A snapshot on this host, ready to be restored many times: checked, compiled."""
 
     name: str
@@ -63,14 +59,13 @@ class Prepared:
     image: StoredImage
     own: attributes.Credentials
     # Options.shape → a program that can be used again, and the settings of the thread that it was compiled for
-    compiled: dict[object, tuple[object, Compiled]] = field(default_factory=dict)
-    ranges: list[Range] = field(default_factory=list)
+    compiled: dict[object, tuple[object, Compiled]] = msgspec.field(default_factory=dict)
+    ranges: list[Range] = msgspec.field(default_factory=list)
     huge_pages: int = 0  # of 2 MiB, with content
-    checked: dict[str, vma.Signature | None] = field(default_factory=dict)  # path → signature when found unchanged
+    checked: dict[str, vma.Signature | None] = msgspec.field(default_factory=dict)  # path → signature, unchanged
 
 
-@dataclass(frozen=True, slots=True)
-class Checked:
+class Checked(msgspec.Struct, frozen=True):
     """One restore that nothing speaks against, about to begin."""
 
     prepared: Prepared
@@ -328,9 +323,8 @@ class _Child:
 
     def start(self, program: int) -> None:
         """Tell the program where the vdso is, and let the first instruction map it and jump to the executor."""
-        kernel = {
-            m.path: m.start for m in procfs.parse_maps(procfs.read(self.pid, "maps")) if m.path in KERNEL_MAPPINGS
-        }
+        mappings = procfs.parse_maps(procfs.read(self.pid, "maps"))
+        kernel = {m.path: m.start for m in mappings if m.path in procfs.KERNEL_MAPPINGS}
         linked = self.compiled.linked
         for index, (name, _, _) in zip(self.compiled.kernel_moves, self.prepared.manifest.host.vdso, strict=True):
             os.pwrite(program, struct.pack("<Q", kernel[name]), linked.op_addresses[0] - linked.base + index * 80 + 16)

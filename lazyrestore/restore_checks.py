@@ -11,7 +11,6 @@ from lazyrestore.errors import CpuMismatch, KernelMismatch, NoSuchProcess, OutOf
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import vdso_hash
 from lazyrestore.manifest import Manifest
-from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS
 
 ffi = _core.ffi
 
@@ -25,7 +24,7 @@ def _this_host() -> tuple[str, list[tuple[str, int]], frozenset[str]]:
     """The vdso's hash, the kernel's mappings (name, length), the CPU's features: read once per process."""
     global _own_host
     if _own_host is None:
-        kernel = [m for m in procfs.parse_maps(procfs.read(os.getpid(), "maps")) if m.path in KERNEL_MAPPINGS]
+        kernel = [m for m in procfs.parse_maps(procfs.read(os.getpid(), "maps")) if m.path in procfs.KERNEL_MAPPINGS]
         vdso = next((m for m in kernel if m.path == "[vdso]"), None)
         if vdso is None:
             raise KernelMismatch("kernel", "check", "it gives processes no vdso", "boot without vdso=0")

@@ -39,7 +39,7 @@ from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import Frozen, check, vdso_hash
 from lazyrestore.manifest import Host, Manifest
 from lazyrestore.resources import attributes, descriptors, signals, threads, vma
-from lazyrestore.resources.memory_plan import KERNEL_MAPPINGS, Plan, Planner, Run
+from lazyrestore.resources.memory_plan import Plan, Planner, Run
 from lazyrestore.store import HUGE_CHUNK, ImageStore, ImageWriter
 
 lib, ffi = _core.lib, _core.ffi
@@ -274,7 +274,7 @@ def _finish(capture: _Capture, pause: float) -> Manifest:
 
 
 def _host(frozen: Frozen, mappings: list[procfs.Mapping]) -> Host:
-    kernel = [mapping for mapping in mappings if mapping.path in KERNEL_MAPPINGS]
+    kernel = [mapping for mapping in mappings if mapping.path in procfs.KERNEL_MAPPINGS]
     vdso = next((mapping for mapping in kernel if mapping.path == "[vdso]"), None)
     if vdso is None:
         raise SnapshotFailed(f"process {frozen.pid}", "capture", "it has no vdso")

@@ -12,8 +12,6 @@ import click
 from lazyrestore.cli.words import columns, size
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from lazyrestore.pager.client import PagerStats, ServiceTimes, SpaceStats
 
 PAGE = 4096
@@ -55,7 +53,7 @@ def stats_command(store: str, pid: int | None, json_output: bool) -> None:
         click.echo("\n".join(_lines(each)))
 
 
-def _names_by_socket(store: str) -> dict[Path, str]:
+def _names_by_socket(store: str) -> dict[str, str]:
     """The store's snapshots by the socket on which their pager listens, if they have one."""
     from lazyrestore.cli import default_store
     from lazyrestore.pager.launch import socket_path

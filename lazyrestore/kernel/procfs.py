@@ -16,6 +16,9 @@ import msgspec
 
 from lazyrestore.errors import NoSuchProcess
 
+KERNEL_MAPPINGS = ("[vdso]", "[vvar]", "[vvar_vclock]")
+"""The paths, in maps, of what the kernel maps into every process."""
+
 
 class Mapping(msgspec.Struct, frozen=True):
     """One line of maps; `flags` only from smaps. Addresses in bytes, `end` exclusive."""

@@ -18,7 +18,6 @@ import os
 import socket
 import stat
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Protocol, Self
 
 from blake3 import blake3
@@ -27,7 +26,9 @@ from ..errors import PagerError
 from . import wire
 from .client import PagerClient, PagerGone
 
-PAGERD = Path(__file__).resolve().parent.parent / "_native" / "pagerd"
+PAGERD = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "_native", "pagerd")
+StrPath = str | os.PathLike[str]  # results are str: pathlib takes 4 ms to import, longer than most restores
+_SOCKET = ".sock"
 _LONGEST_PATH = 107  # sockaddr_un.sun_path without its zero byte
 
 
@@ -87,7 +88,7 @@ class StoredImage(Protocol):
         """Whether the snapshot has hugetlb memory."""
 
 
-def runtime_directory() -> Path:
+def runtime_directory() -> str:
     """The private directory for sockets, locks and the pagers' log; made if it is missing.
 
     $XDG_RUNTIME_DIR/lazyrestore, else /run/lazyrestore (root), /run/user/UID/lazyrestore, or one in the temporary
@@ -95,25 +96,25 @@ def runtime_directory() -> Path:
     """
     uid = os.geteuid()
     if base := os.environ.get("XDG_RUNTIME_DIR"):
-        path = Path(base) / "lazyrestore"
+        path = os.path.join(base, "lazyrestore")
     elif uid == 0:
-        path = Path("/run/lazyrestore")
+        path = "/run/lazyrestore"
     elif os.access(f"/run/user/{uid}", os.W_OK):
-        path = Path(f"/run/user/{uid}/lazyrestore")
+        path = f"/run/user/{uid}/lazyrestore"
     else:
-        path = Path(os.environ.get("TMPDIR", "/tmp")) / f"lazyrestore-{uid}"
+        path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"lazyrestore-{uid}")
     _make_private(path)
     return path
 
 
-def _make_private(path: Path) -> None:
+def _make_private(path: StrPath) -> None:
     try:
         try:
-            about = path.lstat()
+            about = os.lstat(path)
         except FileNotFoundError:
             with contextlib.suppress(FileExistsError):
-                path.mkdir(mode=0o700)
-            about = path.lstat()
+                os.mkdir(path, 0o700)
+            about = os.lstat(path)
     except OSError as error:
         raise PagerError(f"run-time directory {path}", "mkdir", errno=error.errno) from error
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
@@ -125,7 +126,7 @@ def _make_private(path: Path) -> None:
 class Connecting:
     """A connection to a pager that may not have answered yet. One thread; `close()` it, or leave it as a context."""
 
-    def __init__(self, image: StoredImage, directory: Path, linger_ms: int) -> None:
+    def __init__(self, image: StoredImage, directory: str, linger_ms: int) -> None:
         self._image, self._directory, self._linger_ms = image, directory, linger_ms
         self._path, self._name = _socket_path(directory, image.key), f"pager of {image.name}"
         self._started = False
@@ -192,7 +193,7 @@ class Connecting:
         return PagerError(self._name, "start", "it ended at once", f"see {_log(self._directory)}", errno=error.errno)
 
 
-def begin(image: StoredImage, *, runtime_dir: Path | None = None, linger_ms: int = 2000) -> Connecting:
+def begin(image: StoredImage, *, runtime_dir: StrPath | None = None, linger_ms: int = 2000) -> Connecting:
     """Find the pager of `image` or start it, without waiting for its answer; it outlives the caller.
 
     linger_ms: how long a pager started here stays without address spaces and connections. Raises PagerError.
@@ -200,29 +201,34 @@ def begin(image: StoredImage, *, runtime_dir: Path | None = None, linger_ms: int
     return Connecting(image, _directory(runtime_dir), linger_ms)
 
 
-def connect_or_start(image: StoredImage, *, runtime_dir: Path | None = None, linger_ms: int = 2000) -> PagerClient:
+def connect_or_start(image: StoredImage, *, runtime_dir: StrPath | None = None, linger_ms: int = 2000) -> PagerClient:
     """begin(), and its answer."""
     with begin(image, runtime_dir=runtime_dir, linger_ms=linger_ms) as connecting:
         return connecting.answered()
 
 
-def connect_existing(key: str, name: str, *, runtime_dir: Path | None = None) -> PagerClient | None:
+def connect_existing(key: str, name: str, *, runtime_dir: StrPath | None = None) -> PagerClient | None:
     """The running pager of the snapshot `key`; None if there is none."""
     path = _socket_path(_directory(runtime_dir), key)
     with _locked(path):
         try:
             return _connect(path, f"pager of {name}")
         except (FileNotFoundError, ConnectionRefusedError, PagerGone):
-            path.with_suffix(".lock").unlink(missing_ok=True)  # made by asking
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(_lock_path(path))  # made by asking
             return None
 
 
-def connect_all(*, runtime_dir: Path | None = None) -> Iterator[tuple[Path, PagerClient]]:
+def connect_all(*, runtime_dir: StrPath | None = None) -> Iterator[tuple[str, PagerClient]]:
     """Every running pager of this user, with its socket's path; the caller closes the clients."""
-    for path in sorted(_directory(runtime_dir).glob("*.sock")):
+    directory = _directory(runtime_dir)
+    for name in sorted(os.listdir(directory)):
+        if not name.endswith(_SOCKET):
+            continue
+        path = os.path.join(directory, name)
         with _locked(path):
             try:
-                client = _connect(path, f"pager {path.stem}")
+                client = _connect(path, f"pager {name.removesuffix(_SOCKET)}")
             except (FileNotFoundError, ConnectionRefusedError, PagerGone):
                 continue
             except PagerError as error:
@@ -232,62 +238,66 @@ def connect_all(*, runtime_dir: Path | None = None) -> Iterator[tuple[Path, Page
         yield path, client
 
 
-def socket_path(key: str, *, runtime_dir: Path | None = None) -> Path:
+def socket_path(key: str, *, runtime_dir: StrPath | None = None) -> str:
     """Where the pager of the snapshot `key` listens."""
     return _socket_path(_directory(runtime_dir), key)
 
 
-def _directory(given: Path | None) -> Path:
+def _directory(given: StrPath | None) -> str:
     if given is None:
         return runtime_directory()
     _make_private(given)
-    return given.resolve()
+    return os.path.realpath(given)
 
 
-def _socket_path(directory: Path, key: str) -> Path:
-    path = directory / (blake3(f"{wire.VERSION} {key}".encode()).hexdigest(8) + ".sock")
+def _socket_path(directory: StrPath, key: str) -> str:
+    path = os.path.join(directory, blake3(f"{wire.VERSION} {key}".encode()).hexdigest(8) + _SOCKET)
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise PagerError(f"run-time directory {directory}", "socket", "path too long", errno=errno.ENAMETOOLONG)
     return path
 
 
-def _log(directory: Path) -> Path:
-    return directory / "pager.log"
+def _lock_path(path: str) -> str:
+    return path.removesuffix(_SOCKET) + ".lock"
 
 
-def _open_lock(path: Path) -> int:
-    return os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+def _log(directory: str) -> str:
+    return os.path.join(directory, "pager.log")
+
+
+def _open_lock(path: str) -> int:
+    return os.open(_lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: str) -> Iterator[None]:
     """The lock of the socket at `path`. A pager that leaves removes the file, so it is looked at again once locked."""
     while True:
         lock = _open_lock(path)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if _is_at(lock, path.with_suffix(".lock")):
+            if _is_at(lock, _lock_path(path)):
                 yield
                 return
         finally:
             os.close(lock)
 
 
-def _is_at(descriptor: int, path: Path) -> bool:
+def _is_at(descriptor: int, path: str) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
 
 
-def _connect(path: Path, name: str) -> PagerClient:
+def _connect(path: str, name: str) -> PagerClient:
     return PagerClient(_dial(path), name)
 
 
-def _dial(path: Path) -> socket.socket:
+def _dial(path: str) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        connection.connect(os.fspath(path))
+        connection.connect(path)
     except BaseException:
         connection.close()
         raise
@@ -318,7 +328,7 @@ def _image_memfd(image: StoredImage) -> int:
     return memfd
 
 
-def _start(image: StoredImage, directory: Path, path: Path, linger_ms: int) -> int:
+def _start(image: StoredImage, directory: str, path: str, linger_ms: int) -> int:
     """Returns the process id of the child that starts the pager and ends; it is to be collected."""
     with contextlib.ExitStack() as stack:
 
@@ -327,8 +337,9 @@ def _start(image: StoredImage, directory: Path, path: Path, linger_ms: int) -> i
             return fd
 
         listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
-        path.unlink(missing_ok=True)
-        listener.bind(os.fspath(path))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        listener.bind(path)
         listener.listen(128)
         log_flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         fds = {
@@ -352,5 +363,6 @@ def _start(image: StoredImage, directory: Path, path: Path, linger_ms: int) -> i
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in fds.values()],
             )
         except OSError as error:
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
             raise PagerError(f"pager of {image.name}", f"posix_spawn {PAGERD}", errno=error.errno) from error

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from lazyrestore._native import _core
 from lazyrestore.errors import SnapshotFailed
-from lazyrestore.kernel.procfs import Mapping
+from lazyrestore.kernel.procfs import KERNEL_MAPPINGS, Mapping
 from lazyrestore.resources.vma import (
     ANONYMOUS_SHARED_NAME,
     LARGE_FILE_MAPPING,
@@ -35,7 +35,6 @@ lib, ffi = _core.lib, _core.ffi
 Ranges = list[tuple[int, int]]  # (start, end) addresses, end exclusive
 
 OBJECT_SPAN = 1 << 47  # image addresses per shared object
-KERNEL_MAPPINGS = ("[vdso]", "[vvar]", "[vvar_vclock]")
 HUGE = 2 << 20
 
 

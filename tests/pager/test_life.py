@@ -236,7 +236,7 @@ def test_other_protocol_version_is_refused(image: Image, start: Start) -> None:
 
 def test_runtime_directory_must_be_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    path = launch.runtime_directory()
+    path = Path(launch.runtime_directory())
     assert path == tmp_path / "lazyrestore"
     assert path.stat().st_mode & 0o777 == 0o700
     path.chmod(0o755)
