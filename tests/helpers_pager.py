@@ -18,7 +18,7 @@ from pathlib import Path
 import zstandard
 
 from lazyrestore.pager import BACKING_SHARED, BACKING_TEMPLATE, PagerClient, PagerStats, Range, wire
-from lazyrestore.store.format import sums_of
+from lazyrestore.store.format import sums_of, tag_of
 
 PAGE = 4096
 CHUNK = 64 << 10
@@ -100,8 +100,9 @@ class Image:
             self.frames_offset = file.tell()
             for count in counts:
                 frame = compressor.compress(b"".join(self.chunks[address] for address in touched[:count]))
+                numbers = [addresses.index(address) for address in touched[:count]]
                 del touched[:count]
-                self.frames += wire.FRAME.pack(len(frame), count)
+                self.frames += wire.FRAME.pack(len(frame), count, tag_of(numbers, frame))
                 file.write(frame)
 
     def damage(self, address: int) -> None:

@@ -33,7 +33,7 @@ INDEX_BLOCK = 128  # ENTRYs with one checksum
 TOUCHED = struct.Struct("<II")  # working set: position in the index; bit i: page i of the chunk was written
 LOCATION = struct.Struct("<QIII")  # deduplication: pack id, offset in pack, stored length, raw length
 FRAMES = struct.Struct("<I")  # the head of a working set's pack: number of FRAMEs
-FRAME = struct.Struct("<II")  # struct lr_frame: compressed bytes, chunks
+FRAME = struct.Struct("<III")  # struct lr_frame: compressed bytes, chunks, tag_of() both
 KEY = struct.Struct(">Q")  # ids as keys, so that LMDB sorts them as numbers
 
 NAME = re.compile(r"[A-Za-z0-9_:@+][A-Za-z0-9._:@+-]{0,127}")
@@ -140,6 +140,12 @@ def sums_of(index: bytes | bytearray | memoryview) -> bytes:
     """What stands behind an index: a little-endian u32 for each block."""
     step = INDEX_BLOCK * ENTRY.size
     return b"".join(zlib.crc32(index[at : at + step]).to_bytes(4, "little") for at in range(0, len(index), step))
+
+
+def tag_of(chunks: Sequence[int], frame: bytes) -> int:
+    """Says which chunks a frame of a working set's pack holds, and which frame: its last 4 bytes are its checksum."""
+    numbers = b"".join(chunk.to_bytes(4, "little") for chunk in chunks)
+    return zlib.crc32(numbers + frame[-4:])
 
 
 def fault_in(entry: tuple[int, int, int, int, int], end: int, packs: Sequence[int]) -> str:

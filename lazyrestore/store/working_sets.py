@@ -35,7 +35,7 @@ def pack(image: StoredImage, working_set: bytes) -> bytes:
     frames = bytearray()
     for raw, chunks in _groups(image, working_set):
         frame = compressor.compress(raw)
-        table += format.FRAME.pack(len(frame), chunks)
+        table += format.FRAME.pack(len(frame), len(chunks), format.tag_of(chunks, frame))
         frames += frame
     return format.FRAMES.pack(len(table) // format.FRAME.size) + table + frames
 
@@ -52,13 +52,14 @@ def damage(image: StoredImage, hashes: bytes) -> str:
     touched = [chunk for chunk, _ in format.TOUCHED.iter_unpack(image.working_set)]
     offset = image.frames_offset
     first = 0
-    for stored, chunks in format.FRAME.iter_unpack(image.frames):
+    for stored, chunks, tag in format.FRAME.iter_unpack(image.frames):
         numbers = touched[first : first + chunks]
         if max(numbers, default=0) >= image.n_chunks:
             return "it goes beyond the index"
         lengths = [image.entry(number)[1] for number in numbers]
+        frame = image.read_data(offset, stored)
         try:
-            raw = format.decompress(image.read_data(offset, stored), sum(lengths))
+            raw = format.decompress(frame, sum(lengths))
         except ValueError as error:
             return str(error)
         at = 0
@@ -66,22 +67,24 @@ def damage(image: StoredImage, hashes: bytes) -> str:
             if blake3(raw[at : at + length]).digest() != hashes[number * format.HASH : (number + 1) * format.HASH]:
                 return f"chunk {number} of the index is another one there"
             at += length
+        if format.tag_of(numbers, frame) != tag:
+            return "a frame's tag is not the recorded one"
         offset += stored
         first += chunks
     return ""
 
 
-def _groups(image: StoredImage, working_set: bytes) -> Iterator[tuple[bytes, int]]:
-    """(raw bytes, number of chunks) of each frame."""
+def _groups(image: StoredImage, working_set: bytes) -> Iterator[tuple[bytes, list[int]]]:
+    """(raw bytes, the chunks' numbers) of each frame."""
     raw = bytearray()
-    chunks = 0
+    chunks: list[int] = []
     for number, _ in format.TOUCHED.iter_unpack(working_set):
         content = image.decompress(image.entry(number))
         if chunks and len(raw) + len(content) > FRAME:
             yield bytes(raw), chunks
             raw.clear()
-            chunks = 0
+            chunks = []
         raw += content
-        chunks += 1
+        chunks.append(number)
     if chunks:
         yield bytes(raw), chunks

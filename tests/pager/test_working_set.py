@@ -156,8 +156,33 @@ def test_from_its_pack(start: Start, make_image: MakeImage, make_victim: MakeVic
     stats = client.stats()
     assert (stats.chunks_bad, stats.faults) == (0, 0)
     alone = [image.stored_at[sorted(image.chunks)[number]][1] for number in ((5, 4, 11, 3) if damaged else (3,))]
-    frames = [stored for stored, _ in wire.FRAME.iter_unpack(image.frames)][1 if damaged else 0 :]
+    frames = [stored for stored, _, _ in wire.FRAME.iter_unpack(image.frames)][1 if damaged else 0 :]
     assert stats.bytes_read == sum(alone) + sum(frames)
+
+
+@pytest.mark.parametrize("how", ["list", "file"])
+def test_pack_of_other_chunks(start: Start, make_image: MakeImage, make_victim: MakeVictim, how: str) -> None:
+    """A frame that is sound, and as long as the right one, but of other chunks: an entry of the list is damaged, or
+    another recording has overwritten the pack since it was opened. Nothing is taken from it."""
+    chunks = {BASE + n * CHUNK: bytes([n + 1]) * CHUNK for n in range(8)}
+    image = make_image(chunks, working_set=packed(0, 1, 2, 3))
+    image.add_frames(2, 2)
+    if how == "list":
+        image.working_set = packed(0, 5, 2, 3)
+    else:
+        first, second = (wire.FRAME.unpack_from(image.frames, at)[0] for at in (0, wire.FRAME.size))
+        assert first == second
+        with image.path.open("r+b") as file:
+            file.seek(image.frames_offset + first)
+            other = file.read(second)
+            file.seek(image.frames_offset)
+            file.write(other)
+    client, victim = start(image), make_victim()
+    victim.clone(client, BASE, LENGTH, replay=True)
+    stats_when(client, lambda stats: stats.counters.replayed >= 4 * CHUNK // PAGE)
+    for n in range(8):
+        right = victim.ask("crc", BASE + n * CHUNK, CHUNK) == str(zlib.crc32(bytes([n + 1]) * CHUNK))
+        assert right, n
 
 
 @pytest.mark.parametrize("frames", [(7, 2), (7, 0), (1 << 31, 1), (7, 1 << 31)])
@@ -166,7 +191,7 @@ def test_pack_of_impossible_frames(
 ) -> None:
     """Bytes that are no frame are passed over; a table that cannot be true is no image to start from."""
     image = make_image(working_set=packed(5, 4))
-    image.frames, image.frames_offset = wire.FRAME.pack(*frames), 100
+    image.frames, image.frames_offset = wire.FRAME.pack(*frames, 0), 100
     if frames == (7, 2):
         client, victim = start(image), make_victim()
         victim.clone(client, BASE, LENGTH, replay=True)

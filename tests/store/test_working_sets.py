@@ -39,7 +39,7 @@ def test_kept_in_a_pack(tmp_path: Path) -> None:
             assert image.frames == b""
             store.keep_working_set("one", image.snapshot, struct.pack("<6I", 3, 0, 0, 15, 2, 1))
         with store.open_image("one") as image:
-            ((stored, chunks),) = format.FRAME.iter_unpack(image.frames)
+            ((stored, chunks, _),) = format.FRAME.iter_unpack(image.frames)
             raw = format.decompress(image.read_data(image.frames_offset, stored), 3 * CHUNK)
             assert chunks == 3
             assert raw == b"".join(bytes([number + 1]) * CHUNK for number in (3, 0, 2))

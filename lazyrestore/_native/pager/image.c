@@ -74,7 +74,7 @@ static struct lr_error read_frames(struct image *image, int image_fd, uint64_t t
 		if (!inside(offset, stored[i].stored, image->data_size) || !stored[i].chunks ||
 		    stored[i].chunks > image->n_working_set - first)
 			return lr_fail("image: frame beyond the data file or the working set", EINVAL, i);
-		image->frames[i] = (struct frame){offset, stored[i].stored, first, stored[i].chunks};
+		image->frames[i] = (struct frame){offset, stored[i].stored, first, stored[i].chunks, stored[i].tag};
 		image->n_frames++;
 		offset += stored[i].stored;
 		first += stored[i].chunks;
@@ -135,12 +135,12 @@ struct lr_error image_init(int image_fd, int data_fd, struct image *image) {
 	return LR_OK;
 }
 
-/* CRC-32 as zlib's, one byte at a time. */
-static uint32_t crc32_of(const void *data, size_t length) {
+/* CRC-32 as zlib's; `before`: of what precedes the data, 0 if nothing does. */
+static uint32_t crc32_of(uint32_t before, const void *data, size_t length) {
 	static const uint32_t NIBBLES[16] = {0x00000000, 0x1db71064, 0x3b6e20c8, 0x26d930ac, 0x76dc4190, 0x6b6b51f4,
 					     0x4db26158, 0x5005713c, 0xedb88320, 0xf00f9344, 0xd6d6a3e8, 0xcb61b38c,
 					     0x9b64c2b0, 0x86d3d2d4, 0xa00ae278, 0xbdbdf21c};
-	uint32_t crc = ~0u;
+	uint32_t crc = ~before;
 	for (const unsigned char *byte = data; length--; byte++) {
 		crc = NIBBLES[(crc ^ *byte) & 15] ^ crc >> 4;
 		crc = NIBBLES[(crc ^ *byte >> 4) & 15] ^ crc >> 4;
@@ -159,7 +159,7 @@ static bool is_sound(const struct image *image, uint64_t chunk) {
 	if (verdict != INDEX_UNKNOWN)
 		return verdict == INDEX_SOUND;
 	uint64_t n = image->n_chunks - first < LR_INDEX_BLOCK ? image->n_chunks - first : LR_INDEX_BLOCK;
-	bool sound = crc32_of(image->chunks + first, n * sizeof *image->chunks) == image->sums[block];
+	bool sound = crc32_of(0, image->chunks + first, n * sizeof *image->chunks) == image->sums[block];
 	atomic_store_explicit(&image->verdicts[block], sound ? INDEX_SOUND : INDEX_DAMAGED, memory_order_relaxed);
 	if (!sound)
 		log_line("snapshot %s: the index is damaged: chunks %llu to %llu cannot be read", image->name,
@@ -299,5 +299,12 @@ struct lr_error image_unpack_frame(const struct image *image, const struct frame
 	}
 	if (length > LR_MAX_CHUNK)
 		return lr_fail("frame: raw size", EBADMSG, length);
-	return unpack(image, frame->offset, frame->stored, length, frame->offset, unpacker);
+	struct lr_error error = unpack(image, frame->offset, frame->stored, length, frame->offset, unpacker);
+	if (error.code)
+		return error;
+	uint32_t tag = 0;
+	for (uint32_t i = frame->first; i < frame->first + frame->n; i++)
+		tag = crc32_of(tag, &image->working_set[i].chunk, sizeof image->working_set[i].chunk);
+	tag = crc32_of(tag, (const char *)unpacker->stored + frame->stored - sizeof tag, sizeof tag);
+	return tag == frame->tag ? LR_OK : lr_fail("frame: of other chunks", EBADMSG, frame->offset);
 }

@@ -20,6 +20,7 @@ struct frame {
 	uint32_t stored;
 	uint32_t first;
 	uint32_t n;
+	uint32_t tag; /* as in struct lr_frame */
 };
 
 struct image {
@@ -72,5 +73,6 @@ void unpacker_deinit(struct unpacker *unpacker);
 struct lr_error image_unpack(const struct image *image, uint64_t chunk, struct unpacker *unpacker);
 
 /* Leaves the raw bytes of a frame's chunks, one behind the other, in unpacker->raw. The frame may have been overwritten since
- * the pager started, when another working set was recorded: then its checksum does not hold. */
+ * the pager started, when another working set was recorded, by one as sound and as long: its tag tells, and also whether the
+ * list of the working set is the one that the frame was made for. */
 struct lr_error image_unpack_frame(const struct image *image, const struct frame *frame, struct unpacker *unpacker);

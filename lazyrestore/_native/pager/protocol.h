@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 enum {
-	LR_PROTOCOL_VERSION = 3,
+	LR_PROTOCOL_VERSION = 4,
 	LR_IMAGE_MAGIC = 0x474d494c,
 	LR_IMAGE_HUGETLB = 1, /* lr_image.flags: there are hugetlb VMAs */
 	LR_IMAGE_SUMS = 2,    /* lr_image.flags: a uint32_t for each block of the index follows it: CRC-32 of its entries */
@@ -85,6 +85,7 @@ struct lr_touched {
 struct lr_frame {
 	uint32_t stored; /* compressed bytes */
 	uint32_t chunks; /* at least 1; together 2 MiB raw at most */
+	uint32_t tag;    /* CRC-32 of the chunks' numbers, each as a uint32_t, and of the frame's last 4 bytes, its checksum */
 };
 
 /* One restored VMA, or part of one. Sorted by start, not overlapping. */
