@@ -104,6 +104,9 @@ def new_namespace(pid: int, *, ends_with_caller: bool = False) -> Namespace:
         if error_number or why[0] != lib.LR_STOP_ASKED:
             raise RestoreError("pid namespace", "start init", f"stopped at operation {index[0]} with {result[0]}")
         namespace.descriptor = os.open(f"/proc/{init}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:  # somebody ended it
+        namespace.end()
+        raise RestoreError("pid namespace", "start init", errno=error.errno) from error
     except BaseException:
         namespace.end()
         raise

@@ -14,7 +14,7 @@ import signal
 import struct
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import chain
 
 import msgspec
@@ -38,6 +38,7 @@ ffi = _core.ffi
 
 LAST_STREAM = 2
 AHEAD = 4 << 20  # bytes of contents that are decompressed while the new process maps its memory
+STOPPED = 0x7F  # a wait status
 Piece = tuple[vma.Vma, int, bytes]  # address, contents
 
 
@@ -325,11 +326,16 @@ class _Child:
         """Tell the program where the vdso is, and let the first instruction map it and jump to the executor."""
         mappings = procfs.parse_maps(procfs.read(self.pid, "maps"))
         kernel = {m.path: m.start for m in mappings if m.path in procfs.KERNEL_MAPPINGS}
+        if not kernel:
+            raise self._ended("map program")
         linked = self.compiled.linked
         for index, (name, _, _) in zip(self.compiled.kernel_moves, self.prepared.manifest.host.vdso, strict=True):
             os.pwrite(program, struct.pack("<Q", kernel[name]), linked.op_addresses[0] - linked.base + index * 80 + 16)
         try:
             spawn.enter(self.pid, linked, self.compiled.layout.program)
+            # The end of a leader is not to be seen until its other threads are collected. With TRACEEXIT it stops
+            # first, so a process that is killed by somebody else is noticed by who waits for any of its threads.
+            lib.lr_set_options(self.pid, lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD | lib.PTRACE_O_TRACEEXIT)
         except OSError as error:
             raise RestoreError(f"process {self.pid}", "enter program", errno=error.errno) from error
         self._must(lib.lr_continue(self.pid, 0), "start program")
@@ -355,6 +361,8 @@ class _Child:
         for tid in procfs.threads(self.pid):
             status = procfs.parse_status(procfs.read(self.pid, f"task/{tid}/status"))
             inside[int(status["NSpid"].split()[-1])] = tid
+        if not inside.keys() >= set(self.tids):
+            raise self._ended("find threads")
         self.tids = [inside[tid] for tid in self.tids]
 
     def take(self, pidfd: int, number: int) -> int:
@@ -419,9 +427,10 @@ class _Child:
     def _next(self, tid: int, number: int, want: int, *, resume: bool = True) -> None:
         error = lib.lr_next_stop(tid, resume, self._status, self._index, self._why, self._result)
         if error:
-            raise RestoreError(
-                f"thread {tid}", "run program", f"unexpected stop (status {self._status[0]:#x})", errno=-error
-            )
+            status = self._status[0]
+            if status >> 16 or not os.WIFSTOPPED(status):
+                raise self._ended("run program")
+            raise RestoreError(f"thread {tid}", "run program", f"unexpected stop (status {status:#x})", errno=-error)
         if self._why[0] != want:
             self._surprise(number, self._index[0], self._result[0])
 
@@ -445,6 +454,9 @@ class _Child:
         self._must(lib.lr_get_registers(tid, registers), "read registers")
         return Registers.unpack(bytes(ffi.buffer(registers)))
 
+    def _ended(self, step: str) -> RestoreError:
+        return RestoreError(f"process {self.pid}", step, "somebody ended it")
+
     def _must(self, result: int, step: str) -> int:
         if result < 0:
             raise RestoreError(f"process {self.pid}", step, errno=-result)
@@ -452,14 +464,14 @@ class _Child:
 
 
 def _kill(pid: int, pidfd: int) -> None:
-    """End a process that did not come up, and collect it: a traced thread before the leader, which waits for it."""
+    """End a process that did not come up, and collect it: its other threads first, which we trace too."""
     lib.lr_pidfd_send_signal(pidfd, lib.SIGKILL)
-    try:
-        others = [tid for tid in procfs.threads(pid) if tid != pid]  # none can be started any more
-    except NoSuchProcess:  # where SIGCHLD is ignored the kernel collects
-        others = []
-    status = ffi.new("int32_t *")
-    for tid in [*others, pid]:
-        while lib.lr_wait(tid, status) >= 0 and os.WIFSTOPPED(status[0]):
-            continue
+    with suppress(ChildProcessError, NoSuchProcess):  # a failed step has collected it, or the kernel (SIGCHLD ignored)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        for tid in sorted(procfs.threads(pid), key=lambda tid: tid == pid):
+            status = ffi.new("int32_t *", STOPPED)
+            while os.WIFSTOPPED(status[0]):
+                lib.lr_continue(tid, 0)  # from the stop in which a step met it
+                if lib.lr_wait(tid, status) < 0:
+                    break
     os.close(pidfd)

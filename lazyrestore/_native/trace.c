@@ -129,6 +129,18 @@ lr_pidfd_send_signal(int32_t pidfd, int32_t signal)
 	return result_of(syscall(SYS_pidfd_send_signal, pidfd, signal, NULL, 0));
 }
 
+/* Whether a stopped thread has been killed since. With PTRACE_O_TRACEEXIT it then waits in a stop of its own, which to
+ * let it go would take away; and of a leader whose other threads we have not collected, wait() tells nothing more. What
+ * is left is a kill between this look and the next system call, if the thread reaches that stop in the same instant. */
+static bool
+was_killed(int32_t tid)
+{
+	siginfo_t info = {0};
+	if (waitid(P_PID, (id_t)tid, &info, WEXITED | WSTOPPED | WNOHANG | WNOWAIT | __WALL) < 0)
+		return true;
+	return info.si_pid && (info.si_code != CLD_TRAPPED || info.si_status >> 8 == PTRACE_EVENT_EXIT);
+}
+
 int
 lr_syscall_stop(int32_t tid, int32_t *status)
 {
@@ -143,12 +155,16 @@ lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint
 {
 	struct lr_registers registers;
 	*status = 0;
+	if (resume && was_killed(tid)) {
+		*status = PTRACE_EVENT_EXIT << 16;
+		return -ESRCH;
+	}
 	if (resume && ptrace(PTRACE_CONT, tid, 0, 0) < 0)
 		return -errno;
 	int got = lr_wait(tid, status);
 	if (got < 0)
 		return got;
-	if (!WIFSTOPPED(*status) || WSTOPSIG(*status) != SIGTRAP)
+	if (!WIFSTOPPED(*status) || WSTOPSIG(*status) != SIGTRAP || *status >> 16)
 		return -ECHILD;
 	int error = lr_get_registers(tid, &registers);
 	if (error)
@@ -177,10 +193,12 @@ lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, u
 	int error = lr_set_registers(tid, &registers);
 	int stop_signal = 0;
 	for (int stops = 0; !error && stops < 2;) {
+		if (was_killed(tid))
+			return -ESRCH;
 		error = lr_syscall_stop(tid, &status);
 		if (error)
 			break;
-		if (!WIFSTOPPED(status))
+		if (!WIFSTOPPED(status) || status >> 16 == PTRACE_EVENT_EXIT)
 			return -ESRCH;
 		if (WSTOPSIG(status) == (SIGTRAP | 0x80))
 			stops++;

@@ -364,6 +364,8 @@ def prepare(table: FdTable, inherited: Iterable[int] = (), *, own_network: bool 
                 continue
             inet_socket.prepare(item.title, item.record)
         elif isinstance(item.record, UnixSocket | UnixPair):
+            if own_network and isinstance(item.record, UnixSocket) and item.record.file is None:
+                continue  # abstract names are the network namespace's, as ports are
             unix_socket.prepare(item.title, item.record)
 
 
