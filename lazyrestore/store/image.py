@@ -259,7 +259,9 @@ def _frames(environment: Environment, value: memoryview, touched: int) -> tuple[
         return b"", 0
     table = bytes(value[format.FRAMES.size : begin])
     frames = list(format.FRAME.iter_unpack(table))
-    if sum(stored for stored, _, _ in frames) > len(value) - begin or sum(chunks for _, chunks, _ in frames) > touched:
+    if sum(stored for stored, _, _ in frames) > len(value) - begin:
+        return b"", 0
+    if sum(chunks for _, chunks, _ in frames) > touched or not all(chunks for _, chunks, _ in frames):
         return b"", 0
     try:
         return table, environment.file_offset(value) + begin

@@ -61,7 +61,16 @@ def test_pack_of_other_chunks(tmp_path: Path) -> None:
         assert "another one" in damage.reason
 
 
-@pytest.mark.parametrize("damaged", [b"x", bytes(4), b"\xff" * 8, struct.pack("<III", 1, 9999, 1).ljust(8000, b"\0")])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        b"x",
+        bytes(4),
+        b"\xff" * 8,
+        struct.pack("<IIII", 1, 9999, 1, 0).ljust(8000, b"\0"),
+        struct.pack("<IIII", 1, 9, 0, 0).ljust(8000, b"\0"),
+    ],
+)
 def test_a_damaged_pack_is_none(tmp_path: Path, damaged: bytes) -> None:
     with filled(tmp_path / "s") as store:
         with store.open_image("one") as image:
