@@ -29,7 +29,7 @@ from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TE
 from lazyrestore.pid_namespace import Namespace, new_namespace
 from lazyrestore.program import Op, lib
 from lazyrestore.resources import attributes, descriptors, listeners, threads, vma
-from lazyrestore.restore_checks import check_host, check_huge_pages, check_pid_free
+from lazyrestore.restore_checks import check_host, check_huge_pages, check_pid_free, reserve_huge_pages
 from lazyrestore.restore_options import AS_IT_WAS, Options
 from lazyrestore.restore_program import Compiled, compile_program, inherited_settings, layout_for
 from lazyrestore.store import HUGE_CHUNK, StoredImage
@@ -267,15 +267,21 @@ def _shared_file(prepared: Prepared, index: int, owned: ExitStack) -> int:
     A memfd can be read by descriptor, which never faults, so it is filled here.
     """
     shared = prepared.manifest.shared[index]
-    if shared.anonymous:
-        descriptor = _memory_file(vma.ANONYMOUS_SHARED_NAME.removeprefix("/memfd:"), owned)
-    else:
-        descriptor = _memory_file(shared.name.removeprefix("/memfd:"), owned, os.MFD_ALLOW_SEALING)
+    name = vma.ANONYMOUS_SHARED_NAME if shared.anonymous else shared.name
+    flags = 0 if shared.anonymous else os.MFD_ALLOW_SEALING
+    if shared.huge:
+        flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
+    descriptor = _memory_file(name.removeprefix("/memfd:"), owned, flags)
     os.ftruncate(descriptor, shared.size)
-    if not shared.anonymous:
-        for start, data in prepared.image.contents(shared.image, shared.image + -(-shared.size // 4096) * 4096):
-            at = start - shared.image
+    if shared.anonymous:
+        return descriptor
+    room = reserve_huge_pages(prepared.name, descriptor, owned) if shared.huge else None
+    for start, data in prepared.image.contents(shared.image, shared.image + -(-shared.size // 4096) * 4096):
+        at = start - shared.image
+        if room is None:
             os.pwrite(descriptor, data[: shared.size - at], at)
+        else:  # huge pages take no write(2)
+            room[at : at + len(data)] = data
     return descriptor
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import time
+from contextlib import ExitStack
 
 from lazyrestore._native import _core
 from lazyrestore.errors import CpuMismatch, KernelMismatch, NoSuchProcess, OutOfMemory, PidTaken
@@ -15,6 +17,7 @@ from lazyrestore.manifest import Manifest
 ffi = _core.ffi
 
 HUGE_PAGE = 2 << 20  # bytes
+POOL = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages"
 COLLECT_SECONDS = 3.0  # how long a parent may take to collect the ended original
 
 _own_host: tuple[str, list[tuple[str, int]], frozenset[str]] | None = None
@@ -39,7 +42,7 @@ def check_huge_pages(name: str, needed: int, template: int) -> None:
     Facts: a page that is missing when it is touched means SIGBUS. What the process will write takes pages of its own,
     which nobody can know. needed: pages of 2 MiB; template: the hugetlb memory file.
     """
-    from lazyrestore.kernel.features_lazy import HUGE_PAGES, free_huge_pages  # few restores need it
+    from lazyrestore.kernel.features_lazy import free_huge_pages  # few restores need it
 
     missing = needed - os.fstat(template).st_blocks * 512 // HUGE_PAGE
     free = free_huge_pages().get(HUGE_PAGE, 0)
@@ -48,8 +51,23 @@ def check_huge_pages(name: str, needed: int, template: int) -> None:
             f"snapshot {name}",
             "check huge pages",
             f"its memory needs {missing} huge pages of 2 MiB, and {free} are free",
-            f"raise {HUGE_PAGES / 'hugepages-2048kB/nr_hugepages'}",
+            f"raise {POOL}",
         )
+
+
+def reserve_huge_pages(name: str, descriptor: int, owned: ExitStack) -> mmap.mmap:
+    """All of a hugetlb memory file, mapped shared, which takes pages of the pool for all of it as long as the file is
+    there. Raises OutOfMemory if there are too few."""
+    size = os.fstat(descriptor).st_size
+    try:
+        return owned.enter_context(mmap.mmap(descriptor, size))
+    except OSError as error:
+        raise OutOfMemory(
+            f"snapshot {name}",
+            "check huge pages",
+            f"its shared memory needs {size // HUGE_PAGE} huge pages of 2 MiB: {os.strerror(error.errno or 0)}",
+            f"raise {POOL}",
+        ) from error
 
 
 def check_host(name: str, manifest: Manifest) -> None:

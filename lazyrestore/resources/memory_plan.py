@@ -17,6 +17,7 @@ from lazyrestore._native import _core
 from lazyrestore.errors import SnapshotFailed
 from lazyrestore.kernel.procfs import KERNEL_MAPPINGS, Mapping
 from lazyrestore.resources.vma import (
+    ANONYMOUS_HUGETLB_NAME,
     ANONYMOUS_SHARED_NAME,
     LARGE_FILE_MAPPING,
     PAGE,
@@ -157,8 +158,14 @@ class Planner:
         return sum(end - start for start, end in ranges)
 
     def _hugetlb(self, m: Mapping) -> Vma:
-        if m.shared:
-            raise SnapshotFailed(f"mapping {m.start:x}-{m.end:x}", "plan", "shared hugetlb memory cannot be stored yet")
+        where, anonymous = f"mapping {m.start:x}-{m.end:x}", m.path == ANONYMOUS_HUGETLB_NAME
+        size = os.statvfs(f"/proc/{self.pid}/map_files/{m.start:x}-{m.end:x}").f_bsize
+        if size != HUGE:
+            raise SnapshotFailed(where, "plan", f"huge pages of {size >> 20} MiB cannot be stored yet")
+        if m.shared and (anonymous or m.path.startswith("/memfd:")):
+            return self._shared(m)
+        if not anonymous and not is_template(m):
+            raise SnapshotFailed(where, "plan", f"huge pages of a file cannot be stored yet: {m.path}")
         ranges = [(m.start, m.end)] if is_template(m) else self._populated(m.start, m.end, anonymous=False)
         if not ranges:
             return self._make(m, "anonymous")
@@ -190,7 +197,7 @@ class Planner:
             self._descriptors.append(descriptor)
             size = os.fstat(descriptor).st_size
             image = (len(self.plan.shared) + 1) * OBJECT_SPAN
-            self.plan.shared.append(SharedObject(m.path, size, image, key, anonymous))
+            self.plan.shared.append(SharedObject(m.path, size, image, key, anonymous, "ht" in m.flags))
             if not lazy:
                 for start, end in _data_ranges(descriptor, size):
                     self.plan.runs.append(Run(image + start, start, end - start, descriptor))

@@ -29,6 +29,7 @@ SMALL_SHARED_FILE = 1 << 20  # bytes; the content of no larger one is kept in th
 TEMPLATE_NAME = "/memfd:lazyrestore"
 HUGE_2MB = 21 << lib.MFD_HUGE_SHIFT  # the same bits in flags of mmap and memfd_create
 HUGE_TEMPLATE_NAME = "/memfd:lazyrestore-huge"  # of hugetlb pages
+ANONYMOUS_HUGETLB_NAME = "/anon_hugepage"
 ANONYMOUS_SHARED_NAME = "/memfd:lazyrestore-shared"  # what a restored anonymous MAP_SHARED mapping is called
 
 Kind = Literal["lazy", "anonymous", "eager", "file", "shared", "hugetlb", "kernel"]
@@ -92,7 +93,8 @@ class Vma(msgspec.Struct, frozen=True):
 class SharedObject(msgspec.Struct, frozen=True):
     """Memory behind a MAP_SHARED mapping that is no named file.
 
-    Image addresses start at `image`. `key` is (device, inode).
+    Image addresses start at `image`. `key` is (device, inode). `anonymous`: lazy, served by the pager; `huge`: of 2 MiB
+    pages.
     """
 
     name: str
@@ -100,6 +102,7 @@ class SharedObject(msgspec.Struct, frozen=True):
     image: int
     key: tuple[int, int]
     anonymous: bool
+    huge: bool = False
 
 
 def protection_of(mapping: Mapping) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from lazyrestore.errors import LazyrestoreError, SnapshotFailed
 
 PAGES = 8  # of the victim
 NEEDED = 160  # two victims, templates (pagers linger), what copies and their children write
+PAUSE = "34 "  # the number of the system call
 numbers = itertools.count()
 
 
@@ -25,9 +27,30 @@ def pool() -> Iterator[None]:
         yield
 
 
-def huge_kib(pid: int) -> int:
+def huge_kib(pid: int, kind: str = "Private") -> int:
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Private_Hugetlb:"))
+    return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(f"{kind}_Hugetlb:"))
+
+
+def pool_of_two() -> bool:
+    """Whether no more than two are free; the pages of a dead process come back when its memory has gone."""
+    POOL.write_text(str(int(POOL.read_text()) - int(FREE.read_text()) + 2))
+    return int(FREE.read_text()) <= 2
+
+
+@contextmanager
+def larger_gigantic_pool() -> Iterator[None]:
+    pool = Path("/sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages")
+    if not pool.exists():
+        pytest.skip("no 1 GiB huge pages on this machine")
+    before = int(pool.read_text())
+    pool.write_text(str(before + 1))
+    try:
+        if int(pool.with_name("free_hugepages").read_text()) < 1:
+            pytest.skip("no free huge page of 1 GiB")
+        yield
+    finally:
+        pool.write_text(str(before))
 
 
 @pytest.mark.parametrize("first", ["digest", "write", "dontneed", "fork"])
@@ -69,15 +92,48 @@ def test_page_that_is_mostly_zero(victims: Victims, build: Builder, store: lazyr
         assert twins.both("digest").startswith("ok ")
 
 
-def test_shared_is_refused(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path) -> None:
-    """With its own text, and the process goes on."""
+@pytest.mark.parametrize("kind", ["shared", "memfd"])
+def test_shared(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path, kind: str) -> None:
+    """What one mapping or process writes, the others see; a memfd is one file for its descriptor and its mappings."""
+    program = build.c("hugepages")
+    with twins_in(victims, store, run / f"huge{next(numbers)}", lambda control: [program, control, kind]) as twins:
+        twins.both("sparse")
+        for first in ("digest", "fork", "write"):
+            twins.restore()
+            for request in (first, "dontneed", "write", "fork", "digest"):
+                assert twins.both(request).startswith("ok ")
+        assert huge_kib(twins.pids[1], "Shared") == huge_kib(twins.pids[0], "Shared")
+        assert huge_kib(twins.pids[1]) == huge_kib(twins.pids[0])
+
+
+def test_too_few_pages_for_shared_memory(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path) -> None:
+    program = build.c("hugepages")
+    with twins_in(victims, store, run / f"huge{next(numbers)}", lambda control: [program, control, "shared"]) as twins:
+        snapshot = twins.snapshot()
+        twins.never.kill()
+        until(pool_of_two, "a pool with two free pages")
+        with pytest.raises(LazyrestoreError, match="shared memory needs 8 huge pages"):
+            twins.copy = snapshot.restore()
+
+
+REFUSED = {"memfd-private": "huge pages of a file cannot be stored yet", "huger": "huge pages of 1024 MiB"}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path, kind: str) -> None:
+    """With a text of its own, and the process goes on."""
     control = run / f"huge{next(numbers)}"
-    victim = victims.start([build.c("hugepages"), control, "shared"])
-    victim.listens(control)
-    with pytest.raises(SnapshotFailed, match="shared hugetlb memory cannot be stored yet"):
-        store.snapshot(victim.pid, name="refused", kill=True)
-    assert alive(victim.pid)
-    victim.kill()
+    with larger_gigantic_pool() if kind == "huger" else nullcontext():
+        victim = victims.start([build.c("hugepages"), control, kind])
+        if kind == "huger":
+            call = Path(f"/proc/{victim.pid}/syscall")
+            victim.until(lambda: call.read_text().startswith(PAUSE), "a process that has its page of 1 GiB")
+        else:
+            victim.listens(control)
+        with pytest.raises(SnapshotFailed, match=REFUSED[kind]):
+            store.snapshot(victim.pid, name="refused", kill=True)
+        assert alive(victim.pid)
+        victim.kill()
 
 
 def test_too_few_pages(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path) -> None:
@@ -86,10 +142,6 @@ def test_too_few_pages(victims: Victims, build: Builder, store: lazyrestore.Stor
         snapshot = twins.snapshot()
         twins.never.kill()
 
-        def small() -> bool:  # the dead one's pages come back when its memory has gone
-            POOL.write_text(str(int(POOL.read_text()) - int(FREE.read_text()) + 2))
-            return int(FREE.read_text()) <= 2
-
-        until(small, "a pool with two free pages")
+        until(pool_of_two, "a pool with two free pages")
         with pytest.raises(LazyrestoreError, match="huge pages"):
             twins.copy = snapshot.restore()
