@@ -17,3 +17,7 @@ def soaked(*words: object) -> None:
 def test_restores_leave_nothing_behind() -> None:
     """Also when somebody kills a process of several threads, or its init, while it is being restored."""
     soaked("restores", 100)
+
+
+def test_every_thread_wakes_up() -> None:
+    soaked("faults", 1, 40)
