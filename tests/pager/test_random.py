@@ -72,6 +72,16 @@ class Model:
         self.pages |= {self.room + length + at: bytearray(PAGE) for at in range(0, grown, PAGE)}
         self.room += length + grown + self.random.choice([0, 1]) * CHUNK
 
+    def grow(self, victim: Victim) -> None:
+        """In place, at the end of a mapping: into memory that was unmapped before, more often than not."""
+        ends = [at + PAGE for at in self.pages if at + PAGE not in self.pages]
+        end = self.random.choice(ends)
+        free = 1
+        while free < 6 and end + free * PAGE not in self.pages:
+            free += 1
+        if victim.ask("grow", end - PAGE, PAGE, (1 + free) * PAGE) == "ok":
+            self.pages |= {end + at * PAGE: bytearray(PAGE) for at in range(free)}
+
     def read(self, victim: Victim) -> None:
         start, length = self.run()
         assert victim.ask("crc", start, length) == str(zlib.crc32(self.contents(start, length)))
@@ -97,7 +107,7 @@ def test_random_calls(
     victim = make_victim()
     victim.clone(start(image), BASE, LENGTH)
     model = Model(image, seed)
-    calls = [model.poke, model.dontneed, model.munmap, model.mprotect, model.remap, model.read, model.walk]
+    calls = [model.poke, model.dontneed, model.munmap, model.mprotect, model.remap, model.grow, model.read, model.walk]
     fork_at = model.random.randrange(STEPS)
     at_fork: dict[int, bytearray] = {}
     for step in range(STEPS):
