@@ -9,7 +9,9 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
+#include <spawn.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
@@ -52,6 +54,81 @@ static void exec_arguments(unsigned char *m)
 	memcpy(&status, m + 12 * PAGE, 4);
 	say(status);
 	memset(m + 14 * PAGE, 0, sizeof(struct rusage));
+}
+
+static void spawned(unsigned char *m)
+{
+	char **arguments = (char **)(m + 14 * PAGE), **environment = (char **)(m + 18 * PAGE);
+	pid_t *child = (pid_t *)(m + 22 * PAGE);
+	int status = -1;
+
+	arguments[0] = strcpy((char *)m + PAGE - 3, "/bin/sh");
+	arguments[1] = strcpy((char *)m + 5 * PAGE, "-c");
+	arguments[2] = strcpy((char *)m + 9 * PAGE - 2, "exit $STATUS");
+	environment[0] = strcpy((char *)m + 26 * PAGE - 4, "STATUS=42");
+	arguments[3] = environment[1] = NULL;
+	say(posix_spawn(child, arguments[0], NULL, NULL, arguments, environment));
+	say(waitpid(*child, &status, 0) == *child);
+	say(status);
+	memset(m + 14 * PAGE, 0, 9 * PAGE);
+}
+
+static int change_memory(void *at)
+{
+	unsigned char *m = at;
+
+	m[5 * PAGE] ^= m[9 * PAGE];
+	return (int)(hash_of(m, 8 * PAGE) % 251);
+}
+
+/* A process that shares the memory, on a stack in it. */
+static void shared_vm(unsigned char *m)
+{
+	int status = -1;
+	pid_t child = clone(change_memory, m + SIZE, CLONE_VM | CLONE_VFORK | SIGCHLD, m);
+
+	say(waitpid(child, &status, 0) == child);
+	say(status);
+	memset(m + 16 * PAGE, 0, 16 * PAGE);
+}
+
+static int sealed_fd;
+static unsigned char *sealed_shared, *sealed_private;
+
+static void make_sealed(void)
+{
+	sealed_fd = memfd_create("sealed", MFD_ALLOW_SEALING);
+	if (sealed_fd < 0 || ftruncate(sealed_fd, SIZE))
+		control_die("memfd");
+	sealed_shared = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_SHARED, sealed_fd, 0);
+	sealed_private = mmap(NULL, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE, sealed_fd, 0);
+	if (sealed_shared == MAP_FAILED || sealed_private == MAP_FAILED)
+		control_die("mmap");
+	fill(sealed_shared, SIZE, 1234);
+	memset(sealed_private + PAGE, 5, PAGE);
+	if (fcntl(sealed_fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_FUTURE_WRITE))
+		control_die("F_ADD_SEALS");
+}
+
+/* A memfd that was sealed before the snapshot, with a mapping that may still write it, and a private one. */
+static void sealed(unsigned char *m)
+{
+	unsigned char *fresh;
+
+	say(fcntl(sealed_fd, F_GET_SEALS));
+	say(ftruncate(sealed_fd, PAGE));
+	say(ftruncate(sealed_fd, 2 * SIZE));
+	say(pwrite(sealed_fd, m, PAGE, 0));
+	say(mmap(NULL, SIZE, PROT_WRITE, MAP_SHARED, sealed_fd, 0) == MAP_FAILED);
+	fresh = mmap(NULL, SIZE, PROT_READ, MAP_SHARED, sealed_fd, 0);
+	sealed_shared[0]++;
+	sealed_shared[PAGE]++;
+	sealed_private[2 * PAGE]++;
+	show(fresh, SIZE);
+	show(sealed_shared, SIZE);
+	show(sealed_private, SIZE);
+	say(pread(sealed_fd, m, SIZE, 0));
+	munmap(fresh, SIZE);
 }
 
 /* -- threads ----------------------------------------------------------------------------------------------------------- */
@@ -308,7 +385,7 @@ static void stack_to_limit(unsigned char *m)
 static const struct { const char *name; void (*run)(unsigned char *); } cases[] = {
 	CASE(file_write), CASE(file_read), CASE(direct_write), CASE(direct_read), CASE(file_writev), CASE(file_readv),
 	CASE(names), CASE(pipe_writev), CASE(pipe_readv), CASE(socket_send_receive), CASE(vmsplice_in), CASE(vmsplice_out),
-	CASE(splice_tee), CASE(waiting), CASE(vm_copy), CASE(exec_arguments), CASE(futexes), CASE(stacks), CASE(times),
+	CASE(splice_tee), CASE(waiting), CASE(vm_copy), CASE(exec_arguments), CASE(spawned), CASE(shared_vm), CASE(sealed), CASE(futexes), CASE(stacks), CASE(times),
 	CASE(mempolicy), CASE(move_pages_query), CASE(locked), CASE(dont_fork), CASE(wipe_on_fork), CASE(collapse),
 	CASE(process_advice), CASE(stack_to_limit), { "outside", NULL }, { "outside_vm", NULL }, { "debugger", NULL },
 	{ "core", NULL }, CASE(locked_all_on_fault), CASE(locked_all), /* which bring everything, last */
@@ -357,6 +434,7 @@ int main(int argc, char **argv)
 				control_die("mmap");
 			fill(at, SIZE, i * 2 + shared);
 		}
+	make_sealed();
 	listener = control_listen(argv[1]);
 	for (;;) {
 		char *answer = NULL;
