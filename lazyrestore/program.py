@@ -325,11 +325,14 @@ class Descriptors:
         self.ops = ops
         self.used: set[int] = set(reserved)
         self._high = high
+        self._full_below = 0  # every number below is used
 
     def lowest(self, minimum: int = 0) -> int:
-        number = minimum
+        number = max(minimum, self._full_below)
         while number in self.used:
             number += 1
+        if minimum <= self._full_below:
+            self._full_below = number
         return number
 
     def create(self, syscall: int, *arguments: Argument, note: str = "") -> int:
@@ -350,31 +353,46 @@ class Descriptors:
     def close(self, number: int) -> None:
         self.ops.call(lib.SYS_close, number)
         self.used.discard(number)
+        self._full_below = min(self._full_below, number)
 
     def settle(self, moves: dict[int, dict[int, bool]]) -> None:
         """Put each descriptor where it belongs: {current number: {wanted number: close-on-exec}}.
 
-        A current number that is not wanted is closed. A wanted number may be another one's current number.
+        A current number that is not wanted is closed. A wanted number may be another one's current number: that one
+        goes first. As no number is wanted twice, who waits for one another waits in a ring, and one of each ring steps
+        aside: a single number above is enough, however many there are and however low the limit is.
         """
-        current = {now: now for now in moves}
-        wanted_by_others = {want for now, wants in moves.items() for want in wants if want != now}
-        for now in moves:
-            if now in wanted_by_others:
+        wanted_by = {want: now for now, wants in moves.items() for want in wants if want != now}
+        waits_for = {now: len(wants.keys() & (moves.keys() - {now})) for now, wants in moves.items()}
+        ready = [now for now, others in waits_for.items() if not others]
+        aside: dict[int, int] = {}
+        unsettled = dict.fromkeys(moves)  # in order
+        while unsettled:
+            if ready:
+                now = ready.pop()
+                del unsettled[now]
+                self._place(aside.get(now, now), moves[now])
+                leaves = now not in aside and now not in moves[now]
+            else:
+                now, leaves = next(iter(unsettled)), True
                 self.ops.call(lib.SYS_fcntl, now, lib.F_DUPFD_CLOEXEC, self._high, note="out of the way")
-                moved = self.lowest(self._high)
-                self.used.add(moved)
+                aside[now] = self.lowest(self._high)
+                self.used.add(aside[now])
                 self.close(now)
-                current[now] = moved
-        for now, wants in moves.items():
-            at = current[now]
-            for want, cloexec in wants.items():
-                if want == at:
-                    self.ops.call(lib.SYS_fcntl, at, lib.F_SETFD, lib.FD_CLOEXEC if cloexec else 0)
-                else:
-                    self.ops.call_expecting(want, lib.SYS_dup3, at, want, lib.O_CLOEXEC if cloexec else 0)
-                self.used.add(want)
-            if at not in wants:
-                self.close(at)
+            if leaves and now in wanted_by:
+                waits_for[wanted_by[now]] -= 1
+                if not waits_for[wanted_by[now]]:
+                    ready.append(wanted_by[now])
+
+    def _place(self, at: int, wants: dict[int, bool]) -> None:
+        for want, cloexec in wants.items():
+            if want == at:
+                self.ops.call(lib.SYS_fcntl, at, lib.F_SETFD, lib.FD_CLOEXEC if cloexec else 0)
+            else:
+                self.ops.call_expecting(want, lib.SYS_dup3, at, want, lib.O_CLOEXEC if cloexec else 0)
+            self.used.add(want)
+        if at not in wants:
+            self.close(at)
 
 
 _code: tuple[bytes, int] | None = None

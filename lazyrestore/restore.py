@@ -137,6 +137,7 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS) -> Checked:
         if signature is None or signature not in (identity.seen, prepared.checked.get(identity.path)):
             vma.check_file(identity)
             prepared.checked[identity.path] = vma.file_signature(identity)
+    attributes.check_place(manifest.attributes)
     descriptors.check_files(manifest.descriptors)
     descriptors.prepare(manifest.descriptors, options.inherited_numbers, own_network=options.new_net)
     phases.done("check")
@@ -313,6 +314,15 @@ def _spawn_failure(pid: int, error: OSError) -> RestoreError | MissingFeature:
         advice = "run as root"
         return MissingFeature(
             f"process id {pid}", "start process", "choosing it takes CAP_CHECKPOINT_RESTORE", advice, errno=number
+        )
+    if step == "prlimit" and number == errno.EPERM:
+        advice = "raise the hard limit (ulimit -Hn), or grant CAP_SYS_RESOURCE"
+        return MissingFeature(
+            f"process id {pid}",
+            "start process",
+            "it needs more descriptors than the hard limit allows",
+            advice,
+            errno=number,
         )
     return RestoreError(f"process {pid}", f"start: {step}", errno=number)
 

@@ -183,8 +183,7 @@ def _unsupported_attributes(pid: int) -> list[str]:
             continue
     if procfs.read(pid, "timers").strip():
         items.append("POSIX timers (timer_create)")
-    if not attributes.executable_in_place(pid):
-        items.append(f"an executable that was deleted or replaced ({os.readlink(f'/proc/{pid}/exe')})")
+    items += attributes.out_of_place(pid)
     leader = attributes.credentials_of(pid, pid)
     for tid in procfs.threads(pid):
         try:

@@ -117,7 +117,7 @@ int
 lr_kcmp_file(int32_t pid, int32_t a, int32_t b)
 {
 	long order = syscall(SYS_kcmp, pid, pid, KCMP_FILE, (unsigned long)a, (unsigned long)b);
-	return order < 0 ? -errno : order == 0;
+	return order == 0 ? 0 : order == 2 ? 1 : -1;
 }
 
 int lr_pidfd_open(int32_t pid) { return result_of(syscall(SYS_pidfd_open, pid, 0)); }

@@ -27,7 +27,7 @@ int lr_set_signal_mask(int32_t tid, uint64_t mask);
 int lr_peek_signals(int32_t tid, int32_t shared, uint64_t offset, void *infos, int32_t room); /* returns how many siginfo_t, 128 bytes each */
 int lr_get_rseq(int32_t tid, struct lr_rseq *rseq);
 int lr_get_robust_list(int32_t tid, uint64_t *head, uint64_t *length);
-int lr_kcmp_file(int32_t pid, int32_t a, int32_t b); /* 1: the same open file description, 0: not */
+int lr_kcmp_file(int32_t pid, int32_t a, int32_t b); /* 0: the same open file description; else the order, -1 or 1; -1 if one is gone */
 int lr_pidfd_open(int32_t pid);
 int lr_pidfd_getfd(int32_t pidfd, int32_t fd);
 int lr_pidfd_send_signal(int32_t pidfd, int32_t signal);

@@ -16,6 +16,7 @@ import struct
 
 import msgspec
 
+from lazyrestore.errors import FileChanged
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import Frozen, check
 from lazyrestore.program import Descriptors, OpList, Program, lib
@@ -93,13 +94,28 @@ def credentials_of(pid: int, tid: int) -> Credentials:
     )
 
 
-def executable_in_place(pid: int) -> bool:
-    """Whether the path of the process's executable still leads to the file that it runs."""
-    try:
-        running, there = os.stat(f"/proc/{pid}/exe"), os.stat(os.readlink(f"/proc/{pid}/exe"))
-    except OSError:
-        return False
-    return (running.st_dev, running.st_ino) == (there.st_dev, there.st_ino)
+def out_of_place(pid: int) -> list[str]:
+    """What the process runs and where it is, if the path of that does not lead to it any more; one line each."""
+    lines = []
+    for name, what in (("exe", "an executable"), ("cwd", "a working directory"), ("root", "a root directory")):
+        try:
+            path = os.readlink(f"/proc/{pid}/{name}")
+        except FileNotFoundError:  # it is ending
+            continue
+        try:
+            in_place = os.path.samestat(os.stat(f"/proc/{pid}/{name}"), os.stat(path))
+        except OSError:
+            in_place = False
+        if not in_place:
+            lines.append(f"{what} that was deleted or replaced ({path})")
+    return lines
+
+
+def check_place(attributes: Attributes) -> None:
+    """FileChanged if its working directory or root is gone."""
+    for what, path in (("working directory", attributes.cwd), ("root directory", attributes.root)):
+        if not os.path.isdir(path):
+            raise FileChanged(f"{what} {path}", "enter", "it is gone", "make it again, or take a new snapshot")
 
 
 def capture(frozen: Frozen, *, stopped: bool) -> Attributes:

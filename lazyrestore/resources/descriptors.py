@@ -4,14 +4,12 @@ Facts. /proc/PID/fd tells the object, fdinfo the description, kcmp whether two n
 about 30 µs to look at from Python, most of it opening its fdinfo. Threads can have descriptor tables of their own
 (unshare(CLONE_FILES)).
 
-Consequence. Every number is looked at; kcmp decides among those whose object, flags and offset are equal (a socket
-cannot be opened twice, so there its inode decides). Each description is offered to the kinds in order; what no kind
-takes is unsupported, never dropped.
+Consequence. Every number is looked at; kcmp, by which descriptions can be sorted, decides among those whose object,
+flags and offset are equal (a socket cannot be opened twice, so there its inode decides). Each description is offered to
+the kinds in order; what no kind takes is unsupported, never dropped.
 
 Choice. One kind per file, each with its record, capture and restore; this file only knows their order. Restore makes
 everything under the lowest free numbers and moves all at once, as the kinds need not know what the others occupy.
-
-Cost. O(n²) kcmp calls among descriptions of one object at the same offset, in the worst case.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import stat as modes
 import struct
 from collections.abc import Callable, Iterable
 from errno import EACCES, EPERM, ESRCH
-from functools import cache
+from functools import cache, cmp_to_key
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -243,7 +241,7 @@ def _group(survey: Survey, cloexec: dict[int, bool], unsupported: list[str]) -> 
     """A view of every description, in the order of their lowest numbers."""
     from lazyrestore.kernel import fdinfo
 
-    candidates: dict[tuple[object, ...], list[View]] = {}
+    candidates: dict[tuple[object, ...], list[View]] = {}  # in the order of their numbers
     folder = os.open(f"/proc/{survey.pid}/fd", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     infos = -1
     try:
@@ -264,21 +262,37 @@ def _group(survey: Survey, cloexec: dict[int, bool], unsupported: list[str]) -> 
             survey.objects[number] = view.identity
             survey.accesses[view.identity] = survey.accesses.get(view.identity, 0) | view.access
             key = (link, view.identity, info.flags & ~os.O_CLOEXEC, info.position)
-            _add(candidates.setdefault(key, []), view)
+            candidates.setdefault(key, []).append(view)
     finally:
         os.close(folder)
         if infos >= 0:
             os.close(infos)
-    return sorted((view for views in candidates.values() for view in views), key=lambda view: view.numbers[0])
+    groups = (group for views in candidates.values() for group in _descriptions(views))
+    return sorted((_joined(group) for group in groups), key=lambda view: view.numbers[0])
 
 
-def _add(views: list[View], new: View) -> None:
-    """Join `new` to the view of its description, or append it."""
-    for position, view in enumerate(views):
-        if new.mode == modes.S_IFSOCK or lib.lr_kcmp_file(new.survey.pid, view.numbers[0], new.numbers[0]) == 1:
-            views[position] = View(view.survey, view.numbers + new.numbers, view.link, view.stat, view.info)
-            return
-    views.append(new)
+def _descriptions(views: list[View]) -> list[list[View]]:
+    """The views, of one object, that are of one description each. One that is gone meanwhile is on its own."""
+    if len(views) == 1 or views[0].mode == modes.S_IFSOCK:
+        return [views]
+
+    def order(one: View, other: View) -> int:
+        return int(lib.lr_kcmp_file(one.survey.pid, one.numbers[0], other.numbers[0]))
+
+    groups: list[list[View]] = []
+    for view in sorted(views, key=cmp_to_key(order)):  # stable
+        if groups and order(groups[-1][0], view) == 0:
+            groups[-1].append(view)
+        else:
+            groups.append([view])
+    return groups
+
+
+def _joined(views: list[View]) -> View:
+    first = views[0]
+    if len(views) == 1:
+        return first
+    return View(first.survey, tuple(view.numbers[0] for view in views), first.link, first.stat, first.info)
 
 
 def _capture(view: View) -> Description:

@@ -142,6 +142,10 @@ def unsupported(mappings: Iterable[Mapping]) -> list[str]:
             lines.append(f"{where}: a shadow stack")
         elif "dp" in mapping.flags:
             lines.append(f"{where}: droppable memory (MAP_DROPPABLE)")
+        elif path.startswith("/secretmem"):
+            lines.append(f"{where}: secret memory (memfd_secret)")
+        elif "sl" in mapping.flags and not path.startswith("[v"):  # the kernel may seal the vdso
+            lines.append(f"{where}: sealed memory (mseal)")
     return lines
 
 

@@ -25,6 +25,7 @@ UNSUPPORTED = {
     "raw-socket": "socket",
     "lease": "lease",
     "perf-event": "descriptor",
+    "deleted-cwd": "working directory",
 }
 
 

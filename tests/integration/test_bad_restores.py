@@ -147,6 +147,18 @@ def test_vanished_open_file(run: Path, victims: Victims, copies: Copies) -> None
     copies.restore(snapshot)
 
 
+def test_vanished_working_directory(run: Path, victims: Victims, copies: Copies) -> None:
+    (run / "place").mkdir()
+    victim = victims.start(["sleep", "1000000"], cwd=run / "place")
+    victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
+    snapshot = end(victim, copies)
+    (run / "place").rmdir()
+    message = refused(run, victims, snapshot, errors.FileChanged)
+    assert f"working directory {run / 'place'}: " in message and "; make it again" in message
+    (run / "place").mkdir()
+    copies.restore(snapshot)
+
+
 def test_pid_taken_by_the_original(run: Path, victims: Victims, copies: Copies, start: Start) -> None:
     victim = start()
     snapshot = copies.snapshot(victim.pid, "x")

@@ -6,11 +6,14 @@ import json
 import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Victim, Victims, ask
+from helpers import Victim, Victims, alive, ask, until
+from helpers_cli import command
 from helpers_copies import Copies
 
 from lazyrestore import restore
@@ -125,3 +128,34 @@ def test_a_caller_with_more_descriptors_than_a_copy_is_handed(victims: Victims, 
         for number in held:
             os.close(number)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_in_each_others_way_than_the_soft_limit_has_room_for(run: Path, victims: Victims, copies: Copies) -> None:
+    """1024 is what most shells have; the handed-over descriptors lie just below."""
+    code = (
+        "import os, select, socket, time; kept = []\n"
+        "for _ in range(60):\n"
+        "    kept += [os.pipe(), os.eventfd(7), open('/etc/passwd'), socket.socketpair(), select.epoll()]\n"
+        "open('ready', 'w').close(); time.sleep(1000000)"
+    )
+    victim = victims.start([sys.executable, "-c", code], cwd=run)
+    victim.until((run / "ready").exists, "its descriptors")
+    before = kinds_of(victim.pid)
+    assert len(before) > 400
+    copies.snapshot(victim.pid, "x", kill=True)
+    victim.gone()
+    limited = "import os, resource, sys; hard = resource.getrlimit(7)[1]; resource.setrlimit(7, (1024, hard)); "
+    limited += "os.execv(sys.argv[1], sys.argv[1:])"
+    words = command(run / "store", "restore", "x", "--detach")
+    answer = subprocess.run([sys.executable, "-c", limited, *words], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    after = kinds_of(victim.pid)
+    os.kill(victim.pid, signal.SIGKILL)
+    until(lambda: not alive(victim.pid), "the end of the copy")
+    assert after == before
+
+
+def kinds_of(pid: int) -> dict[int, str]:
+    """Descriptor → what it is, without inode numbers."""
+    folder = Path(f"/proc/{pid}/fd")
+    return {int(entry.name): os.readlink(entry).split(":[")[0] for entry in folder.iterdir()}

@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 from resources.interpreter import child, record, round_trip
 
+from lazyrestore._native import _core
 from lazyrestore.errors import NoSuchProcess
-from lazyrestore.resources import descriptors
+from lazyrestore.kernel import procfs
+from lazyrestore.resources import descriptors, vma
 from lazyrestore.resources.pipe import PipeEnd
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -116,6 +118,27 @@ def test_all_at_once(tmp_path: Path) -> None:
         assert "\n" not in found[number]
 
 
+SMAPS = """\
+7f0000000000-7f0000002000 {permissions} 00000000 00:0e 1050                       {path}
+Size:                  8 kB
+VmFlags: rd wr mr mw me {flags}
+"""
+
+
+@pytest.mark.parametrize(
+    ("permissions", "path", "flags", "complaint"),
+    [
+        ("rw-s", "/secretmem (deleted)", "ms lo dd", "secret memory (memfd_secret)"),
+        ("r--p", "", "ac sl", "sealed memory (mseal)"),
+        ("r--p", "[vvar]", "pf io de dd sl", ""),
+        ("rw-p", "", "ac", ""),
+    ],
+)
+def test_mappings(permissions: str, path: str, flags: str, complaint: str) -> None:
+    mappings = procfs.parse_maps(SMAPS.format(permissions=permissions, path=path, flags=flags).encode())
+    assert vma.unsupported(mappings) == ([f"mapping 7f0000000000-7f0000002000: {complaint}"] if complaint else [])
+
+
 def test_a_descriptor_table_of_a_threads_own_is_refused() -> None:
     def body() -> None:
         ready = threading.Event()
@@ -197,6 +220,33 @@ def test_many_descriptors() -> None:
     table = round_trip(body)
     assert len(table.descriptors) == 453
     assert record(table, 5).count == 7
+
+
+def test_thousands_of_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All eventfds share an inode: which of them are duplicates takes n log n comparisons, not n²."""
+    count = 600
+    compared: list[str] = []
+
+    def body() -> None:
+        for _ in range(count):
+            os.eventfd(7)
+        os.dup2(100, 900)
+        os.dup2(50, 901)
+        os.dup2(100, 902)
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            if name == "lr_kcmp_file":
+                compared.append(name)
+            return getattr(_core.lib, name)
+
+    with child(body) as original:
+        monkeypatch.setattr(descriptors, "lib", Counting())
+        table = original.survey()
+        monkeypatch.undo()
+    assert {(50, 901), (100, 900, 902)} < {tuple(numbers) for numbers in table.numbers().values() if len(numbers) > 1}
+    assert len(table.descriptors) == 3 + count + 3
+    assert len(compared) < 20 * count
 
 
 def test_an_unaccepted_connection_of_the_process_with_itself(tmp_path: Path) -> None:

@@ -65,6 +65,12 @@ def perf_event() -> None:
     check(libc.syscall(298, attributes, 0, -1, -1, 0))
 
 
+def deleted_cwd() -> None:
+    os.mkdir("gone")
+    os.chdir("gone")
+    os.rmdir("../gone")
+
+
 KINDS = {
     "connection": connection,
     "child": child,
@@ -75,6 +81,7 @@ KINDS = {
     "raw-socket": raw_socket,
     "lease": lease,
     "perf-event": perf_event,
+    "deleted-cwd": deleted_cwd,  # after those that make files in it
 }
 for kind in sys.argv[2:]:
     KINDS[kind]()
