@@ -74,18 +74,44 @@ static struct lr_error get_shared(struct space *space, const struct lr_request *
 	return LR_OK;
 }
 
-/* Checks all ranges and puts them into the map before the first is registered. */
-static struct lr_error map_ranges(struct space *space, const struct lr_range *ranges, uint32_t n) {
-	for (uint32_t i = 0; i < n; i++) {
-		struct lr_error error = check_range(space, &ranges[i], i ? ranges[i - 1].end : LR_PAGE);
+/* What the process asked for before it runs; a damaged chunk is an error, or left for the fault that finds it. */
+static struct lr_error fill_shared(struct space *space, uint32_t flags) {
+	for (uint32_t i = 0; flags & (LR_ATTACH_EAGER | LR_ATTACH_FILL_NOW) && i < space->n_shared; i++) {
+		struct lr_error error = backing_fill_all(space->shared[i], &space->pager->image, &space->unpacker);
+		if (error.code && flags & LR_ATTACH_EAGER)
+			return error;
+	}
+	return LR_OK;
+}
+
+/* Shared memory whose file is complete is what its file is, whatever happens to the mapping: nothing is left to serve. It is not
+ * registered, so that its calls and faults cost what they always cost. (Only now, while the process does not run: later
+ * UFFDIO_UNREGISTER, which does not look at mmap_changing, could hit private memory that was moved there. Private memory never:
+ * after MADV_DONTNEED it would show the template again.) */
+static bool needs_service(struct space *space, uint32_t kind) {
+	return kind < LR_BACKING_SHARED || !backing_is_complete(space_backing(space, kind));
+}
+
+/* Checks all ranges and puts them into the map before the first is registered. Keeps the *n that are to be. */
+static struct lr_error map_ranges(struct space *space, struct lr_range *ranges, uint32_t *n) {
+	uint32_t kept = 0;
+	uint64_t floor = LR_PAGE;
+	for (uint32_t i = 0; i < *n; i++) {
+		const struct lr_range range = ranges[i];
+		struct lr_error error = check_range(space, &range, floor);
 		if (error.code)
 			return error;
+		floor = range.end;
+		if (!needs_service(space, range.backing))
+			continue;
+		ranges[kept++] = range;
 		struct interval interval = {
-			.start = ranges[i].start, .end = ranges[i].end, .image = ranges[i].image, .backing = ranges[i].backing};
+			.start = range.start, .end = range.end, .image = range.image, .backing = range.backing};
 		if (interval_map_insert(&space->map, interval))
 			return lr_fail("interval map", ENOMEM, interval.start);
 		space->bytes_registered += interval.end - interval.start;
 	}
+	*n = kept;
 	return LR_OK;
 }
 
@@ -115,21 +141,22 @@ static struct lr_error attach_owned(struct pager *pager, const struct lr_request
 	space->pidfd = fd_release(&fds[FD_PIDFD]);
 	space->pid = pid_of(space->pidfd);
 	bool hugetlb;
+	uint32_t n_ranges = request->n_ranges;
 	struct lr_error error = read_ranges(fds[FD_RANGES], request->n_ranges, &ranges);
 	if (!error.code)
 		error = unpacker_init(&space->unpacker);
 	if (!error.code)
 		error = get_shared(space, request, fds + FD_SHARED);
 	if (!error.code)
-		error = map_ranges(space, ranges, request->n_ranges);
+		error = fill_shared(space, request->flags);
+	if (!error.code)
+		error = map_ranges(space, ranges, &n_ranges);
 	if (!error.code)
 		error = uffd_api(space->uffd, &space->poison, &hugetlb);
 	if (!error.code && pager->image.hugetlb && !hugetlb)
 		error = lr_fail("UFFDIO_API: hugetlb faults", EOPNOTSUPP, 0);
 	if (!error.code)
-		error = register_ranges(space->uffd, ranges, request->n_ranges);
-	for (uint32_t i = 0; !error.code && request->flags & LR_ATTACH_EAGER && i < space->n_shared; i++)
-		error = backing_fill_all(space->shared[i], &pager->image, &space->unpacker);
+		error = register_ranges(space->uffd, ranges, n_ranges);
 	if (error.code)
 		return error;
 	space->fill_now = request->flags & LR_ATTACH_FILL_NOW;

@@ -196,3 +196,10 @@ struct lr_error backing_fill_all(struct backing *backing, const struct image *im
 			return lr_fail("filling a shared memory file", EBADMSG, image->chunks[chunk].address);
 	return LR_OK;
 }
+
+bool backing_is_complete(const struct backing *backing) {
+	for (uint64_t slot = 0; slot < backing->n; slot++)
+		if (atomic_load_explicit(&backing->states[slot], memory_order_acquire) != CHUNK_FILLED)
+			return false;
+	return true;
+}

@@ -57,5 +57,8 @@ void backing_fill_frame(struct backing *backing, const struct image *image, cons
 /* Without waiting. `chunk` may be any number. */
 bool backing_is_filled(const struct backing *backing, uint64_t chunk);
 
+/* Has it all of its contents? Once it has, it always has. */
+bool backing_is_complete(const struct backing *backing);
+
 /* Every chunk of it; the first bad one is the error. */
 struct lr_error backing_fill_all(struct backing *backing, const struct image *image, struct unpacker *unpacker);

@@ -1,0 +1,80 @@
+/*
+ * A mapping that grows in place over what was unmapped a moment ago, by one thread. usage: grown CONTROL_SOCKET
+ *
+ * Requests: "fork" (munmap, growth, fork: what does the child read?) and "moved" (mremap, munmap of the destination, growth), each answered with
+ * the number of times that what a mapping grew by did not read zero.
+ */
+#define _GNU_SOURCE
+#include <sys/mman.h>
+#include <sys/wait.h>
+
+#include "control.h"
+
+enum { SLOTS = 200, PAGE = 4096, BLOCK = 16 * PAGE, SLOT = 128 * PAGE, LOWER = 64 * PAGE };
+
+static char *const arena = (char *)0x100000000000;
+
+static void check(int failed, const char *what)
+{
+	if (failed)
+		control_die(what);
+}
+
+/* The grown part, which was the second half of the mapping, as a child sees it. */
+static int grown_in_child(char *at)
+{
+	pid_t child;
+	int status;
+
+	check(munmap(at + BLOCK, BLOCK), "munmap");
+	check(mremap(at, BLOCK, 2 * BLOCK, 0) == MAP_FAILED, "growth");
+	child = fork();
+	check(child < 0, "fork");
+	if (!child)
+		_exit(at[BLOCK] != 0);
+	check(waitpid(child, &status, 0) < 0, "waitpid");
+	return status != 0;
+}
+
+/* `from` is moved behind `at` and unmapped there, and the mapping at `at` grows to where it was. */
+static int grown_over_moved(char *from, char *at)
+{
+	check(mremap(from, BLOCK, BLOCK, MREMAP_MAYMOVE | MREMAP_FIXED, at + BLOCK) == MAP_FAILED, "move");
+	check(munmap(at + BLOCK, BLOCK), "munmap");
+	check(mremap(at, BLOCK, 2 * BLOCK, 0) == MAP_FAILED, "growth");
+	return at[BLOCK] != 0;
+}
+
+int main(int argc, char **argv)
+{
+	char line[64];
+	int listener;
+
+	if (argc != 2)
+		return 64;
+	for (int i = 0; i < 2 * SLOTS; i++) {
+		char *at = arena + (size_t)i * SLOT;
+
+		for (int half = 0; half < 2; half++) {
+			char *block = at + half * LOWER;
+			size_t length = i < SLOTS && half ? 2 * BLOCK : BLOCK;
+
+			check(mmap(block, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) !=
+				      block, "mmap");
+			memset(block, 1 + i % 200, length);
+		}
+	}
+	listener = control_listen(argv[1]);
+	for (;;) {
+		int fd = control_next(listener, line, sizeof line), wrong = 0;
+		size_t first = strcmp(line, "fork") ? SLOTS : 0;
+
+		for (size_t i = first; i < first + SLOTS; i++) {
+			char *at = arena + i * SLOT;
+
+			wrong += first ? grown_over_moved(at, at + LOWER) : grown_in_child(at + LOWER);
+		}
+		dprintf(fd, "%d", wrong);
+		close(fd);
+	}
+}
