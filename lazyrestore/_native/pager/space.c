@@ -216,11 +216,14 @@ bool space_drain(struct space *space, uint32_t *n_read) {
 /* -- the thread -------------------------------------------------------------------------------------------------------- */
 
 /* After EAGAIN: an event is about to be queued, or was read and its thread has not run since. The kernel tells of the former by
- * POLLIN, which is waited for, of the latter not at all; hence the short time-outs. Asleep, not in a loop of sched_yield: the
- * thread that must run is often queued on this CPU, or on one whose queue is longer. True: there is an event to read. */
+ * POLLIN, which is waited for, of the latter not at all; hence the time-outs. Asleep, not in a loop of sched_yield: the thread
+ * that must run is often queued on this CPU. Nor is it disturbed soon, unless somebody waits, or it makes one such call
+ * after the other: then only a look in between, at random, ends a window. True: there is an event to read. */
 static bool await_event(struct space *space, unsigned round) {
-	enum { FIRST_NS = 10000, MAX_DOUBLINGS = 4 };
-	const struct timespec pause = {.tv_nsec = FIRST_NS << (round < MAX_DOUBLINGS ? round : MAX_DOUBLINGS)};
+	enum { MANY_EVENTS = 32, PATIENT_NS = 100000, SHORT_NS = 5000, MAX_DOUBLINGS = 4 };
+	bool awaited = space->first_fault < space->n_faults || space->window.unborn || space->window_events > MANY_EVENTS;
+	unsigned doublings = round < MAX_DOUBLINGS ? round : MAX_DOUBLINGS;
+	const struct timespec pause = {.tv_nsec = awaited ? SHORT_NS << doublings : PATIENT_NS};
 	struct pollfd readable = {.fd = space->uffd, .events = POLLIN};
 	return ppoll(&readable, 1, &pause, NULL) > 0;
 }
@@ -230,6 +233,7 @@ static enum verdict close_window(struct space *space, unsigned *round) {
 	uint32_t n_read;
 	switch (window_close(space)) {
 	case WINDOW_CLOSED:
+		space->window_events = 0;
 		return SERVED;
 	case WINDOW_GONE:
 		return DEAD;
@@ -240,6 +244,7 @@ static enum verdict close_window(struct space *space, unsigned *round) {
 		*round = 0;
 		if (!space_drain(space, &n_read))
 			return DEAD;
+		space->window_events += n_read;
 	}
 	return AGAIN;
 }

@@ -59,6 +59,7 @@ struct space {
 	uint64_t bytes_registered;
 	struct interval_map map;
 	struct window window; /* while it is open, nothing is served */
+	uint32_t window_events; /* read since it was opened, about */
 	_Atomic uint32_t intervals; /* map.count for other threads */
 	struct backing **shared;    /* one reference each */
 	uint32_t n_shared;
