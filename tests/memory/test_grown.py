@@ -1,5 +1,5 @@
-"""One thread unmaps a range, a neighbour grows over it in place, which no event tells, and the next call raises an event or
-a fault: what it grew by reads zero."""
+"""One thread unmaps a range, a neighbour grows over it in place, which no event tells, and the next call raises an event
+or a fault: what it grew by reads zero."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ numbers = itertools.count()
 
 @pytest.mark.xfail(
     strict=True,
-    reason="a defect, open: while the window of the munmap is open, what was unmapped counts as possibly still there, and"
-    " since the neighbour is registered, it is taken for that: old bytes, or SIGBUS (window.h)",
+    reason="a defect, open: while the window of the munmap is open, what was unmapped may still be there, and the grown"
+    " neighbour, which is registered, is taken for it: old bytes, or SIGBUS (window.h)",
 )
 @pytest.mark.parametrize("what", ["fork", "moved"])
 def test_what_a_mapping_grew_by_reads_zero(
