@@ -1,5 +1,5 @@
-"""One thread unmaps a range, a neighbour grows over it in place, which no event tells, and the next call raises an event
-or a fault: what it grew by reads zero."""
+"""One thread unmaps a range, a neighbour grows over it in place, which no event tells, and the next call raises an
+event or a fault: what it grew by reads zero."""
 
 from __future__ import annotations
 
