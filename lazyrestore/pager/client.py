@@ -37,6 +37,19 @@ class Range(Struct, frozen=True):
     backing: int = BACKING_TEMPLATE
 
 
+class Interval(Struct, frozen=True):
+    """Virtual addresses [start, end) that show the image from `image` on, or read zero, where the process never wrote.
+
+    `backing` as in Range.
+    """
+
+    start: int
+    end: int
+    image: int
+    backing: int
+    zero: bool
+
+
 class ServiceTimes(Struct, frozen=True):
     """Nanoseconds from reading a fault message to waking its thread; the quantiles are exact to 12 %."""
 
@@ -190,22 +203,25 @@ class PagerClient:
             ServiceTimes(*times), Counters(*head[14:]), ended, spaces,
         )  # fmt: skip
 
+    def intervals(self, pidfd: int) -> list[Interval]:
+        """What the memory of the process behind `pidfd`, which was restored and stands still, shows where it never
+        wrote; sorted by start.
+
+        Private memory in no interval is zero. Of shared memory only what nobody has touched is in the list. Raises
+        PagerGone, PagerError; with ESRCH if it is not the pager's, or a forked child.
+        """
+        data = self._ask_for_file(_request(wire.INTERVALS), "intervals", [pidfd])
+        return [
+            Interval(start, end, image, backing, bool(flags & wire.RANGE_ZERO))
+            for start, end, image, backing, flags in wire.RANGE.iter_unpack(data)
+        ]
+
     def working_set(self, *, end: bool = False) -> bytes:
         """The chunks touched first, in order: struct lr_touched each; empty if none are known.
 
         end: end a recording that is under way. Raises PagerGone, PagerError.
         """
-        with self._lock:
-            self._send(_request(wire.WORKING_SET, wire.WORKING_SET_END if end else 0))
-            data, fds, _, _ = socket.recv_fds(self._socket, wire.REPLY.size, 1)
-            try:
-                self._check(data)
-                if not fds:
-                    raise PagerError(self._name, "working set", "no descriptor arrived")
-                return os.pread(fds[0], os.fstat(fds[0]).st_size, 0)
-            finally:
-                for fd in fds:
-                    os.close(fd)
+        return self._ask_for_file(_request(wire.WORKING_SET, wire.WORKING_SET_END if end else 0), "working set")
 
     def stop(self) -> None:
         """Asks the pager to exit when no address space and no connection is left. Raises PagerGone."""
@@ -236,6 +252,20 @@ class PagerClient:
         with self._lock:
             self._send(request, fds or [])
             self._check(self._receive(wire.REPLY.size))
+
+    def _ask_for_file(self, request: bytes, step: str, fds: list[int] | None = None) -> bytes:
+        """The contents of the memory file that the reply carries."""
+        with self._lock:
+            self._send(request, fds)
+            data, received, _, _ = socket.recv_fds(self._socket, wire.REPLY.size, 1)
+            try:
+                self._check(data)
+                if not received:
+                    raise PagerError(self._name, step, "no descriptor arrived")
+                return os.pread(received[0], os.fstat(received[0]).st_size, 0)
+            finally:
+                for fd in received:
+                    os.close(fd)
 
     def _check(self, data: bytes) -> tuple[int, int]:
         if len(data) != wire.REPLY.size:

@@ -3,7 +3,6 @@
 #include "space.h"
 #include "uffd.h"
 #include <errno.h>
-#include <stdio.h>
 #include <string.h>
 
 enum { FD_UFFD, FD_PIDFD, FD_RANGES, FD_SHARED, MAX_RANGES = 1 << 20 };
@@ -11,21 +10,6 @@ enum { FD_UFFD, FD_PIDFD, FD_RANGES, FD_SHARED, MAX_RANGES = 1 << 20 };
 static void scoped_space(struct space **space) {
 	if (*space)
 		space_free(*space);
-}
-
-/* The pid behind a pidfd in the pager's own PID namespace, 0 if it is in none of ours or dead. */
-static int32_t pid_of(int pidfd) {
-	char path[64], line[128];
-	long pid = 0;
-	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", pidfd);
-	FILE *file = fopen(path, "re");
-	if (!file)
-		return 0;
-	while (fgets(line, sizeof line, file))
-		if (sscanf(line, "Pid: %ld", &pid) == 1)
-			break;
-	fclose(file);
-	return pid > 0 ? (int32_t)pid : 0;
 }
 
 static struct lr_error read_ranges(int fd, uint32_t n, struct lr_range **ranges) {
@@ -139,7 +123,7 @@ static struct lr_error attach_owned(struct pager *pager, const struct lr_request
 		return lr_fail("calloc", ENOMEM, 0);
 	space->uffd = fd_release(&fds[FD_UFFD]);
 	space->pidfd = fd_release(&fds[FD_PIDFD]);
-	space->pid = pid_of(space->pidfd);
+	space->pid = pid_behind(space->pidfd);
 	bool hugetlb;
 	uint32_t n_ranges = request->n_ranges;
 	struct lr_error error = read_ranges(fds[FD_RANGES], request->n_ranges, &ranges);

@@ -190,6 +190,14 @@ bool backing_is_filled(const struct backing *backing, uint64_t chunk) {
 	return slot < backing->n && atomic_load_explicit(&backing->states[slot], memory_order_acquire) == CHUNK_FILLED;
 }
 
+bool backing_is_untouched(const struct backing *backing, uint64_t chunk) {
+	uint64_t slot = chunk - backing->first;
+	if (slot >= backing->n)
+		return false;
+	uint8_t state = atomic_load_explicit(&backing->states[slot], memory_order_acquire);
+	return state == CHUNK_EMPTY || state == CHUNK_BAD;
+}
+
 struct lr_error backing_fill_all(struct backing *backing, const struct image *image, struct unpacker *unpacker) {
 	for (uint64_t chunk = backing->first; chunk < backing->first + backing->n; chunk++)
 		if (backing_fill(backing, image, chunk, unpacker) != CHUNK_FILLED)

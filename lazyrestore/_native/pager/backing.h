@@ -60,5 +60,8 @@ bool backing_is_filled(const struct backing *backing, uint64_t chunk);
 /* Has it all of its contents? Once it has, it always has. */
 bool backing_is_complete(const struct backing *backing);
 
+/* Nobody can have touched a page of it: who reads one now gets the stored bytes, or SIGBUS where they are damaged. */
+bool backing_is_untouched(const struct backing *backing, uint64_t chunk);
+
 /* Every chunk of it; the first bad one is the error. */
 struct lr_error backing_fill_all(struct backing *backing, const struct image *image, struct unpacker *unpacker);

@@ -21,7 +21,8 @@ enum {
 	LR_ATTACH = 2, /* fds: userfaultfd, pidfd, memfd of lr_range[n_ranges], n_shared memfds; reply: lr_reply */
 	LR_STATS = 3,  /* reply: lr_totals, then n_spaces packets of lr_space_stats */
 	LR_STOP = 4,   /* exit when no address space is left, without lingering; reply: lr_reply */
-	LR_WORKING_SET = 5 /* reply: lr_reply with [memfd of lr_touched[], in the order of first touch] */
+	LR_WORKING_SET = 5, /* reply: lr_reply with [memfd of lr_touched[], in the order of first touch] */
+	LR_INTERVALS = 6 /* fds: pidfd of a process that stands still; reply: lr_reply with [memfd of lr_range[]] */
 };
 
 /* lr_request.flags of LR_ATTACH */
@@ -44,6 +45,13 @@ enum {
 	LR_BACKING_TEMPLATE = 0,
 	LR_BACKING_HUGETLB = 1,
 	LR_BACKING_SHARED = 2 /* 2 + k: shared object k */
+};
+
+/* lr_range.flags in the reply to LR_INTERVALS. There, what lies in no range is zero if it is private (a mapping grew), and
+ * unknown if it is shared: of shared memory only what nobody has touched is told. A private page that the process wrote is
+ * its own, whatever is told of its address. */
+enum {
+	LR_RANGE_ZERO = 1 /* reads zero; `image` means nothing */
 };
 
 /* The image memfd: this header, then n_packs times lr_pack, then n_working_set times
@@ -94,7 +102,7 @@ struct lr_range {
 	uint64_t end;   /* exclusive */
 	uint64_t image; /* image address of start */
 	uint32_t backing;
-	uint32_t flags; /* 0 */
+	uint32_t flags; /* 0 in LR_ATTACH */
 };
 
 struct lr_request {

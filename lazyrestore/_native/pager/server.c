@@ -1,6 +1,7 @@
 /* One connection: requests in, replies out, in a thread of its own. */
 #define _GNU_SOURCE
 #include "attach.h"
+#include "intervals.h"
 #include "log.h"
 #include "space.h"
 #include <errno.h>
@@ -172,6 +173,14 @@ static bool send_working_set(struct connection *connection) {
 	return send_reply(connection, LR_OK, &memfd, 1);
 }
 
+static bool send_intervals(struct connection *connection) {
+	scoped_fd memfd = -1;
+	if (connection->n_fds != 1)
+		return send_reply(connection, lr_fail("intervals: number of descriptors", EINVAL, connection->n_fds), NULL, 0);
+	struct lr_error error = intervals_of(connection->pager, connection->fds[0], &memfd);
+	return send_reply(connection, error, &memfd, error.code ? 0 : 1);
+}
+
 static bool answer(struct connection *connection) {
 	struct pager *pager = connection->pager;
 	if (connection->request.version != LR_PROTOCOL_VERSION)
@@ -188,6 +197,8 @@ static bool answer(struct connection *connection) {
 		return send_stats(connection);
 	case LR_WORKING_SET:
 		return send_working_set(connection);
+	case LR_INTERVALS:
+		return send_intervals(connection);
 	case LR_STOP:
 		pthread_mutex_lock(&pager->lock);
 		pager->stopping = true;

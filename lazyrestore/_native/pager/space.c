@@ -9,6 +9,7 @@
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <signal.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -22,6 +23,9 @@ struct space *space_new(struct pager *pager) {
 	space->uffd = space->pidfd = space->maps = -1;
 	interval_map_init(&space->map);
 	window_init(&space->window);
+	pthread_mutex_init(&space->map_lock, NULL);
+	pthread_cond_init(&space->settled, NULL);
+	pthread_cond_init(&space->left, NULL);
 	return space;
 }
 
@@ -38,6 +42,9 @@ void space_free(struct space *space) {
 	if (space->maps >= 0)
 		close(space->maps);
 	interval_map_deinit(&space->map);
+	pthread_mutex_destroy(&space->map_lock);
+	pthread_cond_destroy(&space->settled);
+	pthread_cond_destroy(&space->left);
 	unpacker_deinit(&space->unpacker);
 	free(space->shared);
 	free(space->faults);
@@ -181,6 +188,7 @@ bool space_drain(struct space *space, uint32_t *n_read) {
 	enum { BATCH = 32 };
 	struct uffd_msg messages[BATCH];
 	*n_read = 0;
+	SCOPED_LOCK(&space->map_lock);
 	for (;;) {
 		ssize_t n = read(space->uffd, messages, sizeof messages);
 		if (n < 0 && errno == EINTR)
@@ -231,7 +239,14 @@ static bool await_event(struct space *space, unsigned round) {
 /* One step of closing the window; a fault is served after it only. */
 static enum verdict close_window(struct space *space, unsigned *round) {
 	uint32_t n_read;
-	switch (window_close(space)) {
+	if (!space->window.open)
+		return SERVED;
+	pthread_mutex_lock(&space->map_lock);
+	enum closing closing = window_close(space);
+	if (closing == WINDOW_CLOSED)
+		pthread_cond_broadcast(&space->settled);
+	pthread_mutex_unlock(&space->map_lock);
+	switch (closing) {
 	case WINDOW_CLOSED:
 		space->window_events = 0;
 		return SERVED;
@@ -305,8 +320,10 @@ static void serve_space(struct space *space) {
 		if (!n && space->records && working_set_end_if_quiet(&space->pager->working_set))
 			pager_wake(space->pager);
 		if (fds[PID].revents) {
-			close(space->pidfd);
+			pthread_mutex_lock(&space->pager->lock); /* a visitor may be looking at it */
+			scoped_close(&space->pidfd);
 			space->pidfd = -1;
+			pthread_mutex_unlock(&space->pager->lock);
 		}
 		if (!n || fds[PID].revents)
 			if (!uffd_alive(space->uffd))
@@ -349,9 +366,15 @@ static void *space_main(void *argument) {
 	serve_space(space);
 	window_abandon(space);
 	await_end(space);
+	pthread_mutex_lock(&space->map_lock);
+	space->gone = true;
+	pthread_cond_broadcast(&space->settled);
+	pthread_mutex_unlock(&space->map_lock);
 	if (space->records && space->pid) /* the one that was restored, not a child */
 		working_set_end_of_process(&pager->working_set);
 	pthread_mutex_lock(&pager->lock);
+	while (space->visitors)
+		pthread_cond_wait(&space->left, &pager->lock);
 	for (struct space **link = &pager->spaces; *link; link = &(*link)->next)
 		if (*link == space) {
 			*link = space->next;
@@ -364,6 +387,58 @@ static void *space_main(void *argument) {
 	space_free(space);
 	pager_wake(pager);
 	return NULL;
+}
+
+/* -- visitors ---------------------------------------------------------------------------------------------------------- */
+
+int32_t pid_behind(int pidfd) {
+	char path[64], line[128];
+	long pid = 0;
+	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", pidfd);
+	FILE *file = fopen(path, "re");
+	if (!file)
+		return 0;
+	while (fgets(line, sizeof line, file))
+		if (sscanf(line, "Pid: %ld", &pid) == 1)
+			break;
+	fclose(file);
+	return pid > 0 ? (int32_t)pid : 0;
+}
+
+/* Of two living processes no two have one pid: the space's own pidfd tells whether its process is still the one that has it. */
+static struct space *find_living(struct pager *pager, int32_t pid) {
+	for (struct space *space = pager->spaces; space; space = space->next)
+		if (pid && space->pid == pid && space->pidfd >= 0 && pid_behind(space->pidfd) == pid)
+			return space;
+	return NULL;
+}
+
+struct lr_error space_visit(struct pager *pager, int pidfd, struct space **visited, struct interval_map *map) {
+	int32_t pid = pid_behind(pidfd);
+	pthread_mutex_lock(&pager->lock);
+	struct space *space = find_living(pager, pid);
+	if (space)
+		space->visitors++;
+	pthread_mutex_unlock(&pager->lock);
+	if (!space)
+		return lr_fail("no such address space", ESRCH, 0);
+	pthread_mutex_lock(&space->map_lock);
+	while (space->window.open && !space->gone)
+		pthread_cond_wait(&space->settled, &space->map_lock);
+	int error = space->gone ? ESRCH : interval_map_copy(&space->map, map);
+	pthread_mutex_unlock(&space->map_lock);
+	if (error) {
+		space_leave(space);
+		return lr_fail("copy of the interval map", error, 0);
+	}
+	*visited = space;
+	return LR_OK;
+}
+
+void space_leave(struct space *space) {
+	SCOPED_LOCK(&space->pager->lock);
+	if (!--space->visitors)
+		pthread_cond_signal(&space->left);
 }
 
 struct lr_error space_start(struct space *space) {

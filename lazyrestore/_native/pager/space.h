@@ -11,6 +11,9 @@
  *   in no interval                 a mapping grew there (mremap in place tells nothing): beyond a shared mapping's end the
  *                                  file goes on, anything else is zero
  * The order of events of calls that ran side by side is dealt with in window.h.
+ * Another thread may look at the map (space_visit): the space's own thread changes it under map_lock, from the read of events to
+ * their end, so that what a call of the process has done is in the map, or its window is open, before the call returns. map_lock may be
+ * held when the pager's lock is taken, never the other way round.
  * Cost: MADV_REMOVE and MADV_DONTNEED of shared memory look the same; the latter, which keeps contents, is assumed, so a
  * chunk that is punched out before its first touch comes back (LR_ATTACH_EAGER avoids it). */
 #pragma once
@@ -60,6 +63,11 @@ struct space {
 	struct interval_map map;
 	struct window window; /* while it is open, nothing is served */
 	uint32_t window_events; /* read since it was opened, about */
+	pthread_mutex_t map_lock; /* guards map and window against visitors */
+	pthread_cond_t settled;   /* the window is closed, or the address space is gone */
+	bool gone;                /* nobody looks after the map any more */
+	unsigned visitors;        /* guarded by the pager's lock */
+	pthread_cond_t left;      /* the last visitor has gone */
 	_Atomic uint32_t intervals; /* map.count for other threads */
 	struct backing **shared;    /* one reference each */
 	uint32_t n_shared;
@@ -78,6 +86,14 @@ struct space *space_new(struct pager *pager);
 
 /* Closes and frees all it owns, shared backings too. Not for one whose process may live. */
 void space_free(struct space *space);
+
+/* The address space that was restored as the living process behind a pidfd, and a copy of its map, made when no event is in doubt;
+ * ESRCH: there is none. The space stays until space_leave(), and `map`, which the caller frees then, belongs to it. */
+struct lr_error space_visit(struct pager *pager, int pidfd, struct space **space, struct interval_map *map);
+void space_leave(struct space *space);
+
+/* The pid behind a pidfd in the pager's own PID namespace, 0 if it is in none of ours or dead. */
+int32_t pid_behind(int pidfd);
 
 /* Adds it to the pager's list and starts its thread, which owns it from then on. On failure it stays the caller's. */
 struct lr_error space_start(struct space *space);
