@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lazyrestore.store.format import CHUNK, HUGE_CHUNK
     from lazyrestore.store.garbage import Freed
     from lazyrestore.store.image import StoredImage
+    from lazyrestore.store.parent import Parent, Reference
     from lazyrestore.store.report import Sharing, Summary, Totals
     from lazyrestore.store.store import ImageStore
     from lazyrestore.store.writer import ImageWriter
@@ -24,6 +25,8 @@ __all__ = [
     "Freed",
     "ImageStore",
     "ImageWriter",
+    "Parent",
+    "Reference",
     "Report",
     "Sharing",
     "StoredImage",
@@ -38,6 +41,8 @@ _HOMES = {
     "HUGE_CHUNK": "format",
     "ImageStore": "store",
     "ImageWriter": "writer",
+    "Parent": "parent",
+    "Reference": "parent",
     "Report": "check",
     "Sharing": "report",
     "StoredImage": "image",

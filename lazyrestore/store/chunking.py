@@ -4,6 +4,7 @@ ends."""
 from __future__ import annotations
 
 import ctypes
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -47,14 +48,16 @@ def check_runs(runs: Sequence[Run], size: int) -> int:
     return total
 
 
-def cut(runs: Sequence[Run], chunk_size: int) -> Iterator[Span]:
-    """The runs, cut at multiples of `chunk_size` and grouped between them. Runs that adjoin in both places are
-    joined."""
+def cut(runs: Sequence[Run], chunk_size: int, apart: Sequence[int] = ()) -> Iterator[Span]:
+    """The runs, cut at multiples of `chunk_size` and grouped between them. Runs that adjoin in both places are joined.
+
+    apart: image addresses, sorted, at which something lies that is in no run: runs on both sides of it stay apart.
+    """
     group: list[Run] = []
     border = 0  # end of the group's chunk
     for address, offset, length in runs:
         while length:
-            if address >= border:
+            if address >= border or (group and _between(apart, group[-1][0] + group[-1][2], address)):
                 if group:
                     yield Span(tuple(group))
                     group = []
@@ -67,6 +70,14 @@ def cut(runs: Sequence[Run], chunk_size: int) -> Iterator[Span]:
             address, offset, length = address + part, offset + part, length - part
     if group:
         yield Span(tuple(group))
+
+
+def _between(places: Sequence[int], low: int, high: int) -> bool:
+    """Whether one of the sorted `places` lies in [low, high)."""
+    if low == high or not places:
+        return False
+    at = bisect_left(places, low)
+    return at < len(places) and places[at] < high
 
 
 class Source:

@@ -216,6 +216,11 @@ def open_image(environment: Environment, name: str) -> StoredImage:
                     os.close(descriptor)
 
 
+def key_of(environment: Environment, snapshot: int) -> str:
+    """Names this very snapshot in this very file, on this host."""
+    return f"{environment.uuid}-{environment.identity[0]:x}-{environment.identity[1]:x}-{snapshot}"
+
+
 def find(environment: Environment, txn: Transaction, name: str) -> int:
     """The id of the snapshot called `name`. Raises SnapshotNotFound, BadSnapshotName."""
     found = txn.get(format.NAMES + format.check_name(name))
@@ -288,7 +293,7 @@ def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int
         raise ChunkInvalid(environment.resource, "open", "data.mdb is truncated", "restore it from a backup")
     return StoredImage(
         name=name,
-        key=f"{environment.uuid}-{environment.identity[0]:x}-{environment.identity[1]:x}-{snapshot}",
+        key=key_of(environment, snapshot),
         snapshot=snapshot,
         manifest=bytes(environment.need(txn, format.key(format.MANIFESTS, snapshot))),
         data_fd=data,

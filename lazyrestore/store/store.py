@@ -57,6 +57,12 @@ class ImageStore:
         """The snapshot `name`, pinned: it stays readable, even if it is removed, until closed. Cost: O(packs)."""
         return image.open_image(self._environment, name)
 
+    def keys(self) -> dict[str, int]:
+        """What pagers know the snapshots by, and their ids; with those that were removed and are in use."""
+        environment = self._environment
+        with environment.read() as txn:
+            return {image.key_of(environment, number): number for number in environment.keys(txn, format.SNAPSHOTS)}
+
     def ls(self) -> list[Summary]:
         """All snapshots, by name."""
         from lazyrestore.store import report

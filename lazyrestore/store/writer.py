@@ -18,6 +18,7 @@ import contextlib
 import os
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +29,7 @@ from lazyrestore.store import format, garbage
 from lazyrestore.store.chunking import Run, Source, Span, check_runs, cut
 from lazyrestore.store.environment import Environment, Transaction
 from lazyrestore.store.locks import WriterLock
+from lazyrestore.store.parent import Parent, Reference
 
 Progress = Callable[[int, int], None]
 # A chunk from a worker: image address, raw length, hash, LOCATION if it is stored already, else the frame.
@@ -99,6 +101,21 @@ class ImageWriter:
         self._slots: dict[int, int] = {}  # pack id: slot
         self._raw = self._stored = self._added = 0
         self._hugetlb = False
+        self._references: list[tuple[Parent, Reference]] = []
+        self._apart = array("Q")  # where these begin, sorted
+
+    def parent(self, snapshot: int) -> Parent:
+        """Another snapshot of this store, by its id, to refer() to until this one is closed. Raises ChunkInvalid."""
+        return Parent(self._environment, snapshot)
+
+    def refer(self, parent: Parent, references: Sequence[Reference], *, hugetlb: bool = False) -> None:
+        """Store what `parent` has, by reference, without reading it; before anything near it is added.
+
+        No chunk may cross a reference's border: commit() raises ValueError then. hugetlb: it is memory in huge pages.
+        """
+        self._references += [(parent, reference) for reference in references]
+        self._apart = array("Q", sorted(reference.start for _, reference in self._references))
+        self._hugetlb |= hugetlb and bool(references)
 
     def add(self, buffer: memoryview, runs: Sequence[Run], *, chunk_size: int = format.CHUNK) -> None:
         """Store runs of memory; the buffer may be changed or freed as soon as this returns.
@@ -114,7 +131,7 @@ class ImageWriter:
         pending: deque[tuple[int, Future[list[Result]]]] = deque()
         with Source(memoryview(buffer)) as source:
             try:
-                for batch in _batches(runs, chunk_size):
+                for batch in _batches(runs, chunk_size, self._apart):
                     if len(pending) >= self._waiting:
                         self._take(*pending.popleft())
                     size = sum(length for span in batch for _, _, length in span.runs)
@@ -137,6 +154,7 @@ class ImageWriter:
         environment = self._environment
         self._end_pack()
         self._write_full()
+        self._take_references()
         while self._writing:
             self._writing.popleft().result()
         index, hashes = self._sorted()
@@ -243,17 +261,26 @@ class ImageWriter:
             if location is None:
                 assert frame is not None
                 location = self._append(digest, length, frame)
-            elif digest not in self._new and digest not in self._old:
-                self._old.add(digest)
-                self._stored += format.LOCATION.unpack(location)[2]
-            pack, offset, stored, _ = format.LOCATION.unpack(location)
-            slot = self._slots.setdefault(pack, len(self._slots))
-            self._index += format.ENTRY.pack(address, length, slot, offset, stored)
-            self._hashes += digest
-            self._raw += length
+            self._list(address, length, digest, location)
         self._done += size
         if self._progress is not None:
             self._progress(self._done, self._total)
+
+    def _take_references(self) -> None:
+        for parent, (start, end, source) in self._references:
+            for chunk in parent.chunks(source, source + end - start):
+                self._list(chunk.address - source + start, chunk.length, chunk.digest, chunk.location)
+
+    def _list(self, address: int, length: int, digest: bytes, location: bytes) -> None:
+        """A chunk of the index, which is in the store or in a pack that is being filled."""
+        pack, offset, stored, _ = format.LOCATION.unpack(location)
+        if digest not in self._new and digest not in self._old:
+            self._old.add(digest)
+            self._stored += stored
+        slot = self._slots.setdefault(pack, len(self._slots))
+        self._index += format.ENTRY.pack(address, length, slot, offset, stored)
+        self._hashes += digest
+        self._raw += length
 
     def _append(self, digest: bytes, length: int, frame: bytes) -> bytes:
         """Put a chunk into the pack being filled; returns its LOCATION."""
@@ -339,10 +366,10 @@ class ImageWriter:
             self._lock.close()
 
 
-def _batches(runs: Sequence[Run], chunk_size: int) -> Iterator[list[Span]]:
+def _batches(runs: Sequence[Run], chunk_size: int, apart: Sequence[int]) -> Iterator[list[Span]]:
     """Chunks to be, in groups of up to BATCH bytes of image."""
     batch: list[Span] = []
-    for span in cut(runs, chunk_size):
+    for span in cut(runs, chunk_size, apart):
         batch.append(span)
         if len(batch) * chunk_size >= BATCH:
             yield batch

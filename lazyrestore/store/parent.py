@@ -1,0 +1,87 @@
+"""The chunks of a snapshot that another snapshot of the same store may refer to, without reading them.
+
+Facts. A snapshot's index, hashes and packs do not change; whoever holds the writer lock is the only one who may free
+them, and a snapshot that is in use is not freed, whether it has a name or not.
+Consequence. What is read here under the writer lock stays true until that lock is released, and a snapshot committed
+under it that lists the packs keeps them.
+Choice. All entries are checked when it is opened, which is before a process stands still.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lazyrestore.errors import ChunkInvalid
+from lazyrestore.store import format
+from lazyrestore.store.environment import Environment
+from lazyrestore.store.image import index_of, record_of
+
+
+class Reference(NamedTuple):
+    """Image addresses [start, end) hold what the parent has at `source` and on, or zeros where it has nothing."""
+
+    start: int
+    end: int
+    source: int
+
+
+class Chunk(NamedTuple):
+    """One of the parent's: image address, bytes, BLAKE3, LOCATION."""
+
+    address: int
+    length: int
+    digest: bytes
+    location: bytes
+
+
+class Parent:
+    """The index and hashes of snapshot `snapshot` (an id). Raises ChunkInvalid."""
+
+    def __init__(self, environment: Environment, snapshot: int) -> None:
+        self.snapshot = snapshot
+        with environment.read() as txn:
+            record = record_of(environment, txn, snapshot)
+            index = bytes(index_of(environment, txn, snapshot, record.chunks))
+            self._hashes = bytes(environment.need(txn, format.key(format.HASHES, snapshot)))
+            lengths = [len(environment.need(txn, format.key(format.PACKS, pack))) for pack in record.packs]
+        if len(self._hashes) != record.chunks * format.HASH:
+            reason = f"{len(self._hashes)} bytes for {record.chunks} chunks"
+            raise ChunkInvalid(environment.resource, "read the hashes", reason, "see `verify`")
+        self._packs = record.packs
+        self._entries = list(format.entries(index))
+        self._starts, self._ends = array("Q"), array("Q")
+        end = 0
+        for entry in self._entries:
+            if fault := format.fault_in(entry, end, lengths):
+                raise ChunkInvalid(environment.resource, f"chunk at {entry[0]:#x}", fault, "see `verify`")
+            end = entry[0] + entry[1]
+            self._starts.append(entry[0])
+            self._ends.append(end)
+
+    def whole(self, start: int, end: int) -> tuple[int, int]:
+        """The largest part of image addresses [start, end) that no chunk crosses the border of; empty if there is
+        none."""
+        first = bisect_right(self._ends, start)
+        if first < len(self._starts) and self._starts[first] < start:
+            start = self._ends[first]
+        last = bisect_left(self._starts, end) - 1
+        if last >= 0 and self._ends[last] > end:
+            end = self._starts[last]
+        return (start, end) if start < end else (start, start)
+
+    def stored(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The parts of image addresses [start, end) that lie in chunks, in order."""
+        for number in range(bisect_right(self._ends, start), bisect_left(self._starts, end)):
+            yield max(start, self._starts[number]), min(end, self._ends[number])
+
+    def chunks(self, start: int, end: int) -> Iterator[Chunk]:
+        """Those in image addresses [start, end), in order. ValueError if one lies there in part."""
+        if start < end and self.whole(start, end) != (start, end):
+            raise ValueError(f"a chunk crosses the border of image addresses {start:#x} to {end:#x}")
+        for number in range(bisect_right(self._ends, start), bisect_left(self._starts, end)):
+            address, length, slot, offset, stored = self._entries[number]
+            digest = self._hashes[number * format.HASH : (number + 1) * format.HASH]
+            yield Chunk(address, length, digest, format.LOCATION.pack(self._packs[slot], offset, stored, length))
