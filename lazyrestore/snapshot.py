@@ -1,10 +1,11 @@
 """Taking a snapshot: look, refuse what cannot be restored, freeze, capture, copy the memory, thaw, compress and store.
 
-The process is frozen while its state is read and its populated pages are copied to a buffer; hashing, compressing and
-writing come after it runs again (with kill=True it stays frozen until the snapshot is safely stored, so nothing it does
-afterwards is lost). When the copy would take more than half of the available memory, the memory is copied, compressed
-and stored piece by piece while it is frozen. Whatever fails, leaving the `Frozen` block lets the process go on, and the
-store's writer leaves nothing visible.
+What a restored process never wrote is not read at all: its snapshot refers to the one that it was restored from
+(resources/inherited.py). The process is frozen while its state is read and its populated pages are copied to a buffer;
+hashing, compressing and writing come after it runs again (with kill=True it stays frozen until the snapshot is safely
+stored, so nothing it does afterwards is lost). When the copy would take more than half of the available memory, the
+memory is copied, compressed and stored piece by piece while it is frozen. Whatever fails, leaving the `Frozen` block
+lets the process go on, and the store's writer leaves nothing visible.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import struct
 import time
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from lazyrestore import manifest as manifests
+from lazyrestore import origin
 from lazyrestore._native import _core
 from lazyrestore.errors import (
     AlreadyTraced,
@@ -39,8 +41,9 @@ from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import Frozen, check, vdso_hash
 from lazyrestore.manifest import Host, Manifest
 from lazyrestore.resources import attributes, descriptors, signals, threads, vma
+from lazyrestore.resources.inherited import Origin
 from lazyrestore.resources.memory_plan import Plan, Planner, Run
-from lazyrestore.store import HUGE_CHUNK, ImageStore, ImageWriter
+from lazyrestore.store import HUGE_CHUNK, ImageStore, ImageWriter, Parent, Reference
 
 lib, ffi = _core.lib, _core.ffi
 
@@ -76,15 +79,19 @@ def take(
     pidfd = check(lib.lr_pidfd_open(pid), pid, "pidfd_open")
     try:
         _refuse_unsupported(pid, pidfd)
-        with store.writer(name, replace=replace, level=level, progress=progress) as writer:
+        with ExitStack() as owned, store.writer(name, replace=replace, level=level, progress=progress) as writer:
             identities = _identify_files(pid)
-            buffer = _Buffer(0 if kill else _resident(pid))
+            ancestor = owned.enter_context(closing(found)) if (found := origin.find(store, writer, pid)) else None
+            buffer = _Buffer(0 if kill else _to_copy(pid, restored=ancestor is not None))
             stopped = procfs.parse_stat(procfs.read(pid, "stat")).state == "T"
             frozen = Frozen(pid)
             paused = time.monotonic()
             with frozen:
-                capture = _capture(frozen, pidfd, identities, stopped=stopped)
+                came_from = ancestor.origin(pidfd) if ancestor else None
+                capture = _capture(frozen, pidfd, identities, came_from, stopped=stopped)
                 try:
+                    if ancestor:
+                        _refer(writer, ancestor.parent, capture.plan)
                     fits = buffer.make_room(capture.plan.bytes, all_at_once=not kill)
                     for batch in [capture.plan.runs] if fits else _batches(capture.plan.runs):
                         runs = buffer.fill(pid, frozen.memory, batch)
@@ -204,8 +211,10 @@ def _identify_files(pid: int) -> dict[str, vma.FileIdentity]:
     return {path: identity for path, identity in found.items() if identity is not None}
 
 
-def _resident(pid: int) -> int:
-    return int(procfs.read(pid, "statm").split()[1]) * mmap.PAGESIZE
+def _to_copy(pid: int, *, restored: bool) -> int:
+    """About how many bytes will be copied: what is resident, of a restored process what it wrote."""
+    resident, of_files = (int(word) for word in procfs.read(pid, "statm").split()[1:3])
+    return (resident - of_files if restored else resident) * mmap.PAGESIZE
 
 
 # -- while it is frozen ------------------------------------------------------------------------------------------------
@@ -218,7 +227,14 @@ class _Capture:
     manifest: Manifest
 
 
-def _capture(frozen: Frozen, pidfd: int, identities: dict[str, vma.FileIdentity], *, stopped: bool) -> _Capture:
+def _capture(
+    frozen: Frozen,
+    pidfd: int,
+    identities: dict[str, vma.FileIdentity],
+    came_from: Origin | None,
+    *,
+    stopped: bool,
+) -> _Capture:
     pid = frozen.pid
     mappings = procfs.parse_maps(procfs.read(pid, "smaps"))
     items = _unsupported_attributes(pid) + vma.unsupported(mappings)
@@ -226,7 +242,7 @@ def _capture(frozen: Frozen, pidfd: int, identities: dict[str, vma.FileIdentity]
     if items or table.unsupported:
         raise UnsupportedResources(f"process {pid}", items + table.unsupported)
     host = _host(frozen, mappings)
-    planner = Planner(pid, identities)
+    planner = Planner(pid, identities, came_from)
     try:
         plan = planner.build(mappings)
         frozen.begin_calls()
@@ -256,6 +272,12 @@ def _capture(frozen: Frozen, pidfd: int, identities: dict[str, vma.FileIdentity]
         pause_ms=0.0,
     )
     return _Capture(planner, plan, manifest)
+
+
+def _refer(writer: ImageWriter, parent: Parent, plan: Plan) -> None:
+    """What the process has inherited is the parent's."""
+    for ranges, huge in ((plan.references, False), (plan.huge_references, True)):
+        writer.refer(parent, [Reference(*each) for each in ranges], hugetlb=huge)
 
 
 def _read_unreadable(frozen: Frozen, run: Run) -> Run:

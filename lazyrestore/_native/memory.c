@@ -100,9 +100,16 @@ lr_copy_runs(int32_t pid, const struct lr_run *runs, size_t count, void *buffer,
 }
 
 int64_t
-lr_scan_populated(int32_t pagemap, uint64_t start, uint64_t end, int32_t anonymous, uint64_t *ranges, size_t room,
-		  uint64_t *next)
+lr_scan_pages(int32_t pagemap, uint64_t start, uint64_t end, int32_t kind, uint64_t *ranges, size_t room, uint64_t *next)
 {
+	static const struct {
+		uint64_t absent, required; /* categories */
+	} kinds[] = {
+		[LR_PAGES_WITH_CONTENT] = {.absent = PAGE_IS_PFNZERO},
+		[LR_PAGES_OWN] = {.absent = PAGE_IS_PFNZERO | PAGE_IS_FILE},
+		[LR_PAGES_ZERO] = {.required = PAGE_IS_PFNZERO},
+		[LR_PAGES_OF_FILE] = {.required = PAGE_IS_FILE},
+	};
 	struct page_region regions[256];
 	size_t written = 0;
 	while (start < end) {
@@ -112,9 +119,8 @@ lr_scan_populated(int32_t pagemap, uint64_t start, uint64_t end, int32_t anonymo
 			.end = end,
 			.vec = (uint64_t)(uintptr_t)regions,
 			.vec_len = 256,
-			/* PFNZERO (and FILE) inverted: wanted is "not zero page", "not file", and any of present or swapped. */
-			.category_inverted = PAGE_IS_PFNZERO | (anonymous ? PAGE_IS_FILE : 0),
-			.category_mask = PAGE_IS_PFNZERO | (anonymous ? PAGE_IS_FILE : 0),
+			.category_inverted = kinds[kind].absent,
+			.category_mask = kinds[kind].absent | kinds[kind].required,
 			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 			.return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 		};

@@ -41,6 +41,12 @@ class Mapping(msgspec.Struct, frozen=True):
         return self.end - self.start
 
     @property
+    def file(self) -> tuple[int, int]:
+        """(device, inode) of what is mapped, as stat() says them."""
+        major, minor = (int(part, 16) for part in self.device.split(":"))
+        return os.makedev(major, minor), self.inode
+
+    @property
     def anonymous(self) -> bool:
         """No file behind it, as the kernel sees it."""
         return self.inode == 0

@@ -17,7 +17,7 @@ import fcntl
 import os
 import socket
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, Self
 
 from blake3 import blake3
@@ -236,6 +236,13 @@ def connect_all(*, runtime_dir: StrPath | None = None) -> Iterator[tuple[str, Pa
                     raise
                 continue
         yield path, client
+
+
+def running(keys: Iterable[str], *, runtime_dir: StrPath | None = None) -> list[str]:
+    """Those of the keys that a pager, which may have ended, was started for."""
+    directory = _directory(runtime_dir)
+    sockets = {os.path.join(directory, name) for name in os.listdir(directory) if name.endswith(".sock")}
+    return [key for key in keys if sockets and _socket_path(directory, key) in sockets]
 
 
 def socket_path(key: str, *, runtime_dir: StrPath | None = None) -> str:

@@ -3,7 +3,8 @@
 Facts. PAGEMAP_SCAN (Linux 6.7) tells present, swapped, file and zero pages of a range in one call; before it,
 /proc/PID/pagemap has eight bytes a page: bit 63 present, 62 swapped, 61 a page of a file or shared. process_vm_readv
 reads what the process may read; /proc/PID/mem reads regardless of protection. A restored process's own lazy mappings
-have content that is not present: they are read whole (which faults it in). Reading a memory file by descriptor never
+have content that is not present: where it came from is known, what was not written is inherited (inherited.py), else
+they are read whole (which faults it in). Reading a memory file by descriptor never
 faults, so anonymous shared memory, which may be lazy, is read through its mapping.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from lazyrestore._native import _core
 from lazyrestore.errors import SnapshotFailed
 from lazyrestore.kernel.procfs import KERNEL_MAPPINGS, Mapping
+from lazyrestore.resources.inherited import OBJECT_SPAN, Origin, Piece, Ranges, settle, union
 from lazyrestore.resources.vma import (
     ANONYMOUS_HUGETLB_NAME,
     ANONYMOUS_SHARED_NAME,
@@ -33,9 +35,6 @@ from lazyrestore.resources.vma import (
 
 lib, ffi = _core.lib, _core.ffi
 
-Ranges = list[tuple[int, int]]  # (start, end) addresses, end exclusive
-
-OBJECT_SPAN = 1 << 47  # image addresses per shared object
 HUGE = 2 << 20
 
 
@@ -67,6 +66,9 @@ class Plan:
     files: list[FileIdentity] = field(default_factory=list)
     shared: list[SharedObject] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
+    # What the parent snapshot has, of ordinary and of huge pages: (image address, end, image address in the parent).
+    references: list[tuple[int, int, int]] = field(default_factory=list)
+    huge_references: list[tuple[int, int, int]] = field(default_factory=list)
 
     @property
     def bytes(self) -> int:
@@ -76,10 +78,12 @@ class Plan:
 class Planner:
     """Builds a Plan for one frozen process; owns descriptors until close()."""
 
-    def __init__(self, pid: int, identities: dict[str, FileIdentity]) -> None:
+    def __init__(self, pid: int, identities: dict[str, FileIdentity], origin: Origin | None = None) -> None:
         self.pid = pid
         self.plan = Plan()
         self._identities = identities  # found before the freeze
+        self._origin = origin
+        self._inherited: list[Piece] = []
         self._files: dict[str, int] = {}
         self._objects: dict[tuple[int, int], int] = {}
         self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
@@ -93,7 +97,18 @@ class Planner:
     def build(self, mappings: list[Mapping]) -> Plan:
         for mapping in mappings:
             self.plan.vmas.append(self._vma(mapping))
+        if self._origin is not None:
+            self._settle(self._origin)
         return self.plan
+
+    def _settle(self, origin: Origin) -> None:
+        taken = union([(run.image, run.image + run.length) for run in self.plan.runs])
+        used = [(vma.start, vma.end) for vma in self.plan.vmas if vma.kind in ("lazy", "hugetlb")]
+        used += [(shared.image, shared.image + OBJECT_SPAN) for shared in self.plan.shared]
+        settled = settle(self._inherited, taken, used, origin.chunks)
+        for piece in settled.pieces:
+            self._add(piece.mapping, [(piece.address, piece.address + piece.length)], piece.image - piece.address)
+        self.plan.references, self.plan.huge_references = settled.references, settled.huge
 
     def _vma(self, m: Mapping) -> Vma:
         if m.path in KERNEL_MAPPINGS:
@@ -101,13 +116,13 @@ class Planner:
         if "ht" in m.flags:
             return self._hugetlb(m)
         if m.anonymous:
-            ranges = self._populated(m.start, m.end, anonymous=False)
+            ranges = self._pages(m.start, m.end, lib.LR_PAGES_WITH_CONTENT)
             eager = bool({"gd", "wf", "lo"} & set(m.flags))
             if not ranges and not eager:
                 return self._make(m, "anonymous")
             return self._make(m, "eager" if eager else "lazy", self._add(m, ranges), written=ranges if eager else None)
         if is_template(m):
-            return self._make(m, "lazy", self._add(m, [(m.start, m.end)]))
+            return self._make(m, "lazy", self._add_lazy(m, m.start, m.end))
         memory_file = m.path.startswith("/memfd:") or (m.path == "/dev/zero" and m.shared)
         if memory_file or (m.shared and not self._is_file(m)):
             return self._shared(m)
@@ -141,9 +156,8 @@ class Planner:
             written or [],
         )
 
-    def _add(self, m: Mapping, ranges: Ranges, image: int | None = None) -> int:
-        """Store these address ranges of the process; returns the bytes."""
-        shift = 0 if image is None else image - m.start
+    def _add(self, m: Mapping, ranges: Ranges, shift: int = 0) -> int:
+        """Store these address ranges of the process, at image addresses higher by `shift`; returns the bytes."""
         for start, end in ranges:
             self.plan.runs.append(
                 Run(
@@ -157,6 +171,16 @@ class Planner:
             )
         return sum(end - start for start, end in ranges)
 
+    def _add_lazy(self, m: Mapping, start: int, end: int, shift: int = 0) -> int:
+        """Store addresses [start, end) of a restored mapping, whether its content has arrived or not; returns the
+        bytes."""
+        if self._origin is None or not self._origin.serves(m):
+            return self._add(m, [(start, end)], shift)
+        read, inherited = self._origin.divide(m, start, end, shift, self._pages)
+        self._add(m, read, shift)
+        self._inherited += inherited
+        return end - start
+
     def _hugetlb(self, m: Mapping) -> Vma:
         where, anonymous = f"mapping {m.start:x}-{m.end:x}", m.path == ANONYMOUS_HUGETLB_NAME
         size = os.statvfs(f"/proc/{self.pid}/map_files/{m.start:x}-{m.end:x}").f_bsize
@@ -164,9 +188,11 @@ class Planner:
             raise SnapshotFailed(where, "plan", f"huge pages of {size >> 20} MiB cannot be stored yet")
         if m.shared and (anonymous or m.path.startswith("/memfd:")):
             return self._shared(m)
-        if not anonymous and not is_template(m):
+        if is_template(m):
+            return self._make(m, "hugetlb", self._add_lazy(m, m.start, m.end))
+        if not anonymous:
             raise SnapshotFailed(where, "plan", f"huge pages of a file cannot be stored yet: {m.path}")
-        ranges = [(m.start, m.end)] if is_template(m) else self._populated(m.start, m.end, anonymous=False)
+        ranges = self._pages(m.start, m.end, lib.LR_PAGES_WITH_CONTENT)
         if not ranges:
             return self._make(m, "anonymous")
         return self._make(m, "hugetlb", self._add(m, ranges))
@@ -177,7 +203,7 @@ class Planner:
             if m.write and not self.plan.files[index].shared:
                 self.plan.files[index] = shared_identity(self.plan.files[index])
             return self._make(m, "file", file=index)
-        written = self._populated(m.start, m.end, anonymous=True)
+        written = self._pages(m.start, m.end, lib.LR_PAGES_OWN)
         if not written:
             return self._make(m, "file", file=index)
         size = sum(end - start for start, end in written)
@@ -187,8 +213,7 @@ class Planner:
         return self._make(m, "lazy", self._add(m, [(m.start, end)]))
 
     def _shared(self, m: Mapping) -> Vma:
-        major, minor = (int(part, 16) for part in m.device.split(":"))
-        key = (os.makedev(major, minor), m.inode)
+        key = m.file
         lazy = m.path == ANONYMOUS_SHARED_NAME  # a restored one: part of it may not have arrived
         anonymous = lazy or m.path == "/dev/zero"
         if key not in self._objects:
@@ -206,10 +231,10 @@ class Planner:
         stored, written = 0, []
         if lazy:
             end = min(m.end, m.start + max(0, _round_up(shared.size) - m.offset))
-            covered = [(m.start, end)] if end > m.start else []
-            stored = self._add(m, covered, shared.image + m.offset)
+            if end > m.start:
+                stored = self._add_lazy(m, m.start, end, shared.image + m.offset - m.start)
         elif not m.shared:
-            written = self._populated(m.start, m.end, anonymous=True)
+            written = self._pages(m.start, m.end, lib.LR_PAGES_OWN)
             stored = self._add(m, written)
         return self._make(m, "shared", stored, shared_object=number, written=written)
 
@@ -241,31 +266,32 @@ class Planner:
             return m.end
         return max(m.start, min(m.end, m.start + _round_up(size) - m.offset))
 
-    def _populated(self, start: int, end: int, *, anonymous: bool) -> Ranges:
-        """The address ranges of [start, end) whose pages have content.
-
-        With `anonymous`: only those that are no page of a file.
-        """
+    def _pages(self, start: int, end: int, kind: int) -> Ranges:
+        """The address ranges of [start, end) whose pages are of a kind: lib.LR_PAGES_…"""
         room = 4096
         ranges, following = ffi.new(f"uint64_t[{2 * room}]"), ffi.new("uint64_t *", start)
         found: list[tuple[int, int]] = []
         while following[0] < end:
-            count = lib.lr_scan_populated(self._pagemap, following[0], end, anonymous, ranges, room, following)
+            count = lib.lr_scan_pages(self._pagemap, following[0], end, kind, ranges, room, following)
             if count == -errno.ENOTTY:
-                return self._populated_before_6_7(start, end, anonymous=anonymous)
+                return self._pages_before_6_7(start, end, kind)
             if count < 0:
                 raise SnapshotFailed(f"mapping {start:x}-{end:x}", "PAGEMAP_SCAN", errno=-count)
             found += [(ranges[2 * index], ranges[2 * index + 1]) for index in range(count)]
         return found
 
-    def _populated_before_6_7(self, start: int, end: int, *, anonymous: bool) -> Ranges:
+    def _pages_before_6_7(self, start: int, end: int, kind: int) -> Ranges:
+        """The same without PAGEMAP_SCAN: zero pages cannot be told from the process's own, and are taken for these."""
         found: list[tuple[int, int]] = []
+        if kind == lib.LR_PAGES_ZERO:
+            return found
         for base in range(start, end, PAGE << 16):
             entries = memoryview(
                 os.pread(self._pagemap, min(end - base, PAGE << 16) // PAGE * 8, base // PAGE * 8)
             ).cast("Q")
             for index, entry in enumerate(entries):
-                if not entry >> 62 or (anonymous and entry >> 61 & 1):
+                of_file = bool(entry >> 61 & 1)
+                if not entry >> 62 or (kind != lib.LR_PAGES_WITH_CONTENT and of_file != (kind == lib.LR_PAGES_OF_FILE)):
                     continue
                 page = base + index * PAGE
                 if found and found[-1][1] == page:

@@ -4,7 +4,8 @@ Facts. A snapshot's index, hashes and packs do not change; whoever holds the wri
 them, and a snapshot that is in use is not freed, whether it has a name or not.
 Consequence. What is read here under the writer lock stays true until that lock is released, and a snapshot committed
 under it that lists the packs keeps them.
-Choice. All entries are checked when it is opened, which is before a process stands still.
+Choice. All of the index is checked, by its checksums too, when it is opened, which is before a process stands still:
+an entry that was damaged would be sound in the next index.
 """
 
 from __future__ import annotations
@@ -44,7 +45,11 @@ class Parent:
         self.snapshot = snapshot
         with environment.read() as txn:
             record = record_of(environment, txn, snapshot)
-            index = bytes(index_of(environment, txn, snapshot, record.chunks))
+            index = bytes(index_of(environment, txn, snapshot, record))
+            stored = environment.need(txn, format.key(format.INDEXES, snapshot))
+            sums = format.sums_of(index) if record.sums else b""
+            if stored[len(index) : len(index) + len(sums)] != sums:
+                raise ChunkInvalid(environment.resource, "read an index", "a checksum is wrong", "see `verify`")
             self._hashes = bytes(environment.need(txn, format.key(format.HASHES, snapshot)))
             lengths = [len(environment.need(txn, format.key(format.PACKS, pack))) for pack in record.packs]
         if len(self._hashes) != record.chunks * format.HASH:
@@ -61,16 +66,12 @@ class Parent:
             self._starts.append(entry[0])
             self._ends.append(end)
 
-    def whole(self, start: int, end: int) -> tuple[int, int]:
-        """The largest part of image addresses [start, end) that no chunk crosses the border of; empty if there is
-        none."""
-        first = bisect_right(self._ends, start)
-        if first < len(self._starts) and self._starts[first] < start:
-            start = self._ends[first]
-        last = bisect_left(self._starts, end) - 1
-        if last >= 0 and self._ends[last] > end:
-            end = self._starts[last]
-        return (start, end) if start < end else (start, start)
+    def at(self, address: int) -> tuple[int, int] | None:
+        """Image addresses of the chunk that holds `address`: its start and end. None if none does."""
+        number = bisect_right(self._ends, address)
+        if number < len(self._starts) and self._starts[number] <= address:
+            return self._starts[number], self._ends[number]
+        return None
 
     def stored(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """The parts of image addresses [start, end) that lie in chunks, in order."""
@@ -79,8 +80,10 @@ class Parent:
 
     def chunks(self, start: int, end: int) -> Iterator[Chunk]:
         """Those in image addresses [start, end), in order. ValueError if one lies there in part."""
-        if start < end and self.whole(start, end) != (start, end):
-            raise ValueError(f"a chunk crosses the border of image addresses {start:#x} to {end:#x}")
+        for border in (start, end):
+            found = self.at(border)
+            if found is not None and found[0] != border:
+                raise ValueError(f"a chunk crosses image address {border:#x}, the border of a reference")
         for number in range(bisect_right(self._ends, start), bisect_left(self._starts, end)):
             address, length, slot, offset, stored = self._entries[number]
             digest = self._hashes[number * format.HASH : (number + 1) * format.HASH]

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from helpers_store import BASE, PAGE, get, pages, put
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lazyrestore.errors import ChunkInvalid
-from lazyrestore.store import CHUNK, ImageStore, Reference, format
+from lazyrestore.store import CHUNK, ImageStore, Parent, Reference, format
+from lazyrestore.store.environment import Transaction
 
 MOVED = 1 << 30
 
@@ -43,7 +45,7 @@ def test_any_mixture_comes_back(
         references, to_add = [], {n for n in written if n < len(image)}
         for start, end in zones(len(image), written | dropped):
             low, high = (BASE + n * PAGE for n in (start, end))
-            first, last = parent.whole(low, high)
+            first, last = whole(parent, low, high)
             if first < last:
                 references.append(Reference(first - BASE + base, last - BASE + base, first))
             for part in ((low, first), (last, high)) if first < last else ((low, high),):
@@ -59,6 +61,16 @@ def test_any_mixture_comes_back(
     store.rm("parent")
     assert get(store, "child", len(image) * PAGE, base=base) == bytes_of(expected)
     assert not store.verify().damage
+
+
+def whole(parent: Parent, start: int, end: int) -> tuple[int, int]:
+    """The part of [start, end) that no chunk crosses the borders of."""
+    low, high = parent.at(start), parent.at(end)
+    if low and low[0] < start:
+        start = low[1]
+    if high and high[0] < end:
+        end = high[0]
+    return start, end
 
 
 def zones(count: int, without: set[int]) -> Iterator[tuple[int, int]]:
@@ -84,10 +96,9 @@ def test_a_chunk_is_taken_whole_or_not_at_all(store: ImageStore) -> None:
     parent_id = put(store, "parent", pages(8))
     with store.writer("child") as writer:
         parent = writer.parent(parent_id)
-        assert parent.whole(BASE + PAGE, BASE + 2 * CHUNK) == (BASE + CHUNK, BASE + 2 * CHUNK)
-        assert parent.whole(BASE, BASE + CHUNK + PAGE) == (BASE, BASE + CHUNK)
-        empty = parent.whole(BASE + PAGE, BASE + 2 * PAGE)
-        assert empty[0] == empty[1]
+        assert parent.at(BASE - 1) is None
+        assert parent.at(BASE) == parent.at(BASE + CHUNK - 1) == (BASE, BASE + CHUNK)
+        assert parent.at(BASE + 2 * CHUNK) is None
         writer.refer(parent, [Reference(BASE, BASE + PAGE, BASE)])
         with pytest.raises(ValueError, match="crosses"):
             writer.commit(b"m")
@@ -127,10 +138,22 @@ def test_a_parent_that_is_gone(store: ImageStore) -> None:
         writer.parent(parent_id)
 
 
-def test_a_damaged_index_is_not_taken_over(store: ImageStore) -> None:
+@pytest.mark.parametrize("by", [CHUNK, 1])
+def test_a_damaged_index_is_not_taken_over(store: ImageStore, by: int) -> None:
+    """An entry may be merely not what was written; or impossible, in a record of the time before checksums."""
     parent_id = put(store, "parent", pages(8))
     environment = store._environment
-    entry = format.ENTRY.pack(BASE, 3 * PAGE + 1, 0, 0, 1)
-    environment.update(lambda txn: txn.put(format.key(format.INDEXES, parent_id), environment.lengthen(entry)))
+    with environment.read() as txn:
+        index = bytearray(environment.need(txn, format.key(format.INDEXES, parent_id)))
+        record = format.decode(environment.need(txn, format.key(format.SNAPSHOTS, parent_id)), format.Record, "")
+    address, *rest = format.ENTRY.unpack_from(index)
+    format.ENTRY.pack_into(index, 0, address - by, *rest)
+    record = msgspec.structs.replace(record, sums=by == CHUNK)
+
+    def damage(txn: Transaction) -> None:
+        txn.put(format.key(format.INDEXES, parent_id), bytes(index))
+        txn.put(format.key(format.SNAPSHOTS, parent_id), format.encode(record))
+
+    environment.update(damage)
     with store.writer("child") as writer, pytest.raises(ChunkInvalid):
         writer.parent(parent_id)

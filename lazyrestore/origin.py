@@ -1,0 +1,76 @@
+"""The snapshot that a process was restored from, if it is in this store: found by the pager that serves the process.
+
+Facts. A pager's template is a memory file that no other pager has, and it shows in the maps of every process restored
+from it. A pager keeps its snapshot in use: removed or not, its chunks are there as long as the process. A snapshot's
+key, which names the pager's socket, names the store's file too.
+Choice. Of the snapshots of the store that is written to, those with a pager are asked for their template. A process
+that came from another store has no origin here; nor has one whose pager does not answer, or whose snapshot has a
+damaged index, or a forked child. Their memory is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lazyrestore.errors import ChunkInvalid, PagerError
+from lazyrestore.kernel import procfs
+from lazyrestore.pager.client import PagerClient
+from lazyrestore.pager.launch import connect_existing, running
+from lazyrestore.resources.inherited import Origin
+from lazyrestore.resources.vma import is_template
+from lazyrestore.store import ImageStore, ImageWriter, Parent
+
+
+@dataclass(frozen=True, slots=True)
+class Ancestor:
+    """The snapshot, and the pager of a process restored from it. Close it."""
+
+    parent: Parent
+    pager: PagerClient
+    templates: tuple[tuple[int, int], ...]
+
+    def origin(self, pidfd: int) -> Origin | None:
+        """What the pager says of a process that stands still; None if it says nothing."""
+        try:
+            return Origin(self.parent, self.templates, self.pager.intervals(pidfd))
+        except PagerError:
+            return None
+
+    def close(self) -> None:
+        self.pager.close()
+
+
+def find(store: ImageStore, writer: ImageWriter, pid: int) -> Ancestor | None:
+    """What process `pid` was restored from, None if that is not in the store. `writer` keeps it from being freed."""
+    maps = procfs.parse_maps(procfs.read(pid, "maps"))
+    mapped = {mapping.file for mapping in maps if is_template(mapping)}
+    if not mapped:
+        return None
+    keys = store.keys()
+    for key in running(keys):
+        try:
+            pager = connect_existing(key, f"snapshot {keys[key]}")
+        except PagerError:
+            continue
+        if pager is None:
+            continue
+        templates = tuple(_files(pager))
+        if mapped.isdisjoint(templates):
+            pager.close()
+            continue
+        try:
+            return Ancestor(writer.parent(keys[key]), pager, templates)
+        except ChunkInvalid:
+            pager.close()
+            return None
+    return None
+
+
+def _files(pager: PagerClient) -> Iterable[tuple[int, int]]:
+    """(device, inode) of its templates."""
+    for descriptor in (pager.template_fd, pager.hugetlb_fd):
+        if descriptor is not None:
+            about = os.fstat(descriptor)
+            yield about.st_dev, about.st_ino
