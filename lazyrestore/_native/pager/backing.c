@@ -160,8 +160,13 @@ void backing_fill_frame(struct backing *backing, const struct image *image, cons
 	bool wanted = false;
 	for (uint32_t i = 0; i < frame->n; i++)
 		wanted |= is_empty(backing, touched[i].chunk);
-	if (!wanted || image_unpack_frame(image, frame, unpacker).code)
+	if (!wanted)
 		return;
+	if (image_unpack_frame(image, frame, unpacker).code) {
+		for (uint32_t i = 0; i < frame->n; i++)
+			backing_fill(backing, image, touched[i].chunk, unpacker);
+		return;
+	}
 	atomic_fetch_add_explicit(&fill_stats.bytes_read, frame->stored, memory_order_relaxed);
 	const char *raw = unpacker->raw;
 	for (uint32_t i = 0; i < frame->n; raw += image->chunks[touched[i].chunk].length, i++)

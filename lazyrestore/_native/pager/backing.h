@@ -51,7 +51,7 @@ enum chunk_state backing_fill(struct backing *backing, const struct image *image
  * little. A chunk that cannot be read is left to who needs it. */
 void backing_fill_at_leisure(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker);
 
-/* The chunks of one frame of the working set's pack, as far as they are still empty. */
+/* The chunks of one frame of the working set's pack, as far as they are still empty; each by itself if the frame is damaged. */
 void backing_fill_frame(struct backing *backing, const struct image *image, const struct frame *frame, struct unpacker *unpacker);
 
 /* Without waiting. `chunk` may be any number. */

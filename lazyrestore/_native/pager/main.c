@@ -13,7 +13,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -26,6 +25,7 @@
 #include <sys/un.h>
 #include <sys/wait.h>
 
+enum { RECORDER_NICE = 10 };
 enum { LISTEN, DATA, PIN, LOCK, LOG, IMAGE, N_FDS };
 
 struct options {
@@ -185,8 +185,8 @@ static void keep_working_set(struct pager *pager) {
 		return;
 	pid_t child = fork();
 	if (!child) {
-		const struct sched_param none = {0};
-		sched_setscheduler(0, SCHED_IDLE, &none);
+		/* Behind what was restored; but not SCHED_IDLE: for a moment it has the store's write lock. */
+		setpriority(PRIO_PROCESS, 0, RECORDER_NICE);
 		execv(pager->recorder[0], pager->recorder);
 		_exit(127);
 	}

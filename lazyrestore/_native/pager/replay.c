@@ -217,6 +217,10 @@ void replay_prefetch(struct pager *pager) {
 		return;
 	*work = (struct prefetch){.pager = pager, .users = 1};
 	work->touched = working_set_copy(&pager->working_set, &work->n);
+	if (pager->image.n_frames) { /* the rest of the list is in no frame */
+		const struct frame *last = &pager->image.frames[pager->image.n_frames - 1];
+		work->next = last->first + last->n;
+	}
 	cpu_set_t cpus;
 	start_threads(work, sched_getaffinity(0, sizeof cpus, &cpus) ? 1 : (unsigned)CPU_COUNT(&cpus));
 }

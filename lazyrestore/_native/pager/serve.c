@@ -209,11 +209,8 @@ static void zero_below(struct space *space, uint64_t start, uint64_t end) {
 	}
 }
 
-/* What to do for others once the fault is served: nothing (ahead is NULL, below empty), bring the chunks behind, or zeros. */
+/* Zeros to put below the page that was asked for, once that is served; empty: none. */
 struct favour {
-	struct backing *ahead;
-	struct interval interval;
-	uint64_t chunk;
 	uint64_t zero_start, zero_end;
 };
 
@@ -263,32 +260,24 @@ static struct chunk_stream *choose_stream(struct space *space, uint64_t chunk) {
 	return stream;
 }
 
-/* After `chunk`, whose fault was served: those behind it, for a thread that walks through memory. A favour, given up at the
- * first surprise, and when somebody waits. */
-static void serve_ahead(struct space *space, const struct favour *favour) {
-	const struct interval *interval = &favour->interval;
-	struct backing *backing = favour->ahead;
-	uint64_t chunk = favour->chunk;
+/* Fills the chunks behind `chunk`, which was asked for and lies at `end` - its length, for a thread that walks through
+ * memory: they are mapped with it, since the walker would ask for them before they could be brought behind its back. None if
+ * somebody else waits. Returns their number, and moves `end`. */
+static uint64_t fill_ahead(struct space *space, struct backing *backing, const struct interval *interval, uint64_t chunk,
+			   uint64_t *end) {
 	const struct image *image = &space->pager->image;
 	struct chunk_stream *stream = choose_stream(space, chunk);
-	uint64_t last = chunk + stream->ahead, end = image->chunks[chunk].address + image->chunks[chunk].length;
-	stream->next = chunk + 1;
-	while (stream->next <= last && stream->next < backing->first + backing->n) {
-		const struct lr_chunk *next = &image->chunks[stream->next];
+	uint64_t next = chunk + 1;
+	for (; next <= chunk + stream->ahead && next < backing->first + backing->n; next++) {
+		const struct lr_chunk *before = &image->chunks[next - 1], *about = &image->chunks[next];
 		struct pollfd waiting = {.fd = space->uffd, .events = POLLIN};
-		uint64_t start = interval->start + (end - interval->image);
-		if (next->address != end || start + next->length > interval->end || poll(&waiting, 1, 0))
-			return;
-		if (backing_fill(backing, image, stream->next, &space->unpacker) != CHUNK_FILLED)
-			return;
-		struct uffd_result result = uffd_continue(space->uffd, start, start + next->length);
-		count_pages(space, INSTALL_CONTINUE, result.done);
-		record(space, backing, stream->next);
-		if (result.code)
-			return;
-		end += next->length;
-		stream->next++;
+		if (about->address != before->address + before->length || *end + about->length > interval->end ||
+		    poll(&waiting, 1, 0) || backing_fill(backing, image, next, &space->unpacker) != CHUNK_FILLED)
+			break;
+		*end += about->length;
 	}
+	stream->next = next;
+	return next - chunk - 1;
 }
 
 static enum verdict serve_page(struct space *space, uint64_t address, struct favour *favour) {
@@ -320,13 +309,13 @@ static enum verdict serve_page(struct space *space, uint64_t address, struct fav
 	job.what = INSTALL_CONTINUE;
 	if (backing_fill(backing, image, place.chunk, &space->unpacker) != CHUNK_FILLED)
 		return poison(space, job);
+	uint64_t ahead = 0;
+	if (backing->page == LR_PAGE && place.end - wanted == job.end - job.at)
+		ahead = fill_ahead(space, backing, &interval, place.chunk, &job.end);
 	enum verdict verdict = install(space, job);
-	if (verdict != SERVED)
-		return verdict;
-	record(space, backing, place.chunk);
-	if (backing->page == LR_PAGE)
-		*favour = (struct favour){.ahead = backing, .interval = interval, .chunk = place.chunk};
-	return SERVED;
+	for (uint64_t chunk = place.chunk; verdict == SERVED && chunk <= place.chunk + ahead; chunk++)
+		record(space, backing, chunk);
+	return verdict;
 }
 
 enum verdict serve_fault(struct space *space, const struct fault *fault) {
@@ -335,9 +324,6 @@ enum verdict serve_fault(struct space *space, const struct fault *fault) {
 	if (verdict != SERVED)
 		return verdict;
 	stats_time(&space->stats, now_ns() - fault->read_ns);
-	if (favour.ahead)
-		serve_ahead(space, &favour);
-	else
-		zero_below(space, favour.zero_start, favour.zero_end);
+	zero_below(space, favour.zero_start, favour.zero_end);
 	return SERVED;
 }
