@@ -24,19 +24,18 @@ static struct uffd_result install_copy(struct space *space, uint64_t start, uint
 	return uffd_copy(space->uffd, start, start + length, space->unpacker.raw);
 }
 
-/* Installs [start, end), which lies in one interval, as far as it goes. EAGAIN: an event must be read first. */
-static int map_piece(struct space *space, uint64_t start, uint64_t end, bool copy) {
-	for (unsigned surprises = 0; start < end && surprises < MAX_SURPRISES;) {
-		struct uffd_result result =
-			copy ? install_copy(space, start, end) : uffd_continue(space->uffd, start, end);
+/* Installs [*at, end), which lies in one interval, and moves *at as far as it goes. EAGAIN: an event must be read first. */
+static int map_piece(struct space *space, uint64_t *at, uint64_t end, bool copy) {
+	for (unsigned surprises = 0; *at < end && surprises < MAX_SURPRISES;) {
+		struct uffd_result result = copy ? install_copy(space, *at, end) : uffd_continue(space->uffd, *at, end);
 		stats_add(&space->stats, LR_COUNT_REPLAYED, result.done / LR_PAGE);
-		start += result.done;
+		*at += result.done;
 		if (result.done)
 			continue;
 		if (result.code != EEXIST)
 			return result.code;
 		surprises++;
-		start += LR_PAGE;
+		*at += LR_PAGE;
 	}
 	return 0;
 }
@@ -47,19 +46,26 @@ static bool serve_waiting(struct space *space) {
 	return space_drain(space, &n_read) && space_serve_all(space);
 }
 
-/* The parts of a run that still lie where they were. After EAGAIN the rest is left to its faults. False: the address
- * space is gone. */
+/* The parts of a run that still lie where they were. False: the address space is gone. */
 static bool map_run(struct space *space, struct run run) {
 	struct interval found;
-	for (uint64_t at = run.start; at < run.end && interval_map_next(&space->map, at, &found) && found.start < run.end;
-	     at = found.end) {
+	unsigned round = 0;
+	for (uint64_t at = run.start; at < run.end && interval_map_next(&space->map, at, &found) && found.start < run.end;) {
 		bool in_place = found.image == found.start && found.backing == LR_BACKING_TEMPLATE && !found.flags;
-		uint64_t from = found.start > at ? found.start : at, to = found.end < run.end ? found.end : run.end;
-		int error = in_place ? map_piece(space, from, to, run.copy) : 0;
+		uint64_t to = found.end < run.end ? found.end : run.end;
+		if (found.start > at)
+			at = found.start;
+		int error = in_place ? map_piece(space, &at, to, run.copy) : 0;
 		if (error == ESRCH)
 			return false;
-		if (error == EAGAIN)
-			return serve_waiting(space);
+		if (error != EAGAIN) {
+			at = to;
+			continue;
+		}
+		/* The map may be another one afterwards. */
+		space_await_event(space, round++);
+		if (!serve_waiting(space))
+			return false;
 	}
 	return true;
 }

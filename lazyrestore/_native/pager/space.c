@@ -227,7 +227,7 @@ bool space_drain(struct space *space, uint32_t *n_read) {
  * POLLIN, which is waited for, of the latter not at all; hence the time-outs. Asleep, not in a loop of sched_yield: the thread
  * that must run is often queued on this CPU. Nor is it disturbed soon, unless somebody waits, or it makes one such call
  * after the other: then only a look in between, at random, ends a window. True: there is an event to read. */
-static bool await_event(struct space *space, unsigned round) {
+bool space_await_event(struct space *space, unsigned round) {
 	enum { MANY_EVENTS = 32, PATIENT_NS = 100000, SHORT_NS = 5000, MAX_DOUBLINGS = 4 };
 	bool awaited = space->first_fault < space->n_faults || space->window.unborn || space->window_events > MANY_EVENTS;
 	unsigned doublings = round < MAX_DOUBLINGS ? round : MAX_DOUBLINGS;
@@ -255,7 +255,7 @@ static enum verdict close_window(struct space *space, unsigned *round) {
 	case WINDOW_OPEN:
 		break;
 	}
-	if (await_event(space, (*round)++)) {
+	if (space_await_event(space, (*round)++)) {
 		*round = 0;
 		if (!space_drain(space, &n_read))
 			return DEAD;
@@ -286,7 +286,7 @@ bool space_serve_all(struct space *space) {
 			if (!space_drain(space, &n_read))
 				return false;
 			if (!n_read)
-				await_event(space, round++);
+				space_await_event(space, round++);
 			break;
 		}
 	}

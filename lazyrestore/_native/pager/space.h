@@ -107,6 +107,9 @@ struct backing *space_backing_of(struct space *space, dev_t device, ino_t inode)
 /* Reads all messages: events change the map, faults join the queue. False: the space cannot be kept right. */
 bool space_drain(struct space *space, uint32_t *n_read);
 
+/* After EAGAIN, for the `round`th time: waits for an event, or for the thread whose event was read. True: there is an event. */
+bool space_await_event(struct space *space, unsigned round);
+
 /* Serves the faults that were read. False: the address space is gone. */
 bool space_serve_all(struct space *space);
 
