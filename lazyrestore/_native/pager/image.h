@@ -3,7 +3,7 @@
  * Facts: the numbers come from a file that may be damaged; a read beyond the end of a mapped file, or of a bad disk
  * block, is SIGBUS, while pread(2) says so. Opening must cost O(packs). Choice: the index is mapped (its range checked
  * against the file's size once), each entry is checked when it is used, and its block's checksum before the first such
- * use; packs are read with pread. Cost: one copy of the compressed bytes, 2 us per chunk; 8 us per 128 chunks for the
+ * use; packs are read with pread. Cost: one copy of the compressed bytes, 2 us per chunk; 2 us per 128 chunks for the
  * checksum; a disk error under the index ends the pager, and the keeper its processes.
  *
  * A search may look at damaged entries, but ends between two neighbours, and there is only one such place for an address
