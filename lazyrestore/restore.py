@@ -455,7 +455,8 @@ class _Child:
         op = ops.op(index) if index < len(ops) else Op(0, (), 0, 0, "program", "")
         step = op.name + (f" ({op.note})" if op.note else "")
         if -4096 < result < 0:
-            raise RestoreError(op.resource, step, errno=-result)
+            advice = "`lazyrestore doctor` tells which privilege is missing" if result == -errno.EPERM else ""
+            raise RestoreError(op.resource, step, advice=advice, errno=-result)
         raise RestoreError(op.resource, step, f"returned {result:#x} and not {op.want:#x}")
 
     def _remote(self, base: Registers, syscall: int, number: int, *values: int) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from helpers import GUARD_SECONDS, Builder, Victim, Victims, alive, ask, children_of
-from helpers_cli import run_cli
+from helpers_cli import command, run_cli
 from helpers_copies import Copies
 
 import lazyrestore
@@ -157,6 +157,23 @@ def test_vanished_working_directory(run: Path, victims: Victims, copies: Copies)
     assert f"working directory {run / 'place'}: " in message and "; make it again" in message
     (run / "place").mkdir()
     copies.restore(snapshot)
+
+
+def test_a_limit_that_may_not_be_raised(run: Path, victims: Victims, copies: Copies) -> None:
+    """Without CAP_SYS_RESOURCE, and with a hard limit below the snapshot's: what is missing is said."""
+    victim = victims.start(["sleep", "1000000"])
+    victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
+    end(victim, copies)
+    unprivileged = (
+        "import ctypes, os, resource, sys; resource.setrlimit(resource.RLIMIT_CORE, (0, 0)); "
+        "assert ctypes.CDLL(None).prctl(24, 24, 0, 0, 0) == 0; os.execv(sys.argv[1], sys.argv[1:])"
+    )  # PR_CAPBSET_DROP, CAP_SYS_RESOURCE
+    words = command(run / "store", "restore", "x", "--detach")
+    answer = subprocess.run([sys.executable, "-c", unprivileged, *words], capture_output=True, text=True, check=False)
+    assert answer.returncode == errors.RestoreError.exit_status
+    assert answer.stderr.startswith("lazyrestore: resource limits: prlimit64")
+    assert answer.stderr.endswith("; `lazyrestore doctor` tells which privilege is missing\n")
+    assert list(victims.marked()) == []
 
 
 def test_pid_taken_by_the_original(run: Path, victims: Victims, copies: Copies, start: Start) -> None:

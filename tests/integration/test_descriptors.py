@@ -136,7 +136,7 @@ def test_more_in_each_others_way_than_the_soft_limit_has_room_for(run: Path, vic
         "import os, select, socket, time; kept = []\n"
         "for _ in range(60):\n"
         "    kept += [os.pipe(), os.eventfd(7), open('/etc/passwd'), socket.socketpair(), select.epoll()]\n"
-        "open('ready', 'w').close(); time.sleep(1000000)"
+        "os.mkdir('ready'); time.sleep(1000000)"
     )
     victim = victims.start([sys.executable, "-c", code], cwd=run)
     victim.until((run / "ready").exists, "its descriptors")

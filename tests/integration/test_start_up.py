@@ -114,3 +114,12 @@ def test_a_closed_standard_output_is_no_error(run: Path) -> None:
     command = f"exec {sys.executable} -c '{ENTRY}' --store {run / 'store'} ls >&-"
     done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_ctrl_c_before_there_is_a_command_is_one_line() -> None:
+    interrupting = (
+        "import sys\nclass Finder:\n def find_spec(self, name, *_):\n"
+        "  if name == 'lazyrestore.cli': raise KeyboardInterrupt\nsys.meta_path.insert(0, Finder())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", interrupting + ENTRY], stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "lazyrestore: interrupted\n")
