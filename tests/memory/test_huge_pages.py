@@ -64,11 +64,15 @@ def test_private(victims: Victims, build: Builder, store: lazyrestore.Store, run
 
 
 def test_untouched_generations(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path) -> None:
-    """A copy of a copy of which nothing had arrived."""
+    """A copy of a copy of which nothing had arrived, nor does for its snapshot."""
     program = build.c("hugepages")
     with twins_in(victims, store, run / f"huge{next(numbers)}", lambda control: [program, control, "private"]) as twins:
         for _ in range(3):
-            twins.restore()
+            copy = twins.restore()
+            before = copy.stats().bytes_filled
+            store.snapshot(copy.pid, name="looked-at").close()
+            store.remove("looked-at")
+            assert copy.stats().bytes_filled - before < 2 << 20
         assert twins.both("digest").startswith("ok ")
 
 
