@@ -15,16 +15,11 @@ import lazyrestore
 numbers = itertools.count()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a defect, open: while the window of the munmap is open, what was unmapped may still be there, and the grown"
-    " neighbour, which is registered, is taken for it: old bytes, or SIGBUS (window.h)",
-)
-@pytest.mark.parametrize("what", ["fork", "moved"])
+@pytest.mark.parametrize(("what", "threads"), [("fork", []), ("moved", []), ("moved", ["two"])])
 def test_what_a_mapping_grew_by_reads_zero(
-    victims: Victims, build: Builder, store: lazyrestore.Store, run: Path, what: str
+    victims: Victims, build: Builder, store: lazyrestore.Store, run: Path, what: str, threads: list[str]
 ) -> None:
     program = build.c("grown")
-    with twins_in(victims, store, run / f"g{next(numbers)}", lambda control: [program, control]) as twins:
+    with twins_in(victims, store, run / f"g{next(numbers)}", lambda control: [program, control, *threads]) as twins:
         twins.restore()
         assert twins.both(what) == "0"

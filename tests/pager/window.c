@@ -138,7 +138,7 @@ static void apply(struct space *space, const struct uffd_msg *event) {
 		interval_map_init(&child->map);
 		window_init(&child->window);
 		child->uffd = (int)event->arg.fork.ufd;
-		child->maps = child->pidfd = -1;
+		child->maps = child->task = child->pidfd = -1;
 		CHECK(!interval_map_copy(&space->map, &child->map));
 		CHECK(!window_fork(space, child));
 		break;
@@ -186,7 +186,7 @@ int main(int argc, char **argv) {
 	CHECK(!fcntl(uffd, F_SETFL, 0)); /* read blocks */
 	space.uffd = uffd;
 	space.pid = getpid();
-	space.maps = space.pidfd = -1;
+	space.maps = space.task = space.pidfd = -1;
 	if (strcmp(kernel, "none") != 0)
 		CHECK((space.pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0)) >= 0);
 	if (!strcmp(kernel, "old"))

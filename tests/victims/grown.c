@@ -1,10 +1,12 @@
 /*
- * A mapping that grows in place over what was unmapped a moment ago, by one thread. usage: grown CONTROL_SOCKET
+ * A mapping that grows in place over what was unmapped a moment ago, by one thread. usage: grown CONTROL_SOCKET [THREAD]
+ * THREAD: whatever it is, there is a second thread, which does nothing.
  *
  * Requests: "fork" (munmap, growth, fork: what does the child read?) and "moved" (mremap, munmap of the destination, growth), each answered with
  * the number of times that what a mapping grew by did not read zero.
  */
 #define _GNU_SOURCE
+#include <pthread.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 
@@ -45,13 +47,22 @@ static int grown_over_moved(char *from, char *at)
 	return at[BLOCK] != 0;
 }
 
+static void *idle(void *nothing)
+{
+	for (;;)
+		pause();
+	return nothing;
+}
+
 int main(int argc, char **argv)
 {
 	char line[64];
+	pthread_t thread;
 	int listener;
 
-	if (argc != 2)
+	if (argc < 2)
 		return 64;
+	check(argc > 2 && pthread_create(&thread, NULL, idle, NULL), "pthread_create");
 	for (int i = 0; i < 2 * SLOTS; i++) {
 		char *at = arena + (size_t)i * SLOT;
 

@@ -20,7 +20,7 @@ struct space *space_new(struct pager *pager) {
 	if (!space)
 		return NULL;
 	space->pager = pager;
-	space->uffd = space->pidfd = space->maps = -1;
+	space->uffd = space->pidfd = space->maps = space->task = -1;
 	interval_map_init(&space->map);
 	window_init(&space->window);
 	pthread_mutex_init(&space->map_lock, NULL);
@@ -41,6 +41,8 @@ void space_free(struct space *space) {
 		close(space->pidfd);
 	if (space->maps >= 0)
 		close(space->maps);
+	if (space->task >= 0)
+		close(space->task);
 	interval_map_deinit(&space->map);
 	pthread_mutex_destroy(&space->map_lock);
 	pthread_cond_destroy(&space->settled);

@@ -51,7 +51,7 @@ struct space {
 	struct space *next;
 	uint64_t id;
 	int uffd;  /* owned */
-	int maps;  /* owned; /proc/PID/maps, once it was asked (vma.h), else -1 */
+	int maps, task; /* owned; /proc/PID/maps and task, once they were asked (proc.h), else -1 */
 	int pidfd; /* owned; -1: a forked child, or the process ended but its memory lives on (vfork) */
 	int32_t pid;
 	uint32_t generation;

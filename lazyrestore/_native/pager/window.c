@@ -1,9 +1,9 @@
 #include "window.h"
 
 #include "log.h"
+#include "proc.h"
 #include "space.h"
 #include "uffd.h"
-#include "vma.h"
 #include <errno.h>
 #include <string.h>
 
@@ -134,9 +134,19 @@ static uint64_t moved_piece(const struct window *window, uint64_t at, uint64_t e
 	return end;
 }
 
-int window_unmap(struct space *space, uint64_t start, uint64_t end) {
+/* An event was read: opens the window. */
+static struct window *on_event(struct space *space) {
 	struct window *window = &space->window;
-	window->open = window->changed = true;
+	window->in_order = (window->in_order || !window->open) && proc_one_thread(space);
+	window->open = true;
+	return window;
+}
+
+int window_unmap(struct space *space, uint64_t start, uint64_t end) {
+	struct window *window = on_event(space);
+	window->changed = true;
+	if (window->in_order)
+		return interval_map_erase(&space->map, start, end);
 	int error = fill_gaps(&window->taken, &space->map, start, end);
 	for (uint64_t at = start; !error && at < end;) {
 		bool inside;
@@ -192,8 +202,8 @@ struct origin {
 };
 
 static struct origin find_origin(struct space *space, uint64_t address) {
-	struct vma_place place;
-	if (!vma_place(space, address, &place))
+	struct proc_place place;
+	if (!proc_place(space, address, &place))
 		return (struct origin){0};
 	const struct backing *backing = space_backing_of(space, place.device, place.inode);
 	return backing ? (struct origin){true, backing->kind, backing->image + place.offset} : (struct origin){0};
@@ -274,7 +284,7 @@ static int put(struct space *space, struct interval_map *moved, struct move move
 }
 
 int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t length) {
-	struct window *window = &space->window;
+	struct window *window = on_event(space);
 	__attribute__((cleanup(interval_map_deinit))) struct interval_map moved;
 	__attribute__((cleanup(interval_map_deinit))) struct interval_map before;
 	struct origin origin = {0};
@@ -282,8 +292,8 @@ int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t lengt
 	int error = 0;
 	interval_map_init(&moved);
 	interval_map_init(&before);
-	window->open = window->changed = true;
-	if (is_doubtful(window, from, from + length)) {
+	window->changed = true;
+	if (!window->in_order && is_doubtful(window, from, from + length)) {
 		origin = find_origin(space, to);
 		error = take_displaced(window, from, from + length, origin, &moved);
 	}
@@ -301,24 +311,32 @@ int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t lengt
 }
 
 int window_fork(struct space *space, struct space *child) {
-	int error = interval_map_copy(&space->window.taken, &child->window.taken);
+	int error = interval_map_copy(&on_event(space)->taken, &child->window.taken);
 	if (error)
 		return error;
 	child->window.n_before = space->window.n_moves;
 	child->next = space->window.unborn;
 	space->window.unborn = child;
-	space->window.open = true;
 	return 0;
 }
 
 /* -- the end of a window ----------------------------------------------------------------------------------------------- */
 
-/* Clears the suspicion from the parts of [start, end) that are registered, erases the rest. */
+/* Is what the map says of a suspect what is there, as far as the kernel can tell? A neighbour may have grown over it. */
+static bool is_there(struct space *space, uint64_t address) {
+	struct interval piece;
+	struct origin origin = find_origin(space, address);
+	return !origin.known || !interval_map_find(&space->map, address, &piece) || piece.flags & INTERVAL_ZERO ||
+	       (piece.backing == origin.backing && piece.image + (address - piece.start) == origin.image);
+}
+
+/* Clears the suspicion from the parts of [start, end), one interval, that are registered, erases the rest. */
 static enum closing settle(struct space *space, uint64_t start, uint64_t end, uint64_t page) {
 	int error = 0;
+	bool there = is_there(space, start); /* still true after a probe that is not busy: nothing has moved in between */
 	switch (uffd_probe(space->uffd, start, end)) {
 	case PROBE_REGISTERED:
-		error = flag(&space->map, start, end, INTERVAL_SUSPECT, 0);
+		error = there ? flag(&space->map, start, end, INTERVAL_SUSPECT, 0) : interval_map_erase(&space->map, start, end);
 		break;
 	case PROBE_BUSY:
 		return WINDOW_OPEN;
@@ -423,7 +441,7 @@ static void give_birth(struct space *parent) {
 		parent->window.unborn = child->next;
 		child->next = NULL;
 		struct lr_error error = LR_OK;
-		if (parent->window.changed && doubt(parent, child))
+		if (parent->window.changed && !parent->window.in_order && doubt(parent, child))
 			error = lr_fail("interval map", ENOMEM, 0);
 		if (!error.code)
 			error = space_start(child);

@@ -15,13 +15,17 @@
  *   UNMAP or REMAP read beside a FORK, before or after     the child may have been copied on either side of it: its map is made of
  *                                                          all that was there at some time of the window, each of it a suspect;
  *                                                          a move happened before if its destination is registered in the child
+ * While the process has one thread (and nobody shares its memory by a bare CLONE_VM), events come as calls happened, and
+ * none of this is needed.
  * Choice: when the window closes, each suspect is held against the kernel: a UFFDIO_COPY from where nothing can be read ends
- * in ENOENT where nothing is registered and in EFAULT where something is, and changes nothing. What is not registered is erased.
+ * in ENOENT where nothing is registered and in EFAULT where something is, and changes nothing. What is not registered is erased,
+ * and what is, but is another part of the file (a neighbour grew over it, which no event tells).
  * Cost: two or three short system calls of the pager after each munmap, mremap and fork, none of which their caller waits for; and a
  * forked child's first fault waits for the end of calls that its parent's other threads had begun. A forked child's pid is
  * not known, so it cannot be asked about: there the oldest that was displaced is taken. What stays open: a program
  * that races for an address itself (one thread reads in a forked child what another was unmapping or dropping at the moment of the fork) may
- * see a mix of before and after. */
+ * see a mix of before and after; and if one of several threads unmaps, grows a neighbour over it, and forks, all within one window, the
+ * child reads there what was unmapped. */
 #pragma once
 #include "interval_map.h"
 
@@ -30,6 +34,7 @@ struct move;
 
 struct window {
 	bool open;
+	bool in_order;             /* at each of its events so far the process had one thread */
 	bool suspects;             /* some intervals of the space's map are */
 	bool changed;              /* an UNMAP or REMAP was among its events */
 	struct interval_map taken; /* what these took away, wherever it was */

@@ -1,5 +1,5 @@
 #define _GNU_SOURCE
-#include "vma.h"
+#include "proc.h"
 
 #include "space.h"
 #include <errno.h>
@@ -8,6 +8,7 @@
 #include <poll.h>
 #include <stdio.h>
 #include <sys/ioctl.h>
+#include <sys/stat.h>
 #include <sys/sysmacros.h>
 
 /* As in Linux 6.11; the headers of the build machine may be older. */
@@ -30,7 +31,7 @@ struct procmap_query_v1 {
 };
 #define PROCMAP_QUERY_V1 _IOWR('f', 17, struct procmap_query_v1)
 
-static bool find_in_text(int maps, uint64_t address, struct vma_place *place) {
+static bool find_in_text(int maps, uint64_t address, struct proc_place *place) {
 	int copy = fcntl(maps, F_DUPFD_CLOEXEC, 0);
 	FILE *lines = copy >= 0 && !lseek(copy, 0, SEEK_SET) ? fdopen(copy, "r") : NULL;
 	if (!lines) {
@@ -47,35 +48,42 @@ static bool find_in_text(int maps, uint64_t address, struct vma_place *place) {
 			   &minor_number, &inode) != 6)
 			continue;
 		found = start <= address && address < end;
-		*place = (struct vma_place){makedev(major_number, minor_number), inode, offset + (address - start)};
+		*place = (struct proc_place){makedev(major_number, minor_number), inode, offset + (address - start)};
 	}
 	fclose(lines);
 	return found && place->inode;
 }
 
-/* -1: it cannot be opened, or the process has ended, and its pid may be another's. */
-static int open_maps(const struct space *space) {
+/* A file of /proc/PID. -1: it cannot be opened, or the process has ended, and its pid may be another's. */
+static int open_file(const struct space *space, const char *name) {
 	char path[32];
 	struct pollfd ended = {.fd = space->pidfd, .events = POLLIN};
 	if (space->pidfd < 0)
 		return -1;
-	snprintf(path, sizeof path, "/proc/%d/maps", (int)space->pid);
-	int maps = open(path, O_RDONLY | O_CLOEXEC);
-	if (maps < 0 || !poll(&ended, 1, 0))
-		return maps;
-	close(maps);
+	snprintf(path, sizeof path, "/proc/%d/%s", (int)space->pid, name);
+	int file = open(path, O_RDONLY | O_CLOEXEC);
+	if (file < 0 || !poll(&ended, 1, 0))
+		return file;
+	close(file);
 	return -1;
 }
 
-bool vma_place(struct space *space, uint64_t address, struct vma_place *place) {
+bool proc_place(struct space *space, uint64_t address, struct proc_place *place) {
 	if (space->maps < 0)
-		space->maps = open_maps(space);
+		space->maps = open_file(space, "maps");
 	if (space->maps < 0)
 		return false;
 	struct procmap_query_v1 query = {.size = sizeof query, .query_addr = address};
 	if (ioctl(space->maps, PROCMAP_QUERY_V1, &query))
 		return errno == ENOTTY && find_in_text(space->maps, address, place);
-	*place = (struct vma_place){makedev(query.dev_major, query.dev_minor), query.inode,
+	*place = (struct proc_place){makedev(query.dev_major, query.dev_minor), query.inode,
 				    query.vma_offset + (address - query.vma_start)};
 	return query.inode;
+}
+
+bool proc_one_thread(struct space *space) {
+	struct stat about;
+	if (space->task < 0)
+		space->task = open_file(space, "task");
+	return space->task >= 0 && !fstat(space->task, &about) && about.st_nlink == 3;
 }
