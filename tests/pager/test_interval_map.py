@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 SOURCE = Path(__file__).parents[2] / "lazyrestore/_native/pager/interval_map.c"
 PAGES = 64
+MORE = int(os.environ.get("LAZYRESTORE_FUZZ", "1"))  # times as many examples
 IMAGE = 1 << 20
 
 
@@ -141,7 +143,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestIntervalMap = Machine.TestCase
-TestIntervalMap.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestIntervalMap.settings = settings(max_examples=150 * MORE, stateful_step_count=40, deadline=None)
 
 
 def test_inserted_in_order_joins_to_one(library: ctypes.CDLL) -> None:
