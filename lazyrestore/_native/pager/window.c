@@ -221,6 +221,8 @@ static bool belongs(struct interval piece, uint64_t from, struct origin origin) 
 static int take_displaced(struct window *window, uint64_t from, uint64_t end, struct origin origin, struct interval_map *moved) {
 	int error = 0;
 	uint32_t n = window->n_displaced, kept = 0;
+	if (!n)
+		return 0; /* and there may be no array yet, which memmove must not be given */
 	for (uint32_t i = 0; !error && i < n; i++) {
 		struct interval piece = window->displaced[i];
 		uint64_t start = piece.start > from ? piece.start : from, stop = piece.end < end ? piece.end : end;
