@@ -42,7 +42,7 @@ def test_a_walk_takes_few_faults(client: PagerClient, clone: Victim, step: int) 
     """64 KiB, 128 KiB, … 2 MiB, and 2 MiB each from then on."""
     first = BASE if step > 0 else BASE + LENGTH - PAGE
     assert faults_of(client, clone, "stride", first, step, PAGES) <= LENGTH // (2 << 20) + 6
-    assert client.stats().counters.zero_pages == PAGES
+    stats_when(client, lambda stats: stats.counters.zero_pages == PAGES)  # the last favour is counted after it is done
 
 
 @pytest.mark.parametrize("step", [PAGE, -PAGE])
@@ -51,7 +51,7 @@ def test_interleaved_walks(client: PagerClient, clone: Victim, step: int) -> Non
     half = LENGTH // 2
     first = BASE if step > 0 else BASE + half - PAGE
     assert faults_of(client, clone, "stride", first, step, PAGES // 2, half) <= 2 * (half // (2 << 20) + 6)
-    assert client.stats().counters.zero_pages == PAGES
+    stats_when(client, lambda stats: stats.counters.zero_pages == PAGES)  # the last favour is counted after it is done
 
 
 def test_random_touches_take_a_block_each(client: PagerClient, clone: Victim) -> None:
@@ -59,7 +59,7 @@ def test_random_touches_take_a_block_each(client: PagerClient, clone: Victim) ->
     step = 2049 * PAGE  # wraps round modulo the length
     faults = faults_of(client, clone, "wrap", BASE, LENGTH, step, PAGES)
     assert LENGTH // (2 << 20) < faults <= LENGTH // CHUNK
-    assert client.stats().counters.zero_pages == PAGES
+    stats_when(client, lambda stats: stats.counters.zero_pages == PAGES)  # the last favour is counted after it is done
 
 
 def test_a_descending_walk_meets_what_is_there(client: PagerClient, clone: Victim) -> None:
