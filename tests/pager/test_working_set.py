@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import sys
 import zlib
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from helpers import until
 from helpers_pager import CHUNK, PAGE, Image, Victim, stats_when
 
 from lazyrestore.errors import PagerError
-from lazyrestore.pager import PagerClient, wire
+from lazyrestore.pager import BACKING_TEMPLATE, PagerClient, Range, wire
 
 pytestmark = pytest.mark.requires("root")
 
@@ -73,6 +75,20 @@ def test_next_one_needs_no_faults(start: Start, make_image: MakeImage, make_vict
     assert stats.faults == 4
     assert stats.counters.replayed == 3 * CHUNK // PAGE
     assert second.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
+
+
+def test_brought_whole_across_mappings(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    """A chunk over several VMAs, as of a library's read-only and writable data: one CONTINUE cannot have them all."""
+    image = make_image(working_set=packed(slot_of(make_image(), 8), slot_of(make_image(), 9)))
+    client, victim = start(image), make_victim()
+    victim.map(BASE, LENGTH, victim.open(f"/proc/{os.getpid()}/fd/{client.template_fd}"), BASE)
+    for page in (3, 4, 11):
+        assert victim.ask("mprotect", BASE + 8 * CHUNK + page * PAGE, PAGE, mmap.PROT_READ) == "ok"
+    victim.attach(client, [Range(BASE, BASE + LENGTH, BASE, BACKING_TEMPLATE)], replay=True)
+    replayed(client, 2 * CHUNK // PAGE)
+    address = BASE + 8 * CHUNK
+    assert victim.ask("crc", address, 2 * CHUNK) == str(zlib.crc32(image.raw(address, 2 * CHUNK)))
+    assert client.stats().faults == 0
 
 
 def test_recorded_until_the_process_ends(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:

@@ -24,12 +24,20 @@ static struct uffd_result install_copy(struct space *space, uint64_t start, uint
 	return uffd_copy(space->uffd, start, start + length, space->unpacker.raw);
 }
 
-/* Installs [*at, end), which lies in one interval, and moves *at as far as it goes. EAGAIN: an event must be read first. */
+/* Installs [*at, end), which lies in one interval, and moves *at as far as it goes. EAGAIN: an event must be read first.
+ * The kernel refuses a range that spans two VMAs (ENOENT), as a library's read-only and writable data do, whose bytes are
+ * next to each other in the image: then less is tried, down to the VMA's end. */
 static int map_piece(struct space *space, uint64_t *at, uint64_t end, bool copy) {
+	uint64_t to = end;
 	for (unsigned surprises = 0; *at < end && surprises < MAX_SURPRISES;) {
-		struct uffd_result result = copy ? install_copy(space, *at, end) : uffd_continue(space->uffd, *at, end);
+		struct uffd_result result = copy ? install_copy(space, *at, to) : uffd_continue(space->uffd, *at, to);
 		stats_add(&space->stats, LR_COUNT_REPLAYED, result.done / LR_PAGE);
 		*at += result.done;
+		if (result.code == ENOENT && !result.done && to - *at > LR_PAGE) {
+			to = *at + (to - *at) / LR_PAGE / 2 * LR_PAGE;
+			continue;
+		}
+		to = end;
 		if (result.done)
 			continue;
 		if (result.code != EEXIST)
