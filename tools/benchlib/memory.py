@@ -167,13 +167,10 @@ def _jemalloc(report: Report, folder: Path) -> None:
             _restored([program], folder / "je-r.sock", [], folder / "je", environment, f"work 1 {ALLOCATOR_STEPS}")
         )
         for number in range(ALLOCATOR_ROUNDS):
-            before = copy.stats().counters
+            before = _counts(copy)
             request = f"work {number + 2} {ALLOCATOR_STEPS}"
             _clocked(report, "jemalloc, dirty_decay_ms:0", lambda at, r=request: _ask(at, r), (twin, path), number)
-            now = copy.stats().counters
-            report.add(
-                "jemalloc, dirty_decay_ms:0: events", now.removes - before.removes + now.unmaps - before.unmaps, ""
-            )
+            _counted(report, "jemalloc, dirty_decay_ms:0", before, _counts(copy))
 
 
 def _jvm(report: Report, folder: Path) -> None:
@@ -195,10 +192,20 @@ def _jvm(report: Report, folder: Path) -> None:
                     copy = stack.enter_context(_replaced(pid, folder / f"jvm-{name}"))
             assert copy
             for number in range(JVM_ROUNDS):
-                before = copy.stats().counters
+                before = _counts(copy)
                 _clocked(report, f"JVM, {name}", lambda port: _get(port, f"/garbage?n={JVM_GARBAGE}"), ports, number)
-                now = copy.stats().counters
-                report.add(f"JVM, {name}: events", now.removes - before.removes + now.unmaps - before.unmaps, "")
+                _counted(report, f"JVM, {name}", before, _counts(copy))
+
+
+def _counts(copy: lazyrestore.RestoredProcess) -> tuple[int, int]:
+    """Events and faults so far."""
+    counters = copy.stats().counters
+    return counters.removes + counters.unmaps + counters.remaps, counters.missing + counters.minor
+
+
+def _counted(report: Report, what: str, before: tuple[int, int], now: tuple[int, int]) -> None:
+    for name, first, last in zip(("events", "faults"), before, now, strict=True):
+        report.add(f"{what}: {name} of one request", last - first, "")
 
 
 def _clocked(report: Report, what: str, ask: Callable[[At], str], pair: Sequence[At], number: int) -> None:
