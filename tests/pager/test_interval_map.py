@@ -50,6 +50,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         function = getattr(lib, f"interval_map_{name}")
         function.argtypes = [pointer, u64, ctypes.POINTER(Interval)]
         function.restype = ctypes.c_bool
+    lib.interval_map_flagged.argtypes = [pointer, u64, ctypes.c_uint32, ctypes.POINTER(Interval)]
+    lib.interval_map_flagged.restype = ctypes.c_bool
     Machine.lib = lib
     return lib
 
@@ -140,6 +142,11 @@ class Machine(RuleBasedStateMachine):
             before = self.ask("before", page)
             ends = [interval.end for interval in intervals if interval.end <= page]
             assert (before.end if before else None) == max(ends, default=None)
+            for flags in (1, 2, 3):
+                flagged = Interval()
+                there = self.lib.interval_map_flagged(ctypes.byref(self.map), page, flags, ctypes.byref(flagged))
+                starts = [interval.start for interval in intervals if interval.end > page and interval.flags & flags]
+                assert (flagged.start if there else None) == min(starts, default=None)
 
 
 TestIntervalMap = Machine.TestCase

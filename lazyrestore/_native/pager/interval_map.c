@@ -10,6 +10,7 @@ struct interval_node {
 	uint32_t priority; /* a parent's is not lower than its children's */
 	uint32_t left;
 	uint32_t right;
+	uint32_t flags_below; /* of it and its children, or'ed */
 };
 
 enum { NONE = 0, FIRST_CAPACITY = 64 };
@@ -61,7 +62,8 @@ static uint32_t node_take(struct interval_map *map, struct interval interval) {
 	map->seed ^= map->seed << 13;
 	map->seed ^= map->seed >> 17;
 	map->seed ^= map->seed << 5;
-	map->nodes[index] = (struct interval_node){.interval = interval, .priority = map->seed};
+	map->nodes[index] =
+		(struct interval_node){.interval = interval, .priority = map->seed, .flags_below = interval.flags};
 	map->count++;
 	return index;
 }
@@ -80,6 +82,16 @@ static void tree_give(struct interval_map *map, uint32_t tree) {
 	node_give(map, tree);
 }
 
+/* After one of its children has changed. */
+static void collect_flags(struct interval_node *nodes, uint32_t index) {
+	struct interval_node *node = &nodes[index];
+	node->flags_below = node->interval.flags;
+	if (node->left != NONE)
+		node->flags_below |= nodes[node->left].flags_below;
+	if (node->right != NONE)
+		node->flags_below |= nodes[node->right].flags_below;
+}
+
 /* Everything in `low` lies before everything in `high`. */
 static uint32_t join(struct interval_map *map, uint32_t low, uint32_t high) {
 	if (low == NONE)
@@ -89,9 +101,11 @@ static uint32_t join(struct interval_map *map, uint32_t low, uint32_t high) {
 	struct interval_node *nodes = map->nodes;
 	if (nodes[low].priority >= nodes[high].priority) {
 		nodes[low].right = join(map, nodes[low].right, high);
+		collect_flags(nodes, low);
 		return low;
 	}
 	nodes[high].left = join(map, low, nodes[high].left);
+	collect_flags(nodes, high);
 	return high;
 }
 
@@ -103,11 +117,13 @@ static void split(struct interval_map *map, uint32_t tree, uint64_t address, uin
 		uint32_t middle;
 		split(map, map->nodes[tree].right, address, &middle, high);
 		map->nodes[tree].right = middle;
+		collect_flags(map->nodes, tree);
 		*low = tree;
 	} else {
 		uint32_t middle;
 		split(map, map->nodes[tree].left, address, low, &middle);
 		map->nodes[tree].left = middle;
+		collect_flags(map->nodes, tree);
 		*high = tree;
 	}
 }
@@ -204,6 +220,29 @@ bool interval_map_next(const struct interval_map *map, uint64_t address, struct 
 	if (best == NONE)
 		return false;
 	*found = map->nodes[best].interval;
+	return true;
+}
+
+/* The first of a tree that ends after `address` and has one of the flags. */
+static uint32_t first_flagged(const struct interval_map *map, uint32_t tree, uint64_t address, uint32_t flags) {
+	if (tree == NONE || !(map->nodes[tree].flags_below & flags))
+		return NONE;
+	const struct interval_node *node = &map->nodes[tree];
+	if (node->interval.end > address) {
+		uint32_t lower = first_flagged(map, node->left, address, flags);
+		if (lower != NONE)
+			return lower;
+		if (node->interval.flags & flags)
+			return tree;
+	}
+	return first_flagged(map, node->right, address, flags);
+}
+
+bool interval_map_flagged(const struct interval_map *map, uint64_t address, uint32_t flags, struct interval *found) {
+	uint32_t first = first_flagged(map, map->root, address, flags);
+	if (first == NONE)
+		return false;
+	*found = map->nodes[first].interval;
 	return true;
 }
 

@@ -43,6 +43,9 @@ bool interval_map_before(const struct interval_map *map, uint64_t address, struc
 /* The first interval that ends after `address`. */
 bool interval_map_next(const struct interval_map *map, uint64_t address, struct interval *found);
 
+/* The first interval that ends after `address` and has one of `flags`, in O(log n). */
+bool interval_map_flagged(const struct interval_map *map, uint64_t address, uint32_t flags, struct interval *found);
+
 /* Each returns 0, EINVAL (an empty or wrapping range) or ENOMEM, with the map unchanged. */
 int interval_map_erase(struct interval_map *map, uint64_t start, uint64_t end);
 

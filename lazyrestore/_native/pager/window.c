@@ -409,9 +409,7 @@ static enum closing settle_all(struct space *space) {
 			return result;
 	}
 	struct interval piece;
-	for (uint64_t at = 0; next_piece(&space->map, at, LR_ADDRESS_END, &piece); at = piece.end) {
-		if (!(piece.flags & INTERVAL_SUSPECT))
-			continue;
+	for (uint64_t at = 0; interval_map_flagged(&space->map, at, INTERVAL_SUSPECT, &piece); at = piece.end) {
 		enum closing result = settle(space, piece.start, piece.end, space_backing(space, piece.backing)->page);
 		if (result != WINDOW_CLOSED)
 			return result;
