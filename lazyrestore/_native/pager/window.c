@@ -285,6 +285,18 @@ static int put(struct space *space, struct interval_map *moved, struct move move
 	return error;
 }
 
+/* mremap with an old size of 0: shared memory is mapped a second time. The first page is enough to tell how the file goes on. */
+static int duplicate(struct space *space, uint64_t from, uint64_t to) {
+	struct interval found;
+	bool known = interval_map_find(&space->map, from, &found) || interval_map_before(&space->map, from, &found);
+	if (!known || found.backing < LR_BACKING_SHARED)
+		return 0;
+	found.image += from - found.start;
+	found.start = to;
+	found.end = to + space_backing(space, found.backing)->page;
+	return interval_map_insert(&space->map, found);
+}
+
 int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t length) {
 	struct window *window = on_event(space);
 	__attribute__((cleanup(interval_map_deinit))) struct interval_map moved;
@@ -295,6 +307,8 @@ int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t lengt
 	interval_map_init(&moved);
 	interval_map_init(&before);
 	window->changed = true;
+	if (!length)
+		return duplicate(space, from, to);
 	if (!window->in_order && is_doubtful(window, from, from + length)) {
 		origin = find_origin(space, to);
 		error = take_displaced(window, from, from + length, origin, &moved);
