@@ -323,7 +323,7 @@ int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t lengt
 		error = put(space, &moved, move, origin);
 	if (!error)
 		error = leave_behind(space, &before, from, from + length, 0);
-	return error ? error : add_move(window, move);
+	return error || window->in_order ? error : add_move(window, move);
 }
 
 int window_fork(struct space *space, struct space *child) {

@@ -38,7 +38,7 @@ struct window {
 	bool suspects;             /* some intervals of the space's map are */
 	bool changed;              /* an UNMAP or REMAP was among its events */
 	struct interval_map taken; /* what these took away, wherever it was */
-	struct move *moves;        /* its REMAPs */
+	struct move *moves;        /* its REMAPs, from the first that may not be in order */
 	uint32_t n_moves, moves_capacity;
 	struct interval *displaced; /* overwritten by REMAPs, the oldest first; none of it zeros */
 	uint32_t n_displaced, displaced_capacity;
