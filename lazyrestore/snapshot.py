@@ -76,6 +76,7 @@ def take(
     """Snapshot process `pid` into `store` under `name`. Raises what `errors` lists for processes and stores."""
     began = time.monotonic()
     _check_target(pid)
+    store.check_new(name, replace=replace)  # before all the trouble; the writer looks again
     pidfd = check(lib.lr_pidfd_open(pid), pid, "pidfd_open")
     try:
         _refuse_unsupported(pid, pidfd)

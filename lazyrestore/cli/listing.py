@@ -156,25 +156,27 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
 @json_option
 @click.pass_obj
 def rm_command(store: str, names: tuple[str, ...], json_output: bool) -> None:
-    """Remove the snapshots NAMES. What restored processes still need is freed when they have ended.
+    """Remove the snapshots NAMES: all of them, or none if one of them does not exist.
+
+    What restored processes still need is freed when they have ended; `lazyrestore stats` shows these processes.
 
     \b
     lazyrestore rm worker
     """
     from lazyrestore.store import ImageStore
 
+    fields = []
     with ImageStore.open(store, create=False) as images:
-        removed = [(name, images.rm(name)) for name in names]
+        names = tuple(dict.fromkeys(names))
+        images.find(names)
+        for name in names:
+            freed = images.rm(name)
+            fields.append({"name": name, "freed_bytes": freed.stored_bytes, "still_in_use": freed.still_pinned})
+            if not json_output:  # at once: the next may fail
+                later = ", the rest once its processes have ended" if freed.still_pinned else ""
+                click.echo(f"{name}: removed, {size(freed.stored_bytes)} freed{later}")
     if json_output:
-        fields = [
-            {"name": name, "freed_bytes": each.stored_bytes, "still_in_use": each.still_pinned}
-            for name, each in removed
-        ]
         click.echo(to_json(fields))
-        return
-    for name, each in removed:
-        later = ", the rest once its processes have ended" if each.still_pinned else ""
-        click.echo(f"{name}: removed, {size(each.stored_bytes)} freed{later}")
 
 
 @click.command("verify")

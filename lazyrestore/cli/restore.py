@@ -33,7 +33,11 @@ SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the
 
 @click.command("restore")
 @click.argument("name", shell_complete=complete_name)
-@click.option("--detach", is_flag=True, help="Print the process id and return; the process runs on by itself.")
+@click.option(
+    "--detach",
+    is_flag=True,
+    help="Print the process id and return; the process runs on by itself. On a terminal in a sentence, else alone.",
+)
 @click.option(
     "--pid",
     "pid_choice",
@@ -104,6 +108,7 @@ def restore_command(
 
     \b
     lazyrestore restore worker
+    worker=$(lazyrestore restore worker --detach)
     lazyrestore restore worker --detach --json
     lazyrestore restore worker --pid new
     lazyrestore restore worker -n 50 --json
@@ -137,9 +142,8 @@ def restore_command(
         elif detach:
             end_like_ctrl_c()
             process = snapshot.restore(new_pid=new_pid, **choices)
-            text = f"{name}: process {process.pid}, restored in {process.restore_ms:.1f} ms"
             try:
-                click.echo(_as_json(process) if json_output else text)
+                click.echo(_as_json(process) if json_output else _told(process))
             except BaseException:  # nobody would know its process id
                 process.kill()
                 process.wait()
@@ -242,6 +246,13 @@ def _start_clones(snapshot: Snapshot, count: int, choices: Choices, json_output:
 def _facts(process: RestoredProcess) -> dict[str, object]:
     phases = {phase: round(ms, 3) for phase, ms in process.phases.items()}
     return {"name": process.name, "pid": process.pid, "restore_ms": round(process.restore_ms, 3), "phases": phases}
+
+
+def _told(process: RestoredProcess) -> str:
+    """For a person a sentence, for `$(...)` the process id."""
+    if sys.stdout is None or not sys.stdout.isatty():
+        return str(process.pid)
+    return f"{process.name}: process {process.pid}, restored in {process.restore_ms:.1f} ms"
 
 
 def _as_json(process: RestoredProcess) -> str:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lazyrestore.pager.client import PagerStats, ServiceTimes, SpaceStats
 
 PAGE = 4096
+REMOVED = "(removed)"  # as names of snapshots, which have no parentheses
 
 
 @click.command("stats")
@@ -22,24 +23,42 @@ PAGE = 4096
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def stats_command(store: str, pid: int | None, json_output: bool) -> None:
-    """Show what the pagers count, per restored process (of PID only, if given): chunks filled, faults, service times.
+    """Show what the pagers count, per restored process: all that were restored from this store, also from snapshots
+    that were removed since, or only PID, of whatever store.
 
     \b
     lazyrestore stats
     lazyrestore stats 4242 --json
+
+    Each snapshot has one pager, which brings the memory of all its processes: a line for the pager, and one for each
+    process.
+
+    \b
+    KIND      restored, or forked by a restored process (how many forks deep)
+    FAULTS    touches that waited for the pager: MISSING + MINOR
+    MISSING   the page was not there for any process yet
+    MINOR     it was, but this process had not touched it
+    WRITE     how many of the faults were writes
+    PAGES     pages (4 KiB) of stored memory that the process was given
+    ZERO      pages of zeros that it was given
+    RESIDENT  PAGES and ZERO, as a share of its lazy memory
+    P50, P99  how long the pager takes for half, for 99 % of the faults
     """
     from lazyrestore.errors import NoSuchProcess
     from lazyrestore.pager.launch import connect_all
 
     names = _names_by_socket(store)
+    others = 0
     found = []
     for path, client in connect_all():
         with client:
             stats = client.stats()
-        name = names.get(path, "(removed, or of another store)")
+        name = names.get(path, "(of another store)")
         served = [space for space in stats.spaces if pid is None or space.pid == pid]
         if served and (path in names or pid is not None):
             found.append(_fields(name, stats, pid))
+        elif served:
+            others += len(served)
     if pid is not None and not found:
         raise NoSuchProcess(
             f"process {pid}", "stats", "no pager serves it", "`lazyrestore stats` shows those that are served"
@@ -48,25 +67,24 @@ def stats_command(store: str, pid: int | None, json_output: bool) -> None:
         click.echo(json.dumps(found))
         return
     if not found:
-        click.echo("no restored process is served")
+        click.echo("no restored process of this store runs")
     for each in found:
         click.echo("\n".join(_lines(each)))
+    if others:
+        click.echo(f"({others} of other stores: name the store with --store, or the process id)")
 
 
 def _names_by_socket(store: str) -> dict[str, str]:
-    """The store's snapshots by the socket on which their pager listens, if they have one."""
+    """The store's snapshots by the socket on which their pager listens, if they have one; removed ones too."""
     from lazyrestore.cli import default_store
     from lazyrestore.pager.launch import socket_path
     from lazyrestore.store import ImageStore
 
     if store == default_store() and not os.path.lexists(store):
         return {}
-    names = {}
     with ImageStore.open(store, create=False) as images:
-        for summary in images.ls():
-            with images.open_image(summary.name) as image:
-                names[socket_path(image.key)] = summary.name
-    return names
+        names = {number: name for name, number in images.names().items()}
+        return {socket_path(key): names.get(number, REMOVED) for key, number in images.keys().items()}
 
 
 def _fields(name: str, stats: PagerStats, pid: int | None) -> dict[str, Any]:

@@ -477,4 +477,6 @@ def _number_list(numbers: Iterable[int]) -> str:
 
 @cache
 def _link_name(link: bytes) -> str:
-    return os.fsdecode(link).removeprefix("anon_inode:").strip("[]")
+    name = os.fsdecode(link)
+    kind = name.removeprefix("anon_inode:")
+    return name if kind == name else kind.strip("[]")

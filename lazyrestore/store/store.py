@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,12 @@ class ImageStore:
         """The store in directory `path`, which is made (mode 0700) if it is missing and `create` is on."""
         return cls(path, create=create)
 
+    def check_new(self, name: str, *, replace: bool = False) -> None:
+        """Raises what writer() would about the name or the store: BadSnapshotName, SnapshotExists, StoreReadOnly."""
+        from lazyrestore.store.writer import check_new
+
+        check_new(self._environment, name, replace=replace)
+
     def writer(
         self,
         name: str,
@@ -62,6 +69,20 @@ class ImageStore:
         environment = self._environment
         with environment.read() as txn:
             return {image.key_of(environment, number): number for number in environment.keys(txn, format.SNAPSHOTS)}
+
+    def find(self, names: Iterable[str]) -> dict[str, int]:
+        """The ids of snapshots. SnapshotNotFound or BadSnapshotName if there is one that is not there."""
+        environment = self._environment
+        with environment.read() as txn:
+            return {name: image.find(environment, txn, name) for name in names}
+
+    def names(self) -> dict[str, int]:
+        """The ids of all snapshots, by name."""
+        from lazyrestore.store import report
+
+        environment = self._environment
+        with environment.read() as txn:
+            return report.names(environment, txn)
 
     def ls(self) -> list[Summary]:
         """All snapshots, by name."""

@@ -66,12 +66,11 @@ class ImageWriter:
         self._replace = replace
         self._level = level
         self._progress = progress
-        environment.check_writable()
-        self._check_name_free(environment)
+        check_new(environment, name, replace=replace)
         self._lock = WriterLock(environment.directory, wait=wait)
         self._open = True
         try:
-            self._check_name_free(environment)
+            check_new(environment, name, replace=replace)
             environment.forget_dead_readers()
             garbage.collect(environment)
             with environment.read() as txn:
@@ -174,7 +173,7 @@ class ImageWriter:
 
         def show(txn: Transaction) -> None:
             if txn.get(self._key) is not None and not self._replace:
-                raise self._exists()
+                raise _exists(environment, self._name)
             with txn.cursor() as cursor:
                 cursor.putmulti(chunks)
             txn.put(format.key(format.INDEXES, self._snapshot), environment.lengthen(index + sums))
@@ -340,17 +339,7 @@ class ImageWriter:
             b"".join(hashes[number * format.HASH : (number + 1) * format.HASH] for number in order),
         )
 
-    # -- names and the end ---------------------------------------------------------------------------------------------
-
-    def _check_name_free(self, environment: Environment) -> None:
-        if not self._replace:
-            with environment.read() as txn:
-                if txn.get(self._key) is not None:
-                    raise self._exists()
-
-    def _exists(self) -> SnapshotExists:
-        advice = "choose another name, or --replace it"
-        return SnapshotExists(f"snapshot {self._name}", "create", f"exists in {self._environment.directory}", advice)
+    # -- the end -------------------------------------------------------------------------------------------------------
 
     def _finish(self) -> None:
         """Stop the threads, free what nothing refers to (packs not committed, a snapshot replaced), and unlock."""
@@ -364,6 +353,21 @@ class ImageWriter:
                 garbage.collect(self._environment)
         finally:
             self._lock.close()
+
+
+def check_new(environment: Environment, name: str, *, replace: bool) -> None:
+    """Raises BadSnapshotName, StoreReadOnly, SnapshotExists."""
+    key = format.NAMES + format.check_name(name)
+    environment.check_writable()
+    if not replace:
+        with environment.read() as txn:
+            if txn.get(key) is not None:
+                raise _exists(environment, name)
+
+
+def _exists(environment: Environment, name: str) -> SnapshotExists:
+    advice = "choose another name, or replace it (--replace, replace=True)"
+    return SnapshotExists(f"snapshot {name}", "create", f"exists in {environment.directory}", advice)
 
 
 def _batches(runs: Sequence[Run], chunk_size: int, apart: Sequence[int]) -> Iterator[list[Span]]:

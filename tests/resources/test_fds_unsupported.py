@@ -116,6 +116,7 @@ def test_all_at_once(tmp_path: Path) -> None:
     for number, pattern in expected.items():
         assert re.search(pattern, found[number]), found[number]
         assert "\n" not in found[number]
+        assert all(found[number].count(pair[0]) == found[number].count(pair[1]) for pair in ("()", "[]")), found[number]
 
 
 SMAPS = """\
