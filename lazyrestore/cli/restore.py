@@ -278,7 +278,22 @@ def _foreground(snapshot: Snapshot, new_pid: bool, choices: Choices, json_output
                     process.send_signal(caught.si_signo)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+    if status == -signal.SIGBUS:
+        _explain_sigbus(process)
     return status if status >= 0 else 128 - status
+
+
+def _explain_sigbus(process: RestoredProcess) -> None:
+    """Say so if the snapshot is damaged; the pager stays long enough to be asked."""
+    from lazyrestore.errors import PagerError
+
+    try:
+        poisoned = process.stats().counters.poisoned
+    except PagerError:
+        return
+    if poisoned:
+        text = f"snapshot {process.name} is damaged, and its process needed what is lost; see `verify {process.name}`"
+        click.echo(f"lazyrestore: {text}", err=True)
 
 
 def _stopped(pid: int) -> bool:

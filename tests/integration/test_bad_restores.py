@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from helpers import GUARD_SECONDS, Builder, Victim, Victims, alive, ask, children_of
+from helpers import GUARD_SECONDS, Builder, Victim, Victims, alive, ask, children_of, until
 from helpers_cli import command, run_cli
 from helpers_copies import Copies
 
@@ -242,3 +243,27 @@ def test_full_store(run: Path, victims: Victims, build: Builder) -> None:
         assert ask(run / "control", "write") == "ok"
     finally:
         subprocess.run(["umount", "--lazy", small], check=True)
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_sigbus_in_the_foreground_is_explained(run: Path, victims: Victims, copies: Copies, damaged: bool) -> None:
+    victim = victims.start([sys.executable, "-c", "import time\nwhile True: time.sleep(0.01)"])
+    snapshot = copies.snapshot(victim.pid, "s", kill=True)
+    victim.gone()
+    if damaged:
+        image = snapshot._image
+        memory = snapshot.manifest.attributes.memory
+        with (run / "store" / "data.mdb").open("r+b") as file:
+            for address, _, pack, offset, stored in map(image.entry, range(image.n_chunks)):
+                if memory.start_brk <= address < memory.brk:
+                    file.seek(image.packs[pack][0] + offset)
+                    file.write(bytes(stored))
+    restoring = subprocess.Popen(
+        command(run / "store", "restore", "s"), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    if not damaged:
+        until(lambda: alive(victim.pid), "the copy")
+        os.kill(victim.pid, signal.SIGBUS)
+    _, said = restoring.communicate(timeout=GUARD_SECONDS)
+    assert restoring.returncode == 128 + signal.SIGBUS, said
+    assert ("verify s" in said) == damaged, said

@@ -172,6 +172,25 @@ def test_stale_socket_is_replaced(image: Image, start: Start, runtime: Path) -> 
     assert start(image).stats().chunks_total == image.n_chunks
 
 
+def test_leavings_of_the_killed_are_removed(make_image: Callable[..., Image], start: Start, runtime: Path) -> None:
+    """By a pager that leaves; but not what belongs to one that runs, or to somebody who is about to start one."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        dead.bind(str(runtime / "1111111111111111.sock"))
+    for name in ("1111111111111111.lock", "2222222222222222.lock", "3333333333333333.lock", "other"):
+        (runtime / name).touch()
+    with launch._locked(str(runtime / "3333333333333333.sock")):
+        other = start(make_image(key="another"), linger_ms=3_600_000)
+        mine = start(make_image())
+        pager, _ = mine.pids()
+        mine.close()
+        await_end(pager)
+        path = launch.socket_path("another", runtime_dir=runtime)
+        expected = {"3333333333333333.lock", "other", "pager.log", Path(path).name, Path(path).stem + ".lock"}
+        assert {entry.name for entry in runtime.iterdir()} == expected
+    assert other.pids()
+    other.stop()
+
+
 def test_pager_holds_only_what_it_needs(image: Image, start: Start, make_victim: MakeVictim) -> None:
     read_end, write_end = os.pipe()
     os.set_inheritable(write_end, True)

@@ -10,6 +10,7 @@
 #include "log.h"
 #include "pager.h"
 #include "replay.h"
+#include "sweep.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
@@ -282,10 +283,12 @@ int main(int argc, char **argv) {
 	detach();
 	close_others(&options);
 	struct lr_error error = pager_init(&pager, &options);
-	if (!error.code)
+	if (!error.code) {
 		serve(&pager, &options);
-	else
+		sweep_directory_of(pager.keeper.socket_path);
+	} else {
 		log_line("cannot start: %s: %s (%#llx)", error.step, strerror(error.code), (unsigned long long)error.address);
+	}
 	if (error.code && pager.keeper.socket_path[0])
 		unlink(pager.keeper.socket_path);
 	keeper_deinit(&pager.keeper);
