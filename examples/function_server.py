@@ -20,7 +20,7 @@ import argparse
 import asyncio
 import socket
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import uvicorn
@@ -123,7 +123,8 @@ def main() -> None:
         listener = owned.enter_context(socket.create_server(("127.0.0.1", arguments.port)))
         print(f"ready {listener.getsockname()[1]}", flush=True)
         server = uvicorn.Server(uvicorn.Config(FunctionServer(pool), log_level="warning", lifespan="off"))
-        server.run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # uvicorn raises Ctrl-C once more when it has ended
+            server.run(sockets=[listener])
 
 
 if __name__ == "__main__":

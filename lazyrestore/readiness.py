@@ -72,7 +72,7 @@ class ReadySocket:
             advice = ""
             if error.errno == errno.EADDRINUSE:
                 advice = "somebody else listens there, or did; " + (
-                    "end that one" if address[0] == "@" else "remove it, or restore with --pid new"
+                    "end that one" if address[0] == "@" else "remove it, or restore with --pid new (new_pid=True)"
                 )
             raise RestoreError(self._what, f"listen at {address}", errno=error.errno, advice=advice) from error
 

@@ -307,7 +307,7 @@ def _spawn_failure(pid: int, error: OSError) -> RestoreError | MissingFeature:
             f"process id {pid}",
             "start process",
             "it is in use by another process or group",
-            "end that one, or restore with --pid new",
+            "end that one, or restore with --pid new (new_pid=True)",
             errno=number,
         )
     if step == "clone3" and number == errno.EPERM:

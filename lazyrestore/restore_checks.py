@@ -110,10 +110,10 @@ def check_pid_free(pid: int) -> None:
     if ended:
         reason = f"{stat.comm} has ended, but its parent, process {stat.ppid}, has not collected it"
         advice = (
-            "wait() for it, or restore with --pid new"
+            "wait() for it, or restore with --pid new (new_pid=True)"
             if stat.ppid == os.getpid()
-            else "end that parent, or restore with --pid new"
+            else "end that parent, or restore with --pid new (new_pid=True)"
         )
     else:
-        reason, advice = f"it is in use by {stat.comm}", "end that process, or restore with --pid new"
+        reason, advice = f"it is in use by {stat.comm}", "end that process, or restore with --pid new (new_pid=True)"
     raise PidTaken(f"process id {pid}", "start process", reason, advice, errno=errno.EEXIST)

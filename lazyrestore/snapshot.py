@@ -37,7 +37,7 @@ from lazyrestore.errors import (
     WrongArchitecture,
     ZombieProcess,
 )
-from lazyrestore.kernel import procfs
+from lazyrestore.kernel import capabilities, procfs
 from lazyrestore.kernel.tracee import Frozen, check, vdso_hash
 from lazyrestore.manifest import Host, Manifest
 from lazyrestore.resources import attributes, descriptors, signals, threads, vma
@@ -142,7 +142,7 @@ def _check_target(pid: int) -> None:
         with open(f"/proc/{pid}/exe", "rb") as file:
             head = file.read(20)
     except PermissionError as error:
-        raise _not_permitted(what, int(status["Uid"].split()[0])) from error
+        raise _not_permitted(what, status) from error
     except FileNotFoundError as error:
         raise NoSuchProcess(what, "snapshot", "it is ending") from error
     if head[:4] == b"\x7fELF" and (head[4] != 2 or struct.unpack_from("<H", head, 18)[0] != 62):
@@ -155,11 +155,22 @@ def _check_target(pid: int) -> None:
         ) from error
 
 
-def _not_permitted(what: str, owner: int) -> NotPermitted:
-    if owner in (os.geteuid(), 0) and os.geteuid() == 0:
-        reason, advice = "it has privileges that you lack", "see lazyrestore doctor"
-    else:
+def _not_permitted(what: str, status: dict[str, str]) -> NotPermitted:
+    """Why ptrace(2), "Ptrace access mode checking", does not let us at the process of that /proc/PID/status."""
+    owner, user = int(status["Uid"].split()[0]), os.geteuid()
+    held = int(procfs.parse_status(procfs.read(os.getpid(), "status"))["CapEff"], 16)
+    missing = capabilities.names(int(status["CapPrm"], 16) & ~held)
+    if owner != user and user != 0:
         reason, advice = f"it belongs to user {owner}", "run as root or as that user with CAP_SYS_PTRACE"
+    elif held & capabilities.SYS_PTRACE:
+        reason, advice = "the kernel does not allow it", "see `lazyrestore doctor`"
+    elif owner != user:
+        reason, advice = f"it belongs to user {owner}, and you lack CAP_SYS_PTRACE", "run with CAP_SYS_PTRACE"
+    elif missing:
+        reason = f"it has capabilities that you lack: {', '.join(missing)}"
+        advice = "run with CAP_SYS_PTRACE, or with all of these"
+    else:
+        reason, advice = "it lets nobody look (PR_SET_DUMPABLE), and you lack CAP_SYS_PTRACE", "run with CAP_SYS_PTRACE"
     return NotPermitted(what, "snapshot", reason, advice)
 
 

@@ -34,6 +34,23 @@ HELP = {  # so that --help imports no command
 }
 
 
+WITHOUT_STORE = {"doctor", "completion"}
+
+
+def _choose_store(ctx: click.Context, parameter: click.Parameter, store: str | None) -> None:
+    if store:
+        ctx.obj = store
+
+
+STORE_HERE = click.Option(
+    ["--store"],
+    metavar="DIR",
+    expose_value=False,
+    callback=_choose_store,
+    help="The store, here or before the command.",
+)
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are needed, and whose errors end in one line and an exit status."""
 
@@ -45,6 +62,8 @@ class LazyGroup(click.Group):
             return None
         module, _, name = COMMANDS[cmd_name].partition(":")
         command: click.Command = getattr(import_module(module), name)
+        if cmd_name not in WITHOUT_STORE and STORE_HERE not in command.params:
+            command.params.append(STORE_HERE)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -121,7 +140,7 @@ def default_store() -> str:
     "--store",
     metavar="DIR",
     envvar="LAZYRESTORE_STORE",
-    help="The store; default $LAZYRESTORE_STORE, else one per user.",
+    help="The store; default $LAZYRESTORE_STORE, else /var/lib/lazyrestore as root, ~/.local/share/lazyrestore else.",
 )
 @click.option("--debug", is_flag=True, help="On errors, print the traceback.")
 @click.version_option(package_name="lazyrestore", prog_name="lazyrestore")

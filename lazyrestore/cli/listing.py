@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyrestore.cli.words import columns, complete_name, size, to_json
+from lazyrestore.cli.words import columns, complete_name, nothing_stored, size, to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import Snapshot
@@ -33,11 +33,10 @@ def ls_command(store: str, json_output: bool) -> None:
     lazyrestore ls
     lazyrestore --store /srv/snapshots ls --json
     """
-    from lazyrestore.cli import default_store
     from lazyrestore.store import ImageStore
 
-    if store == default_store() and not os.path.lexists(store):
-        summaries = []  # nothing was ever stored
+    if nothing_stored(store):
+        summaries = []
     else:
         with ImageStore.open(store, create=False) as images:
             summaries = images.ls()
@@ -191,10 +190,13 @@ def verify_command(store: str, name: str | None, json_output: bool) -> None:
     lazyrestore verify worker --json
     """
     from lazyrestore.errors import ChunkInvalid
-    from lazyrestore.store import ImageStore
+    from lazyrestore.store import ImageStore, Report
 
-    with ImageStore.open(store, create=False) as images:
-        report = images.verify(name)
+    if name is None and nothing_stored(store):
+        report = Report()
+    else:
+        with ImageStore.open(store, create=False) as images:
+            report = images.verify(name)
     if json_output:
         click.echo(to_json(_report(report)))
     else:

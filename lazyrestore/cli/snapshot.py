@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 import click
 
-from lazyrestore.cli.words import size
+from lazyrestore.cli.words import ProcessId, size
 
 
 @click.command("snapshot")
-@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("pid", type=ProcessId("`pidof {0}` or `pgrep {0}` may find it"))
 @click.option("--name", required=True, help="The snapshot's name.")
 @click.option("--tree", is_flag=True, help="The process and its children (not available yet).")
 @click.option("--kill", is_flag=True, help="End the process once the snapshot is safely stored.")

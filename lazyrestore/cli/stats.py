@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyrestore.cli.words import columns, size
+from lazyrestore.cli.words import ProcessId, columns, nothing_stored, size
 
 if TYPE_CHECKING:
     from lazyrestore.pager.client import PagerStats, ServiceTimes, SpaceStats
@@ -19,7 +18,7 @@ REMOVED = "(removed)"  # as names of snapshots, which have no parentheses
 
 
 @click.command("stats")
-@click.argument("pid", type=click.IntRange(min=1), required=False)
+@click.argument("pid", type=ProcessId("`lazyrestore stats` shows all, with their snapshots"), required=False)
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 @click.pass_obj
 def stats_command(store: str, pid: int | None, json_output: bool) -> None:
@@ -76,11 +75,10 @@ def stats_command(store: str, pid: int | None, json_output: bool) -> None:
 
 def _names_by_socket(store: str) -> dict[str, str]:
     """The store's snapshots by the socket on which their pager listens, if they have one; removed ones too."""
-    from lazyrestore.cli import default_store
     from lazyrestore.pager.launch import socket_path
     from lazyrestore.store import ImageStore
 
-    if store == default_store() and not os.path.lexists(store):
+    if nothing_stored(store):
         return {}
     with ImageStore.open(store, create=False) as images:
         names = {number: name for name, number in images.names().items()}

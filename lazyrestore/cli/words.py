@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import click
 
+LARGEST_PID = (1 << 31) - 1  # a C int
+
 
 def size(count: float) -> str:
     """Bytes in binary units: "12.3 MiB"."""
@@ -36,6 +38,28 @@ def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) 
     ]
 
 
+def nothing_stored(store: str) -> bool:
+    """Whether it is the default store and was not made yet: then it is as good as empty. One that was named must be."""
+    from lazyrestore.cli import default_store
+
+    return store == default_store() and not os.path.lexists(store)
+
+
+class ProcessId(click.ParamType[int]):
+    """A process id; `hint` says how one gets it."""
+
+    name = "pid"
+
+    def __init__(self, hint: str) -> None:
+        self._hint = hint
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        word = str(value)
+        if not (word.isascii() and word.isdigit() and 0 < int(word) <= LARGEST_PID):
+            self.fail(f"{word!r} is not a process id; {self._hint.format(word)}", param, ctx)
+        return int(word)
+
+
 def complete_name(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """The store's snapshot names that begin with what was typed."""
     from lazyrestore.cli import default_store
@@ -43,7 +67,7 @@ def complete_name(ctx: click.Context, parameter: click.Parameter, incomplete: st
     from lazyrestore.store import ImageStore
 
     root = ctx.find_root()
-    store = root.params.get("store") or os.environ.get("LAZYRESTORE_STORE") or default_store()
+    store = ctx.obj or root.params.get("store") or os.environ.get("LAZYRESTORE_STORE") or default_store()
     try:
         with ImageStore.open(store, create=False) as images:
             return [each.name for each in images.ls() if each.name.startswith(incomplete)]

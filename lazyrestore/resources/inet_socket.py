@@ -161,7 +161,8 @@ def prepare(title: str, record: InetRecord) -> None:
             if error.errno == EADDRINUSE:
                 advice = (
                     "end the process that has it (the original, or another copy?), wait for its last connections, or "
-                    "restore with --listen, --reuseport, --inherit-fd or --net new"
+                    "restore with --listen, --reuseport, --inherit-fd or --net new (listen, reuseport, inherit_fd, "
+                    "new_net)"
                 )
             elif error.errno == EADDRNOTAVAIL:
                 advice = "this machine has no such address"

@@ -110,6 +110,8 @@ class Environment:
         lock_exists = os.path.exists(lock)
         self.locked = os.access(lock, os.W_OK, effective_ids=effective) if lock_exists else directory_writable
         self.writable = self.locked and (fresh or os.access(self.data_path, os.W_OK, effective_ids=effective))
+        if not fresh and not os.access(self.data_path, os.R_OK, effective_ids=effective):
+            raise locks.not_allowed(self.directory, self.data_path)
         if not self.writable and fresh:
             raise locks.os_error(self.resource, "create", OSError(errno.EROFS, os.strerror(errno.EROFS)))
         options: dict[str, Any] = {"lib_version": 0} if hasattr(lmdb.Environment, "lib_version") else {}
@@ -418,7 +420,7 @@ def _translate(resource: str, step: str, error: Exception) -> StoreError:
         return StoreBusy(resource, step, f"{READERS} readers are at work", "try again later")
     number = _number(error)
     if number in FULL:
-        return StoreFull(resource, step, advice="free some space, or remove snapshots with `rm`", errno=number)
+        return StoreFull(resource, step, advice="free some space, or remove snapshots", errno=number)
     if number:
         return locks.os_error(resource, step, OSError(number, os.strerror(number)))
     return StoreError(resource, step, str(error))

@@ -40,13 +40,38 @@ def _forget_in_child() -> None:
 os.register_at_fork(after_in_child=_forget_in_child)
 
 
+def not_allowed(directory: str, path: str, *, create: bool = False) -> StoreError:
+    """The exception that stands for EACCES on `path`, the store's directory or in it: says whose it is."""
+    import pwd
+
+    found = path
+    while True:
+        try:
+            about = os.stat(found)
+            break
+        except OSError:  # behind a directory that may not be entered, or to be made
+            found = os.path.dirname(found)
+    try:
+        owner = f"{pwd.getpwuid(about.st_uid).pw_name} (user {about.st_uid})"
+    except KeyError:
+        owner = f"user {about.st_uid}"
+    belongs = f"belongs to {owner}, mode {about.st_mode & 0o7777:04o}, and you are user {os.geteuid()}"
+    if found == path:
+        reason, kind = f"it may not be read: {'it' if path == directory else path} {belongs}", StoreError
+    elif create:
+        reason, kind = f"it cannot be made: {found} {belongs}", StoreReadOnly
+    else:
+        reason, kind = f"it cannot be reached: {found} {belongs}", StoreError
+    return kind(f"store {directory}", "open", reason, "act as that user, or name a store of yours", errno=errno.EACCES)
+
+
 def os_error(resource: str, step: str, error: OSError) -> StoreError:
     """The exception that stands for a failed system call on the store."""
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        advice = "the store can be read but not changed; make it writable or choose another with --store"
+        advice = "the store can be read but not changed; make it writable, or choose another"
         return StoreReadOnly(resource, step, advice=advice, errno=error.errno)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StoreFull(resource, step, advice="free some space, or remove snapshots with `rm`", errno=error.errno)
+        return StoreFull(resource, step, advice="free some space, or remove snapshots", errno=error.errno)
     return StoreError(resource, step, errno=error.errno)
 
 

@@ -66,9 +66,12 @@ def _prepare(directory: str, create: bool) -> bool:
             os.makedirs(directory, 0o700, exist_ok=True)
         files = set(os.listdir(directory))
     except FileNotFoundError as error:
-        raise NotAStore(resource, "open", "it does not exist", errno=errno.ENOENT) from error
+        advice = "no snapshot was taken into it yet (`lazyrestore snapshot` makes it), or another one is meant"
+        raise NotAStore(resource, "open", "it does not exist", advice, errno=errno.ENOENT) from error
     except NotADirectoryError as error:
         raise NotAStore(resource, "open", "not a directory", errno=errno.ENOTDIR) from error
+    except PermissionError as error:
+        raise locks.not_allowed(directory, directory, create=create) from error
     except OSError as error:
         raise locks.os_error(resource, "open", error) from error
     if "data.mdb" in files:

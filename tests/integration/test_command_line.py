@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -16,6 +17,18 @@ from helpers_copies import Copies
 
 import lazyrestore
 from lazyrestore import errors
+from lazyrestore.kernel import capabilities
+
+# As root with the capabilities of an ordinary container, in which there are processes that have all.
+WITHOUT_CAPABILITIES = """
+import ctypes, re, struct
+held = int(re.search(r"CapPrm:\\s*(\\w+)", open("/proc/self/status").read())[1], 16)
+kept = held & ~(1 << 0 | 1 << 19 | 1 << 21)  # CHOWN, SYS_PTRACE, SYS_ADMIN; <linux/capability.h>
+low, high = kept & 0xffffffff, kept >> 32
+header, data = struct.pack("Ii", 0x20080522, 0), struct.pack("6I", low, low, 0, high, high, 0)
+assert ctypes.CDLL(None).syscall(126, header, data) == 0  # capset
+from lazyrestore.cli import main; main()
+"""
 
 
 @pytest.fixture
@@ -96,3 +109,57 @@ def test_the_name_is_looked_at_before_what_the_process_holds(
             store.snapshot(victim.pid, name=name)
     with pytest.raises(errors.UnsupportedResources):
         store.snapshot(victim.pid, name="x", replace=True)
+
+
+def test_the_capabilities_that_are_missing(run: Path, victims: Victims) -> None:
+    victim = victims.start(["sleep", "1000000"])
+    answer = run_cli(run / "store", "snapshot", victim.pid, "--name", "x", code=WITHOUT_CAPABILITIES)
+    assert answer.returncode == errors.NotPermitted.exit_status, answer.stderr
+    assert "lack: CAP_CHOWN, CAP_SYS_PTRACE, CAP_SYS_ADMIN; run with CAP_SYS_PTRACE" in answer.stderr
+
+
+def test_names_of_capabilities_are_the_kernels() -> None:
+    header = Path("/usr/include/linux/capability.h")
+    if not header.exists():
+        pytest.skip("no kernel headers")
+    found = re.findall(r"^#define (CAP_[A-Z_]+)\s+(\d+)$", header.read_text(), re.MULTILINE)
+    for name, number in found:
+        assert capabilities.names(1 << int(number)) == [name]
+    assert len(found) > 37
+
+
+def test_the_store_may_be_named_behind_the_command(run: Path, pid: int) -> None:
+    for command_line in (
+        ["ls", "--json", "--store", run / "store"],
+        ["show", "x", f"--store={run / 'store'}", "--json"],
+    ):
+        answer = run_cli(run / "elsewhere", *command_line)
+        assert answer.returncode == 0, answer.stderr
+        assert '"x"' in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["snapshot", "redis", "--name", "x"], "'redis' is not a process id; `pidof redis`"),
+        (["snapshot", "0", "--name", "x"], "'0' is not a process id"),
+        (["snapshot", "99999999999999", "--name", "x"], "is not a process id"),
+        (["stats", "redis"], "'redis' is not a process id; `lazyrestore stats` shows all"),
+    ],
+)
+def test_a_word_that_is_no_process_id(run: Path, words: list[str], said: str) -> None:
+    answer = run_cli(run / "store", *words)
+    assert answer.returncode == 2
+    assert said in " ".join(answer.stderr.split())
+
+
+def test_a_default_store_that_was_not_made_yet(run: Path) -> None:
+    """Is as good as empty; what names a snapshot says how there would be one."""
+    code = f"import lazyrestore.cli as cli; cli.default_store = lambda: {str(run / 'none')!r}; cli.main()"
+    for words in (["ls"], ["stats"], ["verify"]):
+        answer = run_cli("", *words, code=code)
+        assert answer.returncode == 0, answer.stderr
+    for words in (["show", "x"], ["restore", "x"], ["record", "x"], ["rm", "x"], ["verify", "x"]):
+        answer = run_cli("", *words, code=code)
+        assert answer.returncode == errors.NotAStore.exit_status
+        assert f"{run / 'none'}: open: it does not exist; no snapshot was taken into it yet" in answer.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import shutil
@@ -18,6 +19,7 @@ from lazyrestore.errors import (
     ChunkInvalid,
     NotAStore,
     StoreBusy,
+    StoreError,
     StoreFull,
     StoreReadOnly,
     StoreVersionError,
@@ -234,7 +236,7 @@ def test_what_is_not_a_store(tmp_path: Path) -> None:
         with pytest.raises(NotAStore, match=name):
             ImageStore.open(tmp_path / name)
         assert snapshot_of(tmp_path / name) == before
-    with pytest.raises(NotAStore, match="does not exist"):
+    with pytest.raises(NotAStore, match="does not exist; no snapshot was taken"):
         ImageStore.open(tmp_path / "missing", create=False)
     (tmp_path / "empty").mkdir()
     with pytest.raises(NotAStore, match="empty"):
@@ -343,10 +345,24 @@ def test_somebody_elses_store(path: Path) -> None:
     path.chmod(0o700)
 
     def forbidden() -> None:
-        with pytest.raises(StoreReadOnly, match="Permission denied"):
+        whose = rf"{path} belongs to root \(user 0\), mode 0700, and you are user 65534"
+        with pytest.raises(StoreError, match="it may not be read: " + whose.replace(str(path), "it")) as caught:
             ImageStore.open(path)
+        assert type(caught.value) is StoreError and caught.value.errno == errno.EACCES
+        with pytest.raises(StoreError, match="it cannot be reached: " + whose):
+            ImageStore.open(path / "below", create=False)
+        with pytest.raises(StoreReadOnly, match=f"it cannot be made: {path.parent} belongs to root"):
+            ImageStore.open(path.parent / "new")
 
     as_nobody(forbidden)
+    path.chmod(0o755)
+    (path / "data.mdb").chmod(0o600)
+
+    def unreadable() -> None:
+        with pytest.raises(StoreError, match=f"it may not be read: {path}/data.mdb belongs to root"):
+            ImageStore.open(path)
+
+    as_nobody(unreadable)
 
 
 # -- full --------------------------------------------------------------------------------------------------------------
