@@ -204,7 +204,8 @@ class Snapshot:
     def end_recording(self) -> int:
         """End the recording of the working set now; returns its number of chunks, 0 if nothing was recorded.
 
-        A recording ends by itself when its process touches nothing new for a second, or ends. Raises PagerError.
+        A recording ends by itself when its process has touched 1 MiB and nothing new for a second, is snapshotted, or
+        ends. Raises PagerError.
         """
         from lazyrestore.store import format
 

@@ -5,19 +5,21 @@ from it. A pager keeps its snapshot in use: removed or not, its chunks are there
 key, which names the pager's socket, names the store's file too.
 Choice. Of the snapshots of the store that is written to, those with a pager are asked for their template. A process
 that came from another store has no origin here; nor has one whose pager does not answer, or whose snapshot has a
-damaged index, or a forked child. Their memory is read.
+damaged index, or a forked child. Their memory is read. The pager is asked nevertheless: a question for the intervals of
+a process tells it that this process is about to be read, which is not to be recorded as its working set.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from lazyrestore.errors import ChunkInvalid, PagerError
 from lazyrestore.kernel import procfs
 from lazyrestore.pager.client import PagerClient
-from lazyrestore.pager.launch import connect_existing, running
+from lazyrestore.pager.launch import connect_all, connect_existing, running
 from lazyrestore.resources.inherited import Origin
 from lazyrestore.resources.vma import is_template
 from lazyrestore.store import ImageStore, ImageWriter, Parent
@@ -25,25 +27,26 @@ from lazyrestore.store import ImageStore, ImageWriter, Parent
 
 @dataclass(frozen=True, slots=True)
 class Ancestor:
-    """The snapshot, and the pager of a process restored from it. Close it."""
+    """The snapshot, if it is in this store and sound, and the pager of a process restored from it. Close it."""
 
-    parent: Parent
+    parent: Parent | None
     pager: PagerClient
     templates: tuple[tuple[int, int], ...]
 
     def origin(self, pidfd: int) -> Origin | None:
         """What the pager says of a process that stands still; None if it says nothing."""
         try:
-            return Origin(self.parent, self.templates, self.pager.intervals(pidfd))
+            intervals = self.pager.intervals(pidfd)
         except PagerError:
             return None
+        return Origin(self.parent, self.templates, intervals) if self.parent else None
 
     def close(self) -> None:
         self.pager.close()
 
 
 def find(store: ImageStore, writer: ImageWriter, pid: int) -> Ancestor | None:
-    """What process `pid` was restored from, None if that is not in the store. `writer` keeps it from being freed."""
+    """What process `pid` was restored from, None if it was not. `writer` keeps a parent from being freed."""
     maps = procfs.parse_maps(procfs.read(pid, "maps"))
     mapped = {mapping.file for mapping in maps if is_template(mapping)}
     if not mapped:
@@ -56,16 +59,25 @@ def find(store: ImageStore, writer: ImageWriter, pid: int) -> Ancestor | None:
             continue
         if pager is None:
             continue
-        templates = tuple(_files(pager))
-        if mapped.isdisjoint(templates):
-            pager.close()
-            continue
-        try:
-            return Ancestor(writer.parent(keys[key]), pager, templates)
-        except ChunkInvalid:
-            pager.close()
-            return None
+        if templates := _mapped_templates(pager, mapped):
+            try:
+                return Ancestor(writer.parent(keys[key]), pager, templates)
+            except ChunkInvalid:
+                return Ancestor(None, pager, templates)
+    with suppress(PagerError):
+        for _, pager in connect_all():
+            if templates := _mapped_templates(pager, mapped):
+                return Ancestor(None, pager, templates)
     return None
+
+
+def _mapped_templates(pager: PagerClient, mapped: set[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The pager's templates; none, and the connection closed, if the process maps none of them."""
+    templates = tuple(_files(pager))
+    if not mapped.isdisjoint(templates):
+        return templates
+    pager.close()
+    return ()
 
 
 def _files(pager: PagerClient) -> Iterable[tuple[int, int]]:

@@ -83,7 +83,8 @@ def take(
         with ExitStack() as owned, store.writer(name, replace=replace, level=level, progress=progress) as writer:
             identities = _identify_files(pid)
             ancestor = owned.enter_context(closing(found)) if (found := origin.find(store, writer, pid)) else None
-            buffer = _Buffer(0 if kill else _to_copy(pid, restored=ancestor is not None))
+            parent = ancestor.parent if ancestor else None
+            buffer = _Buffer(0 if kill else _to_copy(pid, restored=parent is not None))
             stopped = procfs.parse_stat(procfs.read(pid, "stat")).state == "T"
             frozen = Frozen(pid)
             paused = time.monotonic()
@@ -91,8 +92,8 @@ def take(
                 came_from = ancestor.origin(pidfd) if ancestor else None
                 capture = _capture(frozen, pidfd, identities, came_from, stopped=stopped)
                 try:
-                    if ancestor:
-                        _refer(writer, ancestor.parent, capture.plan)
+                    if parent:
+                        _refer(writer, parent, capture.plan)
                     fits = buffer.make_room(capture.plan.bytes, all_at_once=not kill)
                     for batch in [capture.plan.runs] if fits else _batches(capture.plan.runs):
                         runs = buffer.fill(pid, frozen.memory, batch)

@@ -205,7 +205,7 @@ class PagerClient:
 
     def intervals(self, pidfd: int) -> list[Interval]:
         """What the memory of the process behind `pidfd`, which was restored and stands still, shows where it never
-        wrote; sorted by start.
+        wrote; sorted by start. It is about to be read: a recording of its working set ends.
 
         Private memory in no interval is zero. Of shared memory only what nobody has touched is in the list. Raises
         PagerGone, PagerError; with ESRCH if it is not the pager's, or a forked child.

@@ -139,3 +139,28 @@ def test_ended_record_leaves_no_copy(run: Path, victims: Victims, copies: Copies
     recording.send_signal(number)
     assert recording.wait(60) == 130
     assert not alive(victim.pid)
+
+
+@pytest.mark.parametrize("where", ["same", "other"])
+def test_snapshot_of_a_copy_is_not_recorded(run: Path, victims: Victims, copies: Copies, where: str) -> None:
+    """What is read for it is no touch of the process; into whichever store."""
+    data = run / "data"
+    data.mkdir()
+    for name in range(8):
+        np.save(data / f"{name}.npy", np.random.default_rng(name).normal(size=(256, 1024)))
+    victim = victims.python("numpy_worker.py", data, run / "port")
+    port = victim.until(lambda: int((run / "port").read_text()), "the port")
+    answer = http_get(port, "/small")
+    victim.quiet()
+    first = copies.replace(victim)
+    assert http_get(port, "/small") == answer
+    client = connect_existing(first.snapshot._image.key, "x")
+    assert client
+    with client:
+        touched = len(client.working_set())
+        assert touched
+        with lazyrestore.Store.open(run / ("store" if where == "same" else "other")) as store:
+            store.snapshot(first.pid, name="y", kill=True).close()
+        first.process.wait(60)
+        until(lambda: not client.stats().spaces, "the end of the copy")
+        assert len(client.working_set()) < touched * 1.1

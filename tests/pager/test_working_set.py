@@ -110,6 +110,44 @@ def test_recorded_until_the_process_ends(start: Start, make_image: MakeImage, ma
     replayed(client, FULL * CHUNK // PAGE)
 
 
+def test_little_is_kept_and_the_shutdown_is_not(
+    tmp_path: Path, start: Start, make_image: MakeImage, make_victim: MakeVictim
+) -> None:
+    """What a process that needs little has touched is kept when it is quiet; and the next one goes on with it."""
+    trace = tmp_path / "recorded"
+    program = f"open({str(trace)!r}, 'a').write('kept\\n')"
+    image = make_image(recorder=[sys.executable, "-c", program])
+    client = start(image)
+    known: tuple[int, ...] = ()
+    for times, number in enumerate((3, 12), 1):
+        victim = make_victim()
+        victim.clone(client, BASE, LENGTH, record=None)
+        victim.ask("touch", BASE + number * CHUNK)
+        known += (slot_of(image, number),)
+        until(lambda times=times: trace.exists() and trace.read_text() == "kept\n" * times, "the recorder")
+        assert numbers(client.working_set()) == known
+        victim.ask("touch", BASE + 20 * CHUNK)  # in order to end, say
+        stats_when(client, lambda stats: stats.spaces[0].service.max_ns > 0)
+        victim.process.kill()
+        victim.process.wait()
+        stats_when(client, lambda stats, times=times: stats.spaces_ended == times)
+        assert numbers(client.working_set()) == known
+
+
+def test_reading_for_a_snapshot_is_not_recorded(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    image = make_image()
+    client, bystander, victim = start(image), make_victim(), make_victim()
+    victim.clone(client, BASE, LENGTH, record=None)
+    bystander.clone(client, BASE, LENGTH, record=None)
+    victim.ask("touch", BASE + 3 * CHUNK)
+    for each, recorded in ((bystander, (3, 4)), (victim, (3, 4))):
+        with os.fdopen(os.pidfd_open(each.pid)) as pidfd:
+            client.intervals(pidfd.fileno())
+        victim.ask("touch", BASE + (4 if each is bystander else 9) * CHUNK)
+        stats_when(client, lambda stats, each=each: stats.faults == (2 if each is bystander else 3))
+        assert numbers(client.working_set()) == tuple(slot_of(image, number) for number in recorded)
+
+
 def test_recorded_again(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
     """What is new comes behind what is known, from a store or from the recording before."""
     client = start(make_image(working_set=packed(7, written=4)))

@@ -146,11 +146,12 @@ static struct lr_error attach_owned(struct pager *pager, const struct lr_request
 	space->fill_now = request->flags & LR_ATTACH_FILL_NOW;
 	space->fill_idle = request->flags & LR_ATTACH_FILL_IDLE;
 	space->replays = !(request->flags & LR_ATTACH_NO_REPLAY);
-	space->records = !(request->flags & LR_ATTACH_NO_RECORD) &&
-			 working_set_claim(&pager->working_set, space->pid, request->flags & LR_ATTACH_RECORD_AGAIN);
+	if (!(request->flags & LR_ATTACH_NO_RECORD))
+		space->records =
+		    working_set_claim(&pager->working_set, space->pid, request->flags & LR_ATTACH_RECORD_AGAIN);
 	error = space_start(space);
 	if (error.code && space->records)
-		working_set_end_of_process(&pager->working_set);
+		working_set_end_of_process(&pager->working_set, space->records);
 	if (!error.code)
 		space = NULL; /* its thread owns it */
 	return error;

@@ -86,6 +86,9 @@ struct lr_error intervals_of(struct pager *pager, int pidfd, int *memfd) {
 	if (made < 0)
 		return lr_fail("memfd_create", errno, 0);
 	struct lr_error error = space_visit(pager, pidfd, &space, &map);
+	/* Who asks is about to read its memory. A forked child is not found. */
+	if ((error.code || space->records) && working_set_end_early(&pager->working_set, error.code ? 0 : space->records))
+		pager_wake(pager);
 	if (error.code)
 		return error;
 	error = list_all(space, &map, made);

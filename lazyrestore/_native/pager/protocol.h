@@ -22,7 +22,8 @@ enum {
 	LR_STATS = 3,  /* reply: lr_totals, then n_spaces packets of lr_space_stats */
 	LR_STOP = 4,   /* exit when no address space is left, without lingering; reply: lr_reply */
 	LR_WORKING_SET = 5, /* reply: lr_reply with [memfd of lr_touched[], in the order of first touch] */
-	LR_INTERVALS = 6 /* fds: pidfd of a process that stands still; reply: lr_reply with [memfd of lr_range[]] */
+	LR_INTERVALS = 6 /* fds: pidfd of a process that stands still, whose memory is about to be read: its recording
+			  * ends; reply: lr_reply with [memfd of lr_range[]] */
 };
 
 /* lr_request.flags of LR_ATTACH */

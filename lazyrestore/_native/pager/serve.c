@@ -241,7 +241,7 @@ static enum verdict serve_zero(struct space *space, struct job job, struct favou
 
 static void record(struct space *space, const struct backing *backing, uint64_t chunk) {
 	if (space->records && backing->kind == LR_BACKING_TEMPLATE)
-		working_set_touch(&space->pager->working_set, chunk);
+		working_set_touch(&space->pager->working_set, space->records, chunk);
 }
 
 /* How many chunks to bring behind `chunk`, which was asked for: none, unless it goes on where a stream ended. */

@@ -319,7 +319,7 @@ static void serve_space(struct space *space) {
 			if (!replay_all(space))
 				return;
 		}
-		if (!n && space->records && working_set_end_if_quiet(&space->pager->working_set))
+		if (!n && space->records && working_set_keep_if_quiet(&space->pager->working_set, space->records))
 			pager_wake(space->pager);
 		if (fds[PID].revents) {
 			pthread_mutex_lock(&space->pager->lock); /* a visitor may be looking at it */
@@ -373,7 +373,7 @@ static void *space_main(void *argument) {
 	pthread_cond_broadcast(&space->settled);
 	pthread_mutex_unlock(&space->map_lock);
 	if (space->records && space->pid) /* the one that was restored, not a child */
-		working_set_end_of_process(&pager->working_set);
+		working_set_end_of_process(&pager->working_set, space->records);
 	pthread_mutex_lock(&pager->lock);
 	while (space->visitors)
 		pthread_cond_wait(&space->left, &pager->lock);

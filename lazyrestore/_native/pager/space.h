@@ -56,7 +56,7 @@ struct space {
 	int32_t pid;
 	uint32_t generation;
 	bool poison; /* UFFDIO_POISON works */
-	bool records; /* its faults make the working set */
+	uint32_t records; /* the recording of the working set that its faults make; 0: none */
 	bool replays; /* it gets the working set */
 	bool fill_now, fill_idle; /* it gets all of its private memory: after the working set; once it is filled */
 	uint64_t bytes_registered;

@@ -9,10 +9,18 @@
 
 enum { FIRST_CAPACITY = 1024 };
 static const uint64_t QUIET_NS = 1000000000, LEAST_BYTES = 1 << 20, MOST_BYTES = 128 << 20;
+static const uint64_t LONG_QUIET_NS = 3000000000; /* of a process that has touched less than LEAST_BYTES */
 
 void working_set_init(struct working_set *set, const struct image *image) {
 	*set = (struct working_set){.state = WORKING_SET_NONE, .image = image, .pagemap = -1};
 	pthread_mutex_init(&set->lock, NULL);
+}
+
+static bool is_small(const struct working_set *set) {
+	uint64_t bytes = 0;
+	for (uint32_t i = 0; i < set->n && bytes < LEAST_BYTES; i++)
+		bytes += set->image->chunks[set->chunks[i].chunk].length;
+	return bytes < LEAST_BYTES;
 }
 
 struct lr_error working_set_load(struct working_set *set) {
@@ -28,25 +36,33 @@ struct lr_error working_set_load(struct working_set *set) {
 			set->chunks[set->n++] = image->working_set[i];
 	set->capacity = image->n_working_set;
 	set->state = WORKING_SET_KNOWN;
+	set->extended = is_small(set);
 	return LR_OK;
 }
 
-bool working_set_claim(struct working_set *set, int32_t pid, bool again) {
+uint32_t working_set_claim(struct working_set *set, int32_t pid, bool again) {
 	char path[64];
 	SCOPED_LOCK(&set->lock);
-	if (set->state == WORKING_SET_RECORDING || (set->state == WORKING_SET_KNOWN && !again))
-		return false;
+	if (set->state == WORKING_SET_RECORDING || (set->state == WORKING_SET_KNOWN && !again && !set->extended))
+		return 0;
 	set->member = calloc(set->image->n_chunks ? set->image->n_chunks : 1, 1);
 	if (!set->member)
-		return false;
-	set->n_before = set->n;
+		return 0;
+	set->n_kept = set->n;
+	set->bytes = set->bytes_kept = 0;
+	set->keeps_all = again;
 	for (uint32_t i = 0; i < set->n; i++)
 		set->member[set->chunks[i].chunk] = 1;
 	snprintf(path, sizeof path, "/proc/%d/pagemap", (int)pid);
 	set->pagemap = open(path, O_RDONLY | O_CLOEXEC); /* without it, nothing counts as written */
 	set->state = WORKING_SET_RECORDING;
 	set->last_ns = now_ns();
-	return true;
+	set->recording += set->recording == UINT32_MAX ? 2 : 1;
+	return set->recording;
+}
+
+static bool is_on(const struct working_set *set, uint32_t recording) {
+	return set->state == WORKING_SET_RECORDING && set->recording == recording;
 }
 
 /* Which pages of the chunk are anonymous now, in a process whose private memory lies at its image address. */
@@ -64,30 +80,41 @@ static uint32_t written_pages(int pagemap, const struct lr_chunk *chunk) {
 	return written;
 }
 
-static bool end(struct working_set *set) {
-	if (set->state != WORKING_SET_RECORDING)
-		return false;
-	set->state = WORKING_SET_KNOWN;
-	set->fresh = set->n;
+static void keep(struct working_set *set) {
 	for (uint32_t i = 0; set->pagemap >= 0 && i < set->n; i++)
 		set->chunks[i].written |= written_pages(set->pagemap, &set->image->chunks[set->chunks[i].chunk]);
+	set->n_kept = set->n;
+	set->bytes_kept = set->bytes;
+	set->fresh = set->n;
+}
+
+static void stop(struct working_set *set) {
+	set->state = set->n ? WORKING_SET_KNOWN : WORKING_SET_NONE;
 	if (set->pagemap >= 0)
 		close(set->pagemap);
 	set->pagemap = -1;
 	free(set->member);
 	set->member = NULL;
+}
+
+static bool end(struct working_set *set, bool early) {
+	if (set->state != WORKING_SET_RECORDING)
+		return false;
+	keep(set);
+	set->extended = early && is_small(set);
+	stop(set);
 	return true;
 }
 
-void working_set_touch(struct working_set *set, uint64_t chunk) {
+void working_set_touch(struct working_set *set, uint32_t recording, uint64_t chunk) {
 	SCOPED_LOCK(&set->lock);
-	if (set->state != WORKING_SET_RECORDING || set->member[chunk])
+	if (!is_on(set, recording) || set->member[chunk])
 		return;
 	if (set->n == set->capacity) {
 		uint32_t capacity = set->capacity ? 2 * set->capacity : FIRST_CAPACITY;
 		struct lr_touched *more = realloc(set->chunks, capacity * sizeof *more);
 		if (!more) {
-			end(set);
+			end(set, false);
 			return;
 		}
 		set->chunks = more;
@@ -98,30 +125,42 @@ void working_set_touch(struct working_set *set, uint64_t chunk) {
 	set->bytes += set->image->chunks[chunk].length;
 	set->last_ns = now_ns();
 	if (set->bytes >= MOST_BYTES)
-		end(set);
+		end(set, false);
 }
 
 bool working_set_end(struct working_set *set) {
 	SCOPED_LOCK(&set->lock);
-	return end(set);
+	return end(set, false);
 }
 
-bool working_set_end_if_quiet(struct working_set *set) {
+bool working_set_end_early(struct working_set *set, uint32_t recording) {
 	SCOPED_LOCK(&set->lock);
-	if (set->bytes < LEAST_BYTES || now_ns() - set->last_ns < QUIET_NS)
+	return (!recording || recording == set->recording) && end(set, true);
+}
+
+bool working_set_keep_if_quiet(struct working_set *set, uint32_t recording) {
+	SCOPED_LOCK(&set->lock);
+	bool small = set->bytes < LEAST_BYTES;
+	if (!is_on(set, recording) || now_ns() - set->last_ns < (small ? LONG_QUIET_NS : QUIET_NS))
 		return false;
-	return end(set);
+	if (!small)
+		return end(set, false);
+	if (set->n == set->n_kept)
+		return false;
+	keep(set);
+	return true;
 }
 
-void working_set_end_of_process(struct working_set *set) {
+void working_set_end_of_process(struct working_set *set, uint32_t recording) {
 	SCOPED_LOCK(&set->lock);
-	bool said_nothing = set->bytes < LEAST_BYTES && set->n_before == 0;
-	if (!end(set) || !said_nothing)
+	if (!is_on(set, recording))
 		return;
-	set->state = WORKING_SET_NONE;
-	set->fresh = false;
-	set->n = 0;
-	set->bytes = 0;
+	if (set->bytes - set->bytes_kept < LEAST_BYTES && !set->keeps_all)
+		set->n = set->n_kept;
+	else
+		keep(set);
+	set->extended = is_small(set);
+	stop(set);
 }
 
 struct lr_touched *working_set_copy(struct working_set *set, uint32_t *n) {

@@ -1,10 +1,14 @@
 /* The working set of a snapshot: the chunks of private memory that a restored process touches first, in that order.
  *
  * Choice: the first address space records, and so do the children it forks, until it has touched nothing new for a while,
- * or has ended, or a client says so; a process that has hardly run yet (a server that waits for its first request) is not
- * done recording. The list is bounded, since a process that reads all of its memory has no working set. Later address
+ * or has ended, or a client says so, or asks for the memory of that process to snapshot it: what is read then is not what the
+ * process needs. A process that has touched little may have hardly run yet (a server that waits for its first request), or need
+ * no more. So what it touched is *kept* - the recorder stores it - whenever it has been quiet for some seconds, and the
+ * recording goes on; if little has come since when it ends, that was the shutdown, and is dropped. And a small set
+ * is extended by the next restore.
+ * The list is bounded, since a process that reads all of its memory has no working set. Later address
  * spaces get these chunks before they ask (replay.h). Numbers are positions in the image's index, so they need no
- * translation, and each is checked when it comes from a store. At the end of a recording that the process outlives,
+ * translation, and each is checked when it comes from a store. Whenever a set is kept while its process lives,
  * /proc/PID/pagemap tells which of these pages are anonymous by then: the process has written them, and so will the next. */
 #pragma once
 #include "image.h"
@@ -15,13 +19,16 @@ enum working_set_state { WORKING_SET_NONE, WORKING_SET_RECORDING, WORKING_SET_KN
 struct working_set {
 	pthread_mutex_t lock; /* guards all */
 	enum working_set_state state;
+	uint32_t recording; /* the number of the latest one */
 	struct lr_touched *chunks; /* in the order of their first touch */
 	uint32_t n, capacity;
-	uint32_t n_before; /* known before this recording */
-	uint64_t bytes; /* raw */
+	uint32_t n_kept; /* of these, known before this recording, or kept while it went on */
+	uint64_t bytes, bytes_kept; /* raw, of this recording */
+	bool keeps_all; /* somebody asked for this recording: whatever comes is kept */
+	bool extended; /* by the next address space that may record: the set is small */
 	uint8_t *member; /* a byte per chunk of the image; while recording */
 	uint64_t last_ns; /* of the last new chunk */
-	bool fresh; /* a recording has ended and nobody has taken notice */
+	bool fresh; /* something was kept and nobody has taken notice */
 	int pagemap; /* of the process that records; owned */
 	const struct image *image;
 };
@@ -31,21 +38,27 @@ void working_set_init(struct working_set *set, const struct image *image);
 /* What the image brought from its store; chunks beyond its index are dropped. */
 struct lr_error working_set_load(struct working_set *set);
 
-/* True: the caller's address space, of process `pid`, records from now on; `again`: even if a set is known, which it
- * extends then. */
-bool working_set_claim(struct working_set *set, int32_t pid, bool again);
+/* The number of a recording, which the caller's address space, of process `pid`, makes from now on; 0: it makes none.
+ * `again`: even if a set is known, which it extends then. */
+uint32_t working_set_claim(struct working_set *set, int32_t pid, bool again);
 
-/* Chunk `chunk` is touched by a space that records. */
-void working_set_touch(struct working_set *set, uint64_t chunk);
+/* Chunk `chunk` is touched by a space that records. Those that name a recording do nothing if that has ended. */
+void working_set_touch(struct working_set *set, uint32_t recording, uint64_t chunk);
 
-/* These end the recording; true if it was on. */
+/* Ends the recording; true if it was on. */
 bool working_set_end(struct working_set *set);
-bool working_set_end_if_quiet(struct working_set *set); /* if it has found something, but nothing new for a while */
+
+/* The same, of any if `recording` is 0; another one goes on with it if it is small: somebody else is about to touch the
+ * process's memory. */
+bool working_set_end_early(struct working_set *set, uint32_t recording);
+
+/* If it has found something, but nothing new for a while: keeps that, or ends. True if there is something to notice. */
+bool working_set_keep_if_quiet(struct working_set *set, uint32_t recording);
 
 /* The process that recorded has ended. If it had hardly run, as one that was only parked, the next one records. */
-void working_set_end_of_process(struct working_set *set);
+void working_set_end_of_process(struct working_set *set, uint32_t recording);
 
-/* True once after each recording that has ended with something in it. */
+/* True once after a set was kept. */
 bool working_set_notice(struct working_set *set);
 
 /* A copy, owned by the caller, NULL if there is nothing; `n` entries in first-touch order. */
