@@ -164,7 +164,9 @@ def _not_permitted(what: str, status: dict[str, str]) -> NotPermitted:
     if owner != user and user != 0:
         reason, advice = f"it belongs to user {owner}", "run as root or as that user with CAP_SYS_PTRACE"
     elif held & capabilities.SYS_PTRACE:
-        reason, advice = "the kernel does not allow it", "see `lazyrestore doctor`"
+        also = f" (it also has what you lack: {', '.join(missing)})" if missing else ""
+        reason = f"a security module, a sandbox or a user namespace guards it, in spite of your CAP_SYS_PTRACE{also}"
+        advice = "run lazyrestore outside of that"
     elif owner != user:
         reason, advice = f"it belongs to user {owner}, and you lack CAP_SYS_PTRACE", "run with CAP_SYS_PTRACE"
     elif missing:

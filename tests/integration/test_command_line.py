@@ -30,6 +30,13 @@ assert ctypes.CDLL(None).syscall(126, header, data) == 0  # capset
 from lazyrestore.cli import main; main()
 """
 
+IN_A_USER_NAMESPACE = """
+import ctypes
+assert ctypes.CDLL(None).unshare(0x10000000) == 0  # CLONE_NEWUSER
+open("/proc/self/uid_map", "w").write("0 0 1")
+from lazyrestore.cli import main; main()
+"""
+
 
 @pytest.fixture
 def pid(victims: Victims, copies: Copies) -> int:
@@ -116,6 +123,14 @@ def test_the_capabilities_that_are_missing(run: Path, victims: Victims) -> None:
     answer = run_cli(run / "store", "snapshot", victim.pid, "--name", "x", code=WITHOUT_CAPABILITIES)
     assert answer.returncode == errors.NotPermitted.exit_status, answer.stderr
     assert "lack: CAP_CHOWN, CAP_SYS_PTRACE, CAP_SYS_ADMIN; run with CAP_SYS_PTRACE" in answer.stderr
+
+
+def test_a_process_of_an_outer_user_namespace(run: Path, victims: Victims) -> None:
+    """Root, with all capabilities, but not there."""
+    victim = victims.start(["sleep", "1000000"])
+    answer = run_cli(run / "store", "snapshot", victim.pid, "--name", "x", code=IN_A_USER_NAMESPACE)
+    assert answer.returncode == errors.NotPermitted.exit_status, answer.stderr
+    assert "a user namespace guards it, in spite of your CAP_SYS_PTRACE" in answer.stderr
 
 
 def test_names_of_capabilities_are_the_kernels() -> None:
