@@ -1,10 +1,11 @@
-"""Keeps a recorded working set: a pager, which knows no store, starts this once the recording has ended.
+"""What a pager, which knows no store, has done: keeps a recorded working set, frees a snapshot that was removed.
 
 usage: python -m lazyrestore.working_set STORE NAME ID SOCKET     NAME, ID: the snapshot's, as the store knows it;
-                                                                 SOCKET: the pager's
+                                                                 SOCKET: the pager's; "-": it has ended, and the
+                                                                 snapshot was removed
 
-It asks the pager of that snapshot for the set and stores it beside the manifest. Whatever fails leaves things as they
-were: the next pager records again.
+With a socket it asks the pager of that snapshot for the set and stores it beside the manifest. Whatever fails leaves
+things as they were: the next pager records again, the next writer frees.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ def keep(directory: str, name: str, snapshot: int, runtime_dir: Path | None = No
 def main() -> None:
     directory, name, snapshot, socket = sys.argv[1:]
     try:
+        if socket == "-":
+            with ImageStore.open(directory, create=False) as store:
+                store.gc(wait=True)
+            return
         kept = keep(directory, name, int(snapshot), Path(socket).parent)
     except (LazyrestoreError, ValueError) as error:
         sys.exit(str(error))

@@ -61,6 +61,7 @@ class Image:
     per_pack: int = 7
     data_fd: int = -1
     pin_fd: int = -1
+    pin_at: int = 0
     index_offset: int = 0
     sums: bool = True
     packs: list[tuple[int, int]] = field(default_factory=list)

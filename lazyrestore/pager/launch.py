@@ -52,6 +52,10 @@ class StoredImage(Protocol):
         """Held open by the pager as long as it may need the packs."""
 
     @property
+    def pin_at(self) -> int:
+        """The byte of its file that is not 0 once the snapshot was removed while it was in use."""
+
+    @property
     def index_offset(self) -> int:
         """Bytes into the data file."""
 
@@ -81,7 +85,7 @@ class StoredImage(Protocol):
     @property
     def recorder(self) -> Sequence[str]:
         """The command that asks a pager for a recorded working set and stores it; the pager's socket is added as its
-        last word. Empty: none."""
+        last word, or "-": the pager has ended and its snapshot was removed, so that is to be freed. Empty: none."""
 
     @property
     def hugetlb(self) -> bool:
@@ -365,7 +369,7 @@ def _start(image: StoredImage, directory: str, path: str, linger_ms: int) -> int
         try:
             return os.posix_spawn(
                 os.fspath(PAGERD),
-                ["pagerd", *arguments, "--linger", str(linger_ms), *recorder],
+                ["pagerd", *arguments, "--linger", str(linger_ms), "--pin-at", str(image.pin_at), *recorder],
                 {},
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in fds.values()],
             )

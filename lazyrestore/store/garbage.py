@@ -58,6 +58,7 @@ def _free_doomed(environment: Environment) -> tuple[int, int]:
         doomed = [number for number in environment.keys(txn, format.SNAPSHOTS) if number not in named]
     if not doomed:
         return 0, 0
+    locks.mark_removed(environment.directory, doomed)  # before the pins are looked at: see main.c, free_if_removed()
     with locks.FreeingLock(environment.directory) as lock:
         free = [number for number in doomed if lock.take(number)]
 

@@ -144,6 +144,11 @@ class StoredImage(msgspec.Struct, eq=False):
         )
 
     @property
+    def pin_at(self) -> int:
+        """The byte of the pins' file that stands for the snapshot."""
+        return self.snapshot
+
+    @property
     def recorder(self) -> list[str]:
         """The command that keeps a recorded working set, for a pager; see lazyrestore/working_set.py."""
         module = "lazyrestore.working_set"

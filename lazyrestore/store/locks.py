@@ -10,7 +10,8 @@ every page from being reused. It needs only the values of one snapshot, and LMDB
 while the value exists.
 Choice. `writer.lock` is flock()ed by whoever writes packs or frees them, and tells its PID. In `pins`, byte number
 (snapshot id) is locked shared by each user of that snapshot, and exclusively by the one who frees it, until the
-transaction that does so is over. Names may be removed without the writer lock: that frees nothing.
+transaction that does so is over; what is in the byte tells the last user, if that is a pager, that the snapshot
+was removed, so that the pager has it freed. Names may be removed without the writer lock: that frees nothing.
 Cost. A pin must be taken first and the snapshot looked up again afterwards.
 """
 
@@ -27,6 +28,8 @@ from types import TracebackType
 from lazyrestore.errors import StoreBusy, StoreError, StoreFull, StoreReadOnly
 
 FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid; native alignment
+
+BRIEF = b"brief\n"  # in writer.lock, in place of a PID
 
 _held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
 
@@ -76,17 +79,21 @@ def os_error(resource: str, step: str, error: OSError) -> StoreError:
 
 
 class WriterLock:
-    """The exclusive right to add and free packs. Raises StoreBusy if another has it and `wait` is False."""
+    """The exclusive right to add and free packs. Raises StoreBusy if another has it and `wait` is False.
 
-    def __init__(self, directory: str, *, wait: bool = False) -> None:
+    brief: it is held just to free something, so whoever comes meanwhile waits. Whoever comes between the lock and the
+    word about it takes us for the last holder, and waits, or not, as for that one.
+    """
+
+    def __init__(self, directory: str, *, wait: bool = False, brief: bool = False) -> None:
         resource = f"store {directory}"
         self._fd = -1
         try:
             self._fd = os.open(os.path.join(directory, "writer.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            self._take(wait)
             with contextlib.suppress(OSError):  # the PID is for the error message; on a full disk `rm` must still work
                 os.ftruncate(self._fd, 0)
-                os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+                os.pwrite(self._fd, BRIEF if brief else f"{os.getpid()}\n".encode(), 0)
         except BlockingIOError as error:
             pid = os.pread(self._fd, 20, 0).decode(errors="replace").strip()
             self.close()
@@ -101,6 +108,14 @@ class WriterLock:
             self.close()
             raise os_error(resource, "lock", error) from error
         _held.add(self)
+
+    def _take(self, wait: bool) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            if os.pread(self._fd, 20, 0) != BRIEF:
+                raise
+            fcntl.flock(self._fd, fcntl.LOCK_EX)
 
     def close(self) -> None:
         """Release the lock, also for forked children; harmless when it is released already."""
@@ -164,6 +179,17 @@ class FreeingLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def mark_removed(directory: str, snapshots: list[int]) -> None:
+    """Tell the pagers of these snapshots (ids), which have no name any more, to have them freed when they end."""
+    descriptor = _open_pins(directory, os.O_RDWR)
+    try:
+        with contextlib.suppress(OSError):  # a full disk, say: a later writer frees them
+            for snapshot in snapshots:
+                os.pwrite(descriptor, b"\1", snapshot)
+    finally:
+        os.close(descriptor)
 
 
 def pinned(directory: str, snapshot: int) -> bool:

@@ -137,8 +137,8 @@ class ImageStore:
         return kept
 
     def rm(self, name: str) -> Freed:
-        """Remove the name at once, and free what only this snapshot needed: later, by a writer, if it is in use or
-        another writer is at work."""
+        """Remove the name at once, and free what only this snapshot needed: later, by its pager, if it is in use, or by
+        another writer that is at work."""
         from lazyrestore.store.garbage import Freed
 
         environment = self._environment
@@ -154,13 +154,13 @@ class ImageStore:
         except StoreBusy:
             return Freed(still_pinned=1)
 
-    def gc(self) -> Freed:
-        """Free removed snapshots that are no longer in use, and what killed writers left."""
+    def gc(self, *, wait: bool = False) -> Freed:
+        """Free removed snapshots that are no longer in use, and what killed writers left. wait: for a writer."""
         from lazyrestore.store import garbage
 
         environment = self._environment
         environment.check_writable()
-        with locks.WriterLock(environment.directory):
+        with locks.WriterLock(environment.directory, wait=wait, brief=True):
             environment.forget_dead_readers()
             return garbage.collect(environment)
 

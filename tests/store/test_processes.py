@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import until
 from helpers_store import BASE, PAGE, child, get, pages, put
 
 from lazyrestore.errors import SnapshotNotFound, StoreBusy
@@ -54,6 +55,28 @@ def path(tmp_path: Path) -> Path:
 def store(path: Path) -> Iterator[ImageStore]:
     with ImageStore.open(path) as opened:
         yield opened
+
+
+FREER = """
+from lazyrestore.store.locks import WriterLock
+with WriterLock(store.path, brief=True):
+    say("freeing")
+    hear()
+"""
+
+
+def test_writer_waits_for_one_who_only_frees(store: ImageStore, path: Path) -> None:
+    done = []
+    with child(path, FREER) as freer:
+        assert freer.hear() == "freeing"
+        writing = threading.Thread(target=lambda: done.append(put(store, "x", pages(10))))
+        writing.start()
+        waiting = f"-> FLOCK  ADVISORY  WRITE {os.getpid()} "
+        until(lambda: waiting in Path("/proc/locks").read_text(), "the writer in the queue for the lock")
+        assert not done
+        freer.say()
+        writing.join()
+    assert done
 
 
 def test_readers_during_a_writer_and_only_one_writer(store: ImageStore, path: Path) -> None:

@@ -31,7 +31,7 @@ enum { LISTEN, DATA, PIN, LOCK, LOG, IMAGE, N_FDS };
 
 struct options {
 	int fds[N_FDS];
-	uint64_t linger_ms;
+	uint64_t linger_ms, pin_at; /* pin_at: the byte of the pin's file that is not 0 if the snapshot was removed */
 	char **recorder; /* what follows "--": the command that keeps a recorded working set */
 };
 
@@ -46,11 +46,13 @@ static struct lr_error parse(int argc, char **argv, struct options *options) {
 		}
 		char *rest;
 		unsigned long value = strtoul(argv[i + 1], &rest, 10);
-		bool linger = !strcmp(argv[i], "--linger");
-		if (*rest || rest == argv[i + 1] || value > INT32_MAX || (!linger && value <= STDERR_FILENO))
+		bool linger = !strcmp(argv[i], "--linger"), pin_at = !strcmp(argv[i], "--pin-at");
+		if (*rest || rest == argv[i + 1] || value > INT32_MAX || (!linger && !pin_at && value <= STDERR_FILENO))
 			return lr_fail(argv[i], EINVAL, 0);
 		if (linger)
 			options->linger_ms = value;
+		if (pin_at)
+			options->pin_at = value;
 		for (unsigned k = 0; k < N_FDS; k++)
 			if (!strcmp(argv[i], names[k])) {
 				options->fds[k] = (int)value;
@@ -231,6 +233,25 @@ static void reap_recorder(struct pager *pager) {
 	pager->recorder_pidfd = -1;
 }
 
+/* If the snapshot was removed while it was in use, the recorder's command, with "-" as its last word, frees what it needed.
+ * The pin goes first, and through another open file description it is seen whether there is something to free: who removes a
+ * snapshot says so first, and looks for pins then. So one of the two frees it. */
+static void free_if_removed(const struct options *options) {
+	char path[64];
+	uint8_t removed = 0;
+	snprintf(path, sizeof path, "/proc/self/fd/%d", options->fds[PIN]);
+	scoped_fd pins = open(path, O_RDONLY | O_CLOEXEC);
+	close(options->fds[PIN]);
+	if (pins < 0 || pread(pins, &removed, 1, (off_t)options->pin_at) != 1 || !removed || !options->recorder)
+		return;
+	char **last = options->recorder;
+	while (last[1])
+		last++;
+	*last = (char[]){"-"};
+	setpriority(PRIO_PROCESS, 0, RECORDER_NICE);
+	execv(options->recorder[0], options->recorder);
+}
+
 static void serve(struct pager *pager, const struct options *options) {
 	enum { RETRY_MS = 50 };
 	uint64_t idle_since = now_ns();
@@ -292,5 +313,7 @@ int main(int argc, char **argv) {
 	if (error.code && pager.keeper.socket_path[0])
 		unlink(pager.keeper.socket_path);
 	keeper_deinit(&pager.keeper);
+	if (!error.code)
+		free_if_removed(&options);
 	return error.code ? 1 : 0;
 }
