@@ -36,7 +36,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("window") / "window"
     sources = [
         HERE / "window.c",
-        *(NATIVE / "pager" / f"{name}.c" for name in ("window", "interval_map", "uffd", "proc")),
+        *(NATIVE / "pager" / f"{name}.c" for name in ("window", "pieces", "interval_map", "uffd", "proc")),
     ]
     flags = ["-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-pthread"]
     subprocess.run(["cc", *flags, "-iquote", NATIVE, *sources, "-o", path], check=True)

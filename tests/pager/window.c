@@ -3,6 +3,7 @@
  * usage: window SCENARIO ORDER KERNEL; ORDER: a digit per event, the position in which it really came; KERNEL: whether it can be
  * asked what is mapped: new (PROCMAP_QUERY), old (the text), none (as of a forked child). */
 #define _GNU_SOURCE
+#include "pager/proc.h"
 #include "pager/space.h"
 #include "pager/uffd.h"
 #include <errno.h>
@@ -63,9 +64,11 @@ struct backing *space_backing(struct space *space, uint32_t kind) {
 	return &template;
 }
 
-struct backing *space_backing_of(struct space *space, dev_t device, ino_t inode) {
-	(void)space;
-	return device == template.device && inode == template.inode ? &template : NULL;
+struct origin space_origin(struct space *space, uint64_t address) {
+	struct proc_place place;
+	if (!proc_place(space, address, &place) || place.device != template.device || place.inode != template.inode)
+		return (struct origin){0};
+	return (struct origin){true, LR_BACKING_TEMPLATE, place.offset};
 }
 
 /* From now on this is Linux 6.10: /proc/PID/maps knows no ioctl. */
@@ -216,6 +219,9 @@ int main(int argc, char **argv) {
 			break;
 		case 't': /* S to X, which must be free */
 			move(S, X, 0);
+			break;
+		case 'p': /* half of S to X, which must be free */
+			CHECK(mremap((void *)S, SIZE / 2, SIZE / 2, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)X) != MAP_FAILED);
 			break;
 		case 'e': /* X to E */
 			move(X, E, 0);

@@ -150,6 +150,14 @@ static struct interval locate(struct space *space, uint64_t address) {
 	if (interval_map_find(&space->map, address, &found))
 		return found;
 	uint64_t end = interval_map_next(&space->map, address, &next) ? next.start : LR_ADDRESS_END;
+	struct origin origin = space->n_shared ? space_origin(space, address) : (struct origin){0};
+	if (origin.known && origin.backing >= LR_BACKING_SHARED) {
+		uint64_t page = space_backing(space, origin.backing)->page, start = address & ~(page - 1);
+		return (struct interval){.start = start,
+					 .end = start + page < end ? start + page : end,
+					 .image = origin.image - (address - start),
+					 .backing = origin.backing};
+	}
 	struct interval grown = {.end = end, .backing = LR_BACKING_TEMPLATE, .flags = INTERVAL_ZERO};
 	if (interval_map_before(&space->map, address, &found)) {
 		grown.start = found.end;

@@ -2,6 +2,7 @@
 #include "space.h"
 
 #include "log.h"
+#include "proc.h"
 #include "replay.h"
 #include "uffd.h"
 #include <errno.h>
@@ -72,6 +73,14 @@ struct backing *space_backing_of(struct space *space, dev_t device, ino_t inode)
 			return backing;
 	}
 	return NULL;
+}
+
+struct origin space_origin(struct space *space, uint64_t address) {
+	struct proc_place place;
+	if (!proc_place(space, address, &place))
+		return (struct origin){0};
+	const struct backing *backing = space_backing_of(space, place.device, place.inode);
+	return backing ? (struct origin){true, backing->kind, backing->image + place.offset} : (struct origin){0};
 }
 
 void space_kill(struct space *space, const char *why) {

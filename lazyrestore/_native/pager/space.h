@@ -95,6 +95,14 @@ void space_leave(struct space *space);
 /* The pid behind a pidfd in the pager's own PID namespace, 0 if it is in none of ours or dead. */
 int32_t pid_behind(int pidfd);
 
+/* What is mapped at an address, told by the kernel. */
+struct origin {
+	bool known;
+	uint32_t backing;
+	uint64_t image; /* of that byte */
+};
+struct origin space_origin(struct space *space, uint64_t address);
+
 /* Adds it to the pager's list and starts its thread, which owns it from then on. On failure it stays the caller's. */
 struct lr_error space_start(struct space *space);
 

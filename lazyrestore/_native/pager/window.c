@@ -1,6 +1,7 @@
 #include "window.h"
 
 #include "log.h"
+#include "pieces.h"
 #include "proc.h"
 #include "space.h"
 #include "uffd.h"
@@ -33,59 +34,6 @@ void window_deinit(struct window *window) {
 	forget(window);
 	free(window->moves);
 	free(window->displaced);
-}
-
-/* [start, end) of an interval. */
-static struct interval cut(struct interval whole, uint64_t start, uint64_t end) {
-	if (!(whole.flags & INTERVAL_ZERO))
-		whole.image += start - whole.start;
-	else
-		whole.image = start;
-	whole.start = start;
-	whole.end = end;
-	return whole;
-}
-
-/* The next piece of an interval in [at, end); false: none. */
-static bool next_piece(const struct interval_map *map, uint64_t at, uint64_t end, struct interval *piece) {
-	if (at >= end || !interval_map_next(map, at, piece) || piece->start >= end)
-		return false;
-	*piece = cut(*piece, piece->start < at ? at : piece->start, piece->end > end ? end : piece->end);
-	return true;
-}
-
-static int flag(struct interval_map *map, uint64_t start, uint64_t end, uint32_t clear, uint32_t set) {
-	struct interval piece;
-	for (uint64_t at = start; next_piece(map, at, end, &piece);) {
-		at = piece.end;
-		piece.flags = (piece.flags & ~clear) | set;
-		int error = interval_map_insert(map, piece);
-		if (error)
-			return error;
-	}
-	return 0;
-}
-
-/* Those parts of `piece` of which `into` holds nothing. */
-static int fill_gap(struct interval_map *into, struct interval piece) {
-	struct interval known;
-	for (uint64_t at = piece.start; at < piece.end; at = known.end) {
-		if (!next_piece(into, at, piece.end, &known))
-			known.start = known.end = piece.end;
-		int error = known.start > at ? interval_map_insert(into, cut(piece, at, known.start)) : 0;
-		if (error)
-			return error;
-	}
-	return 0;
-}
-
-/* What `from` holds in [start, end) and `into` does not. */
-static int fill_gaps(struct interval_map *into, const struct interval_map *from, uint64_t start, uint64_t end) {
-	struct interval piece;
-	int error = 0;
-	for (uint64_t at = start; !error && next_piece(from, at, end, &piece); at = piece.end)
-		error = fill_gap(into, piece);
-	return error;
 }
 
 /* -- events ------------------------------------------------------------------------------------------------------------ */
@@ -147,13 +95,13 @@ int window_unmap(struct space *space, uint64_t start, uint64_t end) {
 	window->changed = true;
 	if (window->in_order)
 		return interval_map_erase(&space->map, start, end);
-	int error = fill_gaps(&window->taken, &space->map, start, end);
+	int error = piece_fill_gaps(&window->taken, &space->map, start, end);
 	for (uint64_t at = start; !error && at < end;) {
 		bool inside;
 		uint64_t piece = moved_piece(window, at, end, &inside);
 		if (inside) {
 			window->suspects = true;
-			error = flag(&space->map, at, piece, 0, INTERVAL_SUSPECT);
+			error = piece_flag(&space->map, at, piece, 0, INTERVAL_SUSPECT);
 		} else {
 			error = interval_map_erase(&space->map, at, piece);
 		}
@@ -165,7 +113,7 @@ int window_unmap(struct space *space, uint64_t start, uint64_t end) {
 /* The source of a move: unmapped if an UNMAP follows, else (MREMAP_DONTUNMAP) private memory is empty and a shared file shows on. */
 static int leave_behind(struct space *space, const struct interval_map *before, uint64_t start, uint64_t end, uint32_t flags) {
 	struct interval piece;
-	for (uint64_t at = start; next_piece(before, at, end, &piece);) {
+	for (uint64_t at = start; piece_next(before, at, end, &piece);) {
 		at = piece.end;
 		if (piece.backing < LR_BACKING_SHARED) {
 			piece.flags |= INTERVAL_ZERO;
@@ -182,31 +130,14 @@ static int leave_behind(struct space *space, const struct interval_map *before, 
 /* Something is about to be put where the map holds [start, end): that has left, as an event to come will tell. */
 static int displace(struct space *space, uint64_t start, uint64_t end) {
 	struct interval piece;
-	for (uint64_t at = start; next_piece(&space->map, at, end, &piece); at = piece.end) {
-		if (piece.flags & INTERVAL_ZERO)
-			continue;
+	for (uint64_t at = start; piece_next(&space->map, at, end, &piece); at = piece.end) {
 		int error = add_displaced(&space->window, piece);
 		if (!error)
-			error = fill_gap(&space->window.taken, piece);
+			error = piece_fill_gap(&space->window.taken, piece);
 		if (error)
 			return error;
 	}
 	return interval_map_erase(&space->map, start, end);
-}
-
-/* What was moved, told by the kernel. */
-struct origin {
-	bool known;
-	uint32_t backing;
-	uint64_t image; /* of the first byte */
-};
-
-static struct origin find_origin(struct space *space, uint64_t address) {
-	struct proc_place place;
-	if (!proc_place(space, address, &place))
-		return (struct origin){0};
-	const struct backing *backing = space_backing_of(space, place.device, place.inode);
-	return backing ? (struct origin){true, backing->kind, backing->image + place.offset} : (struct origin){0};
 }
 
 /* Is `piece` a part of what lay at `from` and is `origin`? Where that is not known, of course. */
@@ -215,6 +146,40 @@ static bool belongs(struct interval piece, uint64_t from, struct origin origin) 
 		return true;
 	return !(piece.flags & INTERVAL_ZERO) && piece.backing == origin.backing &&
 	       piece.image - piece.start == origin.image - from;
+}
+
+/* What could have been moved from [from, end), as far as it matters here. */
+struct candidates {
+	bool belong, differ; /* contents that are a part of the origin, or are not */
+	bool zeros;          /* displaced ones, of whatever part */
+};
+
+static void consider(struct interval piece, uint64_t from, struct origin origin, struct candidates *found) {
+	if (piece.flags & INTERVAL_ZERO)
+		return;
+	if (belongs(piece, from, origin))
+		found->belong = true;
+	else
+		found->differ = true;
+}
+
+/* The origin of what was moved from [from, end) to `to`. Not known: the kernel cannot be asked; or it shows something that never was
+ * at `from`, as after MREMAP_DONTUNMAP, whose caller does not sleep and may have gone on. */
+static struct origin origin_of_move(struct space *space, uint64_t from, uint64_t end, uint64_t to) {
+	struct origin origin = space_origin(space, to);
+	struct candidates found = {0};
+	struct interval piece;
+	for (uint32_t i = 0; i < space->window.n_displaced; i++) {
+		piece = space->window.displaced[i];
+		if (piece.start >= end || piece.end <= from)
+			continue;
+		found.zeros |= piece.flags & INTERVAL_ZERO;
+		consider(piece, from, origin, &found);
+	}
+	for (uint64_t at = from; piece_next(&space->map, at, end, &piece); at = piece.end)
+		consider(piece, from, origin, &found);
+	bool trusted = found.belong || found.zeros || !found.differ;
+	return trusted ? origin : (struct origin){0};
 }
 
 /* Takes what lay in [from, end) before something else was put there: what belongs to `origin`, else what is oldest. */
@@ -230,11 +195,11 @@ static int take_displaced(struct window *window, uint64_t from, uint64_t end, st
 			window->displaced[kept++] = piece;
 			continue;
 		}
-		error = fill_gap(moved, cut(piece, start, stop));
+		error = piece_fill_gap(moved, piece_cut(piece, start, stop));
 		if (piece.start < start)
-			window->displaced[kept++] = cut(piece, piece.start, start);
+			window->displaced[kept++] = piece_cut(piece, piece.start, start);
 		if (!error && stop < piece.end)
-			error = add_displaced(window, cut(piece, stop, piece.end));
+			error = add_displaced(window, piece_cut(piece, stop, piece.end));
 	}
 	memmove(window->displaced + kept, window->displaced + n, (window->n_displaced - n) * sizeof *window->displaced);
 	window->n_displaced -= n - kept;
@@ -246,12 +211,37 @@ static int take_current(struct space *space, uint64_t from, uint64_t end, struct
 	struct window *window = &space->window;
 	struct interval piece;
 	int error = 0;
-	for (uint64_t at = from; !error && next_piece(&space->map, at, end, &piece); at = piece.end)
+	for (uint64_t at = from; !error && piece_next(&space->map, at, end, &piece); at = piece.end)
 		if (belongs(piece, from, origin))
 			error = interval_map_insert(before, piece);
-	for (uint32_t i = 0; before->count && i < window->n_moves; i++)
-		if (window->moves[i].to >= from && window->moves[i].to + window->moves[i].length <= end)
-			window->moves[i].left = true;
+	for (uint32_t i = 0; before->count && i < window->n_moves; i++) {
+		struct move *move = &window->moves[i];
+		if (move->to >= from && move->to + move->length <= end && piece_next(before, move->to, move->to + move->length, &piece))
+			move->left = true;
+	}
+	return error;
+}
+
+/* Takes what `origin` is, of private memory, from where the map has it and the kernel does not: two moves met at `from`, and the
+ * one that brought it there is told later. */
+static int take_elsewhere(struct space *space, uint64_t from, uint64_t length, struct origin origin, struct interval_map *moved) {
+	struct interval piece;
+	int error = 0;
+	for (uint64_t at = 0; !error && piece_next(&space->map, at, LR_ADDRESS_END, &piece); at = piece.end) {
+		uint64_t image_end = piece.image + (piece.end - piece.start), end = origin.image + length;
+		if (piece.flags & INTERVAL_ZERO || piece.backing != origin.backing || piece.image >= end || image_end <= origin.image)
+			continue;
+		uint64_t first = piece.image > origin.image ? piece.image : origin.image, last = image_end < end ? image_end : end;
+		struct interval part = piece_cut(piece, piece.start + (first - piece.image), piece.start + (last - piece.image));
+		struct origin there = space_origin(space, part.start);
+		if (there.known && there.backing == part.backing && there.image == part.image)
+			continue; /* the same part of the file, shown by a mapping that grew */
+		error = interval_map_erase(&space->map, part.start, part.end);
+		part.end = from + (last - origin.image);
+		part.start = from + (first - origin.image);
+		if (!error)
+			error = interval_map_insert(moved, part);
+	}
 	return error;
 }
 
@@ -269,7 +259,15 @@ static bool is_doubtful(const struct window *window, uint64_t start, uint64_t en
 /* Puts what was moved where nothing else is then. What the kernel says is there, and nobody knew, is dropped or grown memory. */
 static int put(struct space *space, struct interval_map *moved, struct move move, struct origin origin) {
 	struct interval piece;
-	int error = displace(space, move.to, move.to + move.length);
+	int error = 0;
+	for (uint64_t at = move.to; !error && origin.known && piece_next(&space->map, at, move.to + move.length, &piece); at = piece.end)
+		if (belongs(piece, move.to, origin)) { /* it was seen there before this call was told */
+			piece.start += move.from - move.to;
+			piece.end += move.from - move.to;
+			error = piece_fill_gap(moved, piece);
+		}
+	if (!error)
+		error = displace(space, move.to, move.to + move.length);
 	if (!error && origin.known) {
 		bool shared = origin.backing >= LR_BACKING_SHARED;
 		error = interval_map_insert(&space->map, (struct interval){.start = move.to,
@@ -280,7 +278,7 @@ static int put(struct space *space, struct interval_map *moved, struct move move
 	}
 	if (!error)
 		error = interval_map_move(moved, move.from, move.to, move.length);
-	for (uint64_t at = move.to; !error && next_piece(moved, at, move.to + move.length, &piece); at = piece.end)
+	for (uint64_t at = move.to; !error && piece_next(moved, at, move.to + move.length, &piece); at = piece.end)
 		error = interval_map_insert(&space->map, piece);
 	return error;
 }
@@ -303,22 +301,26 @@ int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t lengt
 	__attribute__((cleanup(interval_map_deinit))) struct interval_map before;
 	struct origin origin = {0};
 	struct move move = {from, to, length, false};
+	struct interval piece;
 	int error = 0;
 	interval_map_init(&moved);
 	interval_map_init(&before);
+	bool unknown = window->changed && !piece_next(&space->map, from, from + length, &piece);
 	window->changed = true;
 	if (!length)
 		return duplicate(space, from, to);
-	if (!window->in_order && is_doubtful(window, from, from + length)) {
-		origin = find_origin(space, to);
+	if (!window->in_order && (unknown || is_doubtful(window, from, from + length))) {
+		origin = origin_of_move(space, from, from + length, to);
 		error = take_displaced(window, from, from + length, origin, &moved);
 	}
 	if (!error && (origin.known || !moved.count))
 		error = take_current(space, from, from + length, origin, &before);
 	if (!error)
-		error = fill_gaps(&moved, &before, from, from + length);
+		error = piece_fill_gaps(&moved, &before, from, from + length);
+	if (!error && !moved.count && origin.known && origin.backing < LR_BACKING_SHARED)
+		error = take_elsewhere(space, from, length, origin, &moved);
 	if (!error)
-		error = fill_gaps(&window->taken, &moved, from, from + length);
+		error = piece_fill_gaps(&window->taken, &moved, from, from + length);
 	if (!error)
 		error = put(space, &moved, move, origin);
 	if (!error)
@@ -341,7 +343,7 @@ int window_fork(struct space *space, struct space *child) {
 /* Is what the map says of a suspect what is there, as far as the kernel can tell? A neighbour may have grown over it. */
 static bool is_there(struct space *space, uint64_t address) {
 	struct interval piece;
-	struct origin origin = find_origin(space, address);
+	struct origin origin = space_origin(space, address);
 	return !origin.known || !interval_map_find(&space->map, address, &piece) || piece.flags & INTERVAL_ZERO ||
 	       (piece.backing == origin.backing && piece.image + (address - piece.start) == origin.image);
 }
@@ -352,7 +354,7 @@ static enum closing settle(struct space *space, uint64_t start, uint64_t end, ui
 	bool there = is_there(space, start); /* still true after a probe that is not busy: nothing has moved in between */
 	switch (uffd_probe(space->uffd, start, end)) {
 	case PROBE_REGISTERED:
-		error = there ? flag(&space->map, start, end, INTERVAL_SUSPECT, 0) : interval_map_erase(&space->map, start, end);
+		error = there ? piece_flag(&space->map, start, end, INTERVAL_SUSPECT, 0) : interval_map_erase(&space->map, start, end);
 		break;
 	case PROBE_BUSY:
 		return WINDOW_OPEN;
@@ -388,7 +390,7 @@ static enum closing settle_move(struct space *space, uint32_t number) {
 	for (uint32_t i = 0; i < window->n_inherited; i++)
 		if (overlap(&window->inherited[i], move))
 			return WINDOW_CLOSED; /* something else was put there */
-	if (!next_piece(before ? &window->taken : &space->map, move->from, end, &piece))
+	if (!piece_next(before ? &window->taken : &space->map, move->from, end, &piece))
 		return WINDOW_CLOSED;
 	switch (uffd_probe(space->uffd, move->to, move->to + space_backing(space, piece.backing)->page)) {
 	case PROBE_BUSY:
@@ -404,9 +406,9 @@ static enum closing settle_move(struct space *space, uint32_t number) {
 			break;
 		error = interval_map_erase(&space->map, move->from, end);
 		if (!error)
-			error = fill_gaps(&space->map, &window->taken, move->from, end);
+			error = piece_fill_gaps(&space->map, &window->taken, move->from, end);
 		if (!error)
-			error = flag(&space->map, move->from, end, 0, INTERVAL_SUSPECT);
+			error = piece_flag(&space->map, move->from, end, 0, INTERVAL_SUSPECT);
 	}
 	if (error) {
 		space_kill(space, strerror(error));
@@ -433,11 +435,11 @@ static enum closing settle_all(struct space *space) {
 
 /* Makes a child of a window with other events: all that was anywhere, until its own kernel side is asked. */
 static int doubt(struct space *parent, struct space *child) {
-	int error = fill_gaps(&child->map, &child->window.taken, 0, LR_ADDRESS_END);
+	int error = piece_fill_gaps(&child->map, &child->window.taken, 0, LR_ADDRESS_END);
 	if (!error)
-		error = fill_gaps(&child->map, &parent->map, 0, LR_ADDRESS_END);
+		error = piece_fill_gaps(&child->map, &parent->map, 0, LR_ADDRESS_END);
 	if (!error)
-		error = flag(&child->map, 0, LR_ADDRESS_END, 0, INTERVAL_SUSPECT);
+		error = piece_flag(&child->map, 0, LR_ADDRESS_END, 0, INTERVAL_SUSPECT);
 	if (!error && parent->window.n_moves) {
 		child->window.inherited = calloc(parent->window.n_moves, sizeof *child->window.inherited);
 		if (!child->window.inherited)

@@ -40,7 +40,7 @@ struct window {
 	struct interval_map taken; /* what these took away, wherever it was */
 	struct move *moves;        /* its REMAPs, from the first that may not be in order */
 	uint32_t n_moves, moves_capacity;
-	struct interval *displaced; /* overwritten by REMAPs, the oldest first; none of it zeros */
+	struct interval *displaced; /* overwritten by REMAPs, the oldest first */
 	uint32_t n_displaced, displaced_capacity;
 	struct move *inherited; /* a child's: the moves of the parent's window in which it was forked, */
 	uint32_t n_inherited;

@@ -1,0 +1,18 @@
+/* Parts of intervals, and maps made of parts of other maps. What an interval of zeros has as its image is its own start. */
+#pragma once
+#include "interval_map.h"
+
+/* [start, end) of an interval. */
+struct interval piece_cut(struct interval whole, uint64_t start, uint64_t end);
+
+/* The next piece of an interval in [at, end); false: none. */
+bool piece_next(const struct interval_map *map, uint64_t at, uint64_t end, struct interval *piece);
+
+/* Clears and sets flags of what the map holds in [start, end). The ints: 0 or ENOMEM. */
+int piece_flag(struct interval_map *map, uint64_t start, uint64_t end, uint32_t clear, uint32_t set);
+
+/* Those parts of `piece` of which `into` holds nothing. */
+int piece_fill_gap(struct interval_map *into, struct interval piece);
+
+/* What `from` holds in [start, end) and `into` does not. */
+int piece_fill_gaps(struct interval_map *into, const struct interval_map *from, uint64_t start, uint64_t end);
