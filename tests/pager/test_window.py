@@ -23,6 +23,7 @@ EVENTS = {
     "s": 2,
     "d": 2,
     "t": 2,
+    "p": 2,
     "e": 2,
     "k": 1,
     "b": 2,
@@ -72,6 +73,14 @@ def test_a_move_into_what_was_just_unmapped(program: Path, order: str) -> None:
 @pytest.mark.parametrize("order", orders("dt"))
 def test_a_move_into_what_was_just_moved_away(program: Path, order: str, kernel: str) -> None:
     assert run(program, "dt", order, kernel) == {at("self", D, X), at("self", X, S)}
+
+
+@pytest.mark.parametrize("kernel", ["new", "old"])
+@pytest.mark.parametrize("order", orders("dp"))
+def test_a_smaller_move_into_what_was_just_moved_away(program: Path, order: str, kernel: str) -> None:
+    rest = f"{int(S, 16) + 0x8000:x}"
+    expected = {at("self", D, X), f"self {X}+8000 {S}", f"self {rest}+8000 {rest}"}
+    assert run(program, "dp", order, kernel) == expected
 
 
 @pytest.mark.parametrize("kernel", ["new", "old"])
