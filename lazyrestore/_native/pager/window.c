@@ -262,9 +262,10 @@ static int put(struct space *space, struct interval_map *moved, struct move move
 	int error = 0;
 	for (uint64_t at = move.to; !error && origin.known && piece_next(&space->map, at, move.to + move.length, &piece); at = piece.end)
 		if (belongs(piece, move.to, origin)) { /* it was seen there before this call was told */
-			piece.start += move.from - move.to;
-			piece.end += move.from - move.to;
-			error = piece_fill_gap(moved, piece);
+			struct interval back = piece;
+			back.start += move.from - move.to;
+			back.end += move.from - move.to;
+			error = piece_fill_gap(moved, back);
 		}
 	if (!error)
 		error = displace(space, move.to, move.to + move.length);
