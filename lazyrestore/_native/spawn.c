@@ -28,6 +28,7 @@
 struct child {
 	struct lr_spawn *spawn;
 	int error;
+	int parent; /* its process id, as the child sees it; 0: it does not */
 };
 
 __attribute__((always_inline)) static inline long
@@ -83,8 +84,12 @@ child_main(struct child *child)
 		STEP(LR_SPAWN_DUP, raw(SYS_dup3, spawn->source[i], spawn->target[i], 0, 0, 0));
 	uint64_t mask = ~(1ull << (SIGTRAP - 1));
 	raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&mask, 0, 8, 0);
-	if (spawn->trace)
+	if (spawn->trace) {
 		STEP(LR_SPAWN_TRACEME, raw(SYS_ptrace, PTRACE_TRACEME, 0, 0, 0, 0));
+		/* If the caller was killed meanwhile, init is the tracer now, and would let us stand at the exec for ever. */
+		if (child->parent && raw(SYS_getppid, 0, 0, 0, 0, 0) != child->parent)
+			return;
+	}
 	STEP(LR_SPAWN_EXEC, raw(SYS_execveat, spawn->executable, (long)"", (long)nothing, (long)nothing, AT_EMPTY_PATH));
 #undef STEP
 }
@@ -115,7 +120,7 @@ int
 lr_spawn(struct lr_spawn *spawn)
 {
 	enum { STACK = 64 << 10 };
-	struct child child = {spawn, 0};
+	struct child child = {spawn, 0, spawn->pid_namespace < 0 && !spawn->new_pid_namespace ? getpid() : 0};
 	int pidfd = -1, own_namespace = -1;
 	uint64_t all = ~0ull, old;
 	int32_t wanted[1] = {spawn->wanted_pid};
