@@ -40,7 +40,7 @@ WAITING = 3  # batches in the queue per worker: they have work while the calling
 PACKS_PER_TRANSACTION = 4
 
 
-SAMPLE = 4096  # bytes that are tried first, as a whole chunk tried in vain would cost a third of its compression
+DOUBTFUL = 0.7  # of its length: what level 1 leaves of a chunk that may be such a one
 POORLY = 0.8  # of its length: what level -1 leaves of a chunk that is worth no more effort
 
 
@@ -240,13 +240,12 @@ class ImageWriter:
             fast = ZstdCompressor(level=-1, write_checksum=True, write_content_size=True).compress
 
             def adaptive(content: bytes | memoryview) -> bytes:
-                middle = len(content) // 2
-                sample = content[middle : middle + SAMPLE]
-                if len(fast(sample)) > POORLY * len(sample):
+                usual = chosen(content)
+                if len(usual) > DOUBTFUL * len(content):
                     quick = fast(content)
                     if len(quick) > POORLY * len(content):
                         return quick
-                return chosen(content)
+                return usual
 
             frame = adaptive if self._level == 1 else chosen
             self._local.frame = frame
