@@ -225,14 +225,10 @@ def connect_existing(key: str, name: str, *, runtime_dir: StrPath | None = None)
 
 def connect_all(*, runtime_dir: StrPath | None = None) -> Iterator[tuple[str, PagerClient]]:
     """Every running pager of this user, with its socket's path; the caller closes the clients."""
-    directory = _directory(runtime_dir)
-    for name in sorted(os.listdir(directory)):
-        if not name.endswith(_SOCKET):
-            continue
-        path = os.path.join(directory, name)
+    for path in _sockets(_directory(runtime_dir)):
         with _locked(path):
             try:
-                client = _connect(path, f"pager {name.removesuffix(_SOCKET)}")
+                client = _connect(path, f"pager {os.path.basename(path).removesuffix(_SOCKET)}")
             except (FileNotFoundError, ConnectionRefusedError, PagerGone):
                 continue
             except PagerError as error:
@@ -245,13 +241,17 @@ def connect_all(*, runtime_dir: StrPath | None = None) -> Iterator[tuple[str, Pa
 def running(keys: Iterable[str], *, runtime_dir: StrPath | None = None) -> list[str]:
     """Those of the keys that a pager, which may have ended, was started for."""
     directory = _directory(runtime_dir)
-    sockets = {os.path.join(directory, name) for name in os.listdir(directory) if name.endswith(".sock")}
+    sockets = set(_sockets(directory))
     return [key for key in keys if sockets and _socket_path(directory, key) in sockets]
 
 
 def socket_path(key: str, *, runtime_dir: StrPath | None = None) -> str:
     """Where the pager of the snapshot `key` listens."""
     return _socket_path(_directory(runtime_dir), key)
+
+
+def _sockets(directory: str) -> list[str]:
+    return [os.path.join(directory, name) for name in sorted(os.listdir(directory)) if name.endswith(_SOCKET)]
 
 
 def _directory(given: StrPath | None) -> str:

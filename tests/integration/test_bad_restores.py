@@ -247,17 +247,21 @@ def test_full_store(run: Path, victims: Victims, build: Builder) -> None:
 
 @pytest.mark.parametrize("damaged", [True, False])
 def test_sigbus_in_the_foreground_is_explained(run: Path, victims: Victims, copies: Copies, damaged: bool) -> None:
-    victim = victims.start([sys.executable, "-c", "import time\nwhile True: time.sleep(0.01)"])
+    victim = victims.start([sys.executable, "-c", "import time\nprint(flush=True)\nwhile True: time.sleep(0.01)"])
+    victim.until(victim.log.read_text, "its heap")
     snapshot = copies.snapshot(victim.pid, "s", kill=True)
     victim.gone()
     if damaged:
         image = snapshot._image
         memory = snapshot.manifest.attributes.memory
+        n_damaged = 0
         with (run / "store" / "data.mdb").open("r+b") as file:
             for address, _, pack, offset, stored in map(image.entry, range(image.n_chunks)):
                 if memory.start_brk <= address < memory.brk:
                     file.seek(image.packs[pack][0] + offset)
                     file.write(bytes(stored))
+                    n_damaged += 1
+        assert n_damaged
     restoring = subprocess.Popen(
         command(run / "store", "restore", "s"), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import Victims, alive, http_get, until
+from helpers import Victim, Victims, alive, http_get, until
 from helpers_cli import command, run_cli
 from helpers_copies import Copies, Copy
 
@@ -24,6 +24,16 @@ def stored_set(run: Path, name: str) -> bytes:
         return image.working_set
 
 
+def start_worker(run: Path, victims: Victims, rows: int) -> tuple[Victim, int]:
+    """numpy_worker.py with eight data sets of `rows` x 1024 numbers, and its port."""
+    data = run / "data"
+    data.mkdir()
+    for name in range(8):
+        np.save(data / f"{name}.npy", np.random.default_rng(name).normal(size=(rows, 1024)))
+    victim = victims.python("numpy_worker.py", data, run / "port")
+    return victim, victim.until(lambda: int((run / "port").read_text()), "the port")
+
+
 def faults_of(copy: Copy) -> tuple[int, int]:
     """(faults, pages brought) of the copy alone."""
     space = next(space for space in copy.process.stats().spaces if space.pid == copy.pid)
@@ -31,12 +41,7 @@ def faults_of(copy: Copy) -> tuple[int, int]:
 
 
 def test_recorded_kept_and_brought(run: Path, victims: Victims, copies: Copies) -> None:
-    data = run / "data"
-    data.mkdir()
-    for name in range(8):
-        np.save(data / f"{name}.npy", np.random.default_rng(name).normal(size=(256, 1024)))
-    victim = victims.python("numpy_worker.py", data, run / "port")
-    port = victim.until(lambda: int((run / "port").read_text()), "the port")
+    victim, port = start_worker(run, victims, 256)
     answers = {http_get(port, "/small") for _ in range(4)}
     digest = http_get(port, "/digest")
     victim.quiet()
@@ -83,12 +88,7 @@ def test_show_says_that_there_is_one(run: Path, copies: Copies, victims: Victims
 
 
 def test_record_until_it_answers(run: Path, victims: Victims, copies: Copies) -> None:
-    data = run / "data"
-    data.mkdir()
-    for name in range(8):
-        np.save(data / f"{name}.npy", np.random.default_rng(name).normal(size=(64, 1024)))
-    victim = victims.python("numpy_worker.py", data, run / "port")
-    port = victim.until(lambda: int((run / "port").read_text()), "the port")
+    victim, port = start_worker(run, victims, 64)
     answer = http_get(port, "/small")
     victim.quiet()
     copies.snapshot(victim.pid, "r", kill=True)
@@ -144,12 +144,7 @@ def test_ended_record_leaves_no_copy(run: Path, victims: Victims, copies: Copies
 @pytest.mark.parametrize("where", ["same", "other"])
 def test_snapshot_of_a_copy_is_not_recorded(run: Path, victims: Victims, copies: Copies, where: str) -> None:
     """What is read for it is no touch of the process; into whichever store."""
-    data = run / "data"
-    data.mkdir()
-    for name in range(8):
-        np.save(data / f"{name}.npy", np.random.default_rng(name).normal(size=(256, 1024)))
-    victim = victims.python("numpy_worker.py", data, run / "port")
-    port = victim.until(lambda: int((run / "port").read_text()), "the port")
+    victim, port = start_worker(run, victims, 256)
     answer = http_get(port, "/small")
     victim.quiet()
     first = copies.replace(victim)

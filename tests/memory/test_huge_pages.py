@@ -110,13 +110,18 @@ def test_shared(victims: Victims, build: Builder, store: lazyrestore.Store, run:
         assert huge_kib(twins.pids[1]) == huge_kib(twins.pids[0])
 
 
-def test_too_few_pages_for_shared_memory(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("private", "huge pages"), ("shared", "shared memory needs 8 huge pages")]
+)
+def test_too_few_pages(
+    victims: Victims, build: Builder, store: lazyrestore.Store, run: Path, kind: str, reason: str
+) -> None:
     program = build.c("hugepages")
-    with twins_in(victims, store, run / f"huge{next(numbers)}", lambda control: [program, control, "shared"]) as twins:
+    with twins_in(victims, store, run / f"huge{next(numbers)}", lambda control: [program, control, kind]) as twins:
         snapshot = twins.snapshot()
         twins.never.kill()
         until(pool_of_two, "a pool with two free pages")
-        with pytest.raises(LazyrestoreError, match="shared memory needs 8 huge pages"):
+        with pytest.raises(LazyrestoreError, match=reason):
             twins.copy = snapshot.restore()
 
 
@@ -138,14 +143,3 @@ def test_refused(victims: Victims, build: Builder, store: lazyrestore.Store, run
             store.snapshot(victim.pid, name="refused", kill=True)
         assert alive(victim.pid)
         victim.kill()
-
-
-def test_too_few_pages(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path) -> None:
-    program = build.c("hugepages")
-    with twins_in(victims, store, run / f"huge{next(numbers)}", lambda control: [program, control, "private"]) as twins:
-        snapshot = twins.snapshot()
-        twins.never.kill()
-
-        until(pool_of_two, "a pool with two free pages")
-        with pytest.raises(LazyrestoreError, match="huge pages"):
-            twins.copy = snapshot.restore()

@@ -59,4 +59,24 @@ static inline int control_next(int listener, char *line, size_t size)
 	return fd;
 }
 
+/* Answers requests for ever: with what `answer` writes to `*out`, which is open while it runs. */
+_Noreturn static inline void control_serve(int listener, FILE **out, void (*answer)(char *line))
+{
+	char line[256];
+
+	for (;;) {
+		char *text = NULL;
+		size_t length = 0;
+		int fd = control_next(listener, line, sizeof line);
+
+		*out = open_memstream(&text, &length);
+		answer(line);
+		fclose(*out);
+		if (write(fd, text, length) != (ssize_t)length)
+			control_die("write of an answer");
+		free(text);
+		close(fd);
+	}
+}
+
 #endif

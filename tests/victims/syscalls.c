@@ -420,8 +420,6 @@ static void serve(char *line)
 
 int main(int argc, char **argv)
 {
-	char line[256];
-	int listener;
 
 	if (argc != 2)
 		return 64;
@@ -435,18 +433,5 @@ int main(int argc, char **argv)
 			fill(at, SIZE, i * 2 + shared);
 		}
 	make_sealed();
-	listener = control_listen(argv[1]);
-	for (;;) {
-		char *answer = NULL;
-		size_t length = 0;
-		int fd = control_next(listener, line, sizeof line);
-
-		out = open_memstream(&answer, &length);
-		serve(line);
-		fclose(out);
-		if (write(fd, answer, length) != (ssize_t)length)
-			control_die("write of an answer");
-		free(answer);
-		close(fd);
-	}
+	control_serve(control_listen(argv[1]), &out, serve);
 }

@@ -418,8 +418,6 @@ static void serve(char *request)
 int main(int argc, char **argv)
 {
 	struct sigaction action = { .sa_handler = fault, .sa_flags = SA_NODEFER };
-	char line[256];
-	int listener;
 
 	if (argc != 4)
 		return 64;
@@ -445,18 +443,5 @@ int main(int argc, char **argv)
 	heap = (char *)(((uintptr_t)sbrk(0) + PAGE - 1) & -PAGE);
 	if (brk(heap))
 		control_die("brk");
-	listener = control_listen(argv[1]);
-	for (;;) {
-		char *answer = NULL;
-		size_t length = 0;
-		int fd = control_next(listener, line, sizeof line);
-
-		out = open_memstream(&answer, &length);
-		serve(line);
-		fclose(out);
-		if (write(fd, answer, length) != (ssize_t)length)
-			control_die("write of an answer");
-		free(answer);
-		close(fd);
-	}
+	control_serve(control_listen(argv[1]), &out, serve);
 }

@@ -8,5 +8,5 @@
 #pragma once
 #include "pager.h"
 
-/* A memfd of struct lr_range[], sorted by start, of the living process behind `pidfd`. ESRCH: it was not restored here. */
-struct lr_error intervals_of(struct pager *pager, int pidfd, int *memfd);
+/* Of the living process behind `pidfd`: sorted by start, allocated. ESRCH: it was not restored here. */
+struct lr_error intervals_of(struct pager *pager, int pidfd, struct lr_range **ranges, uint32_t *n);

@@ -54,3 +54,19 @@ int piece_fill_gaps(struct interval_map *into, const struct interval_map *from, 
 		error = piece_fill_gap(into, piece);
 	return error;
 }
+
+int piece_empty(struct interval_map *map, const struct interval_map *before, uint64_t start, uint64_t end, uint32_t flags) {
+	struct interval piece;
+	for (uint64_t at = start; piece_next(before, at, end, &piece);) {
+		at = piece.end;
+		if (piece.backing < LR_BACKING_SHARED) {
+			piece.flags |= INTERVAL_ZERO;
+			piece.image = piece.start;
+		}
+		piece.flags |= flags;
+		int error = interval_map_insert(map, piece);
+		if (error)
+			return error;
+	}
+	return 0;
+}

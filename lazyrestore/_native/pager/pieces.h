@@ -16,3 +16,7 @@ int piece_fill_gap(struct interval_map *into, struct interval piece);
 
 /* What `from` holds in [start, end) and `into` does not. */
 int piece_fill_gaps(struct interval_map *into, const struct interval_map *from, uint64_t start, uint64_t end);
+
+/* Puts into `map`, with `flags`, what `before` (it may be the same) holds in [start, end), emptied: private memory reads zero,
+ * shared memory keeps what its file holds. */
+int piece_empty(struct interval_map *map, const struct interval_map *before, uint64_t start, uint64_t end, uint32_t flags);

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "replay.h"
 
+#include "pieces.h"
 #include "uffd.h"
 #include <errno.h>
 #include <sched.h>
@@ -58,16 +59,14 @@ static bool serve_waiting(struct space *space) {
 static bool map_run(struct space *space, struct run run) {
 	struct interval found;
 	unsigned round = 0;
-	for (uint64_t at = run.start; at < run.end && interval_map_next(&space->map, at, &found) && found.start < run.end;) {
+	for (uint64_t at = run.start; piece_next(&space->map, at, run.end, &found);) {
 		bool in_place = found.image == found.start && found.backing == LR_BACKING_TEMPLATE && !found.flags;
-		uint64_t to = found.end < run.end ? found.end : run.end;
-		if (found.start > at)
-			at = found.start;
-		int error = in_place ? map_piece(space, &at, to, run.copy) : 0;
+		at = found.start;
+		int error = in_place ? map_piece(space, &at, found.end, run.copy) : 0;
 		if (error == ESRCH)
 			return false;
 		if (error != EAGAIN) {
-			at = to;
+			at = found.end;
 			continue;
 		}
 		/* The map may be another one afterwards. */

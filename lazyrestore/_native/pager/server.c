@@ -159,26 +159,40 @@ static bool hello(struct connection *connection) {
 	return send_reply(connection, LR_OK, fds, pager->image.hugetlb ? 2 : 1);
 }
 
-/* As a memfd: the list may be longer than a packet. */
+/* As a memfd: it may be longer than a packet. */
+static bool send_list(struct connection *connection, const char *name, const void *list, size_t length) {
+	scoped_fd memfd = memfd_create(name, MFD_CLOEXEC);
+	if (memfd < 0)
+		return send_reply(connection, lr_fail("memfd_create", errno, 0), NULL, 0);
+	for (size_t done = 0; done < length;) {
+		ssize_t n = write(memfd, (const char *)list + done, length - done);
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return send_reply(connection, lr_fail("write of a list", n < 0 ? errno : EIO, 0), NULL, 0);
+		done += (size_t)n;
+	}
+	return send_reply(connection, LR_OK, &memfd, 1);
+}
+
 static bool send_working_set(struct connection *connection) {
 	struct working_set *set = &connection->pager->working_set;
 	uint32_t n;
 	if (connection->request.flags & LR_WORKING_SET_END && working_set_end(set))
 		pager_wake(connection->pager);
 	scoped_free struct lr_touched *touched = working_set_copy(set, &n);
-	scoped_fd memfd = memfd_create("lazyrestore-working-set", MFD_CLOEXEC);
-	ssize_t bytes = (ssize_t)(n * sizeof *touched);
-	if (memfd < 0 || (n && write(memfd, touched, (size_t)bytes) != bytes))
-		return send_reply(connection, lr_fail("memfd of the working set", errno, 0), NULL, 0);
-	return send_reply(connection, LR_OK, &memfd, 1);
+	return send_list(connection, "lazyrestore-working-set", touched, n * sizeof *touched);
 }
 
 static bool send_intervals(struct connection *connection) {
-	scoped_fd memfd = -1;
+	scoped_free struct lr_range *ranges = NULL;
+	uint32_t n = 0;
 	if (connection->n_fds != 1)
 		return send_reply(connection, lr_fail("intervals: number of descriptors", EINVAL, connection->n_fds), NULL, 0);
-	struct lr_error error = intervals_of(connection->pager, connection->fds[0], &memfd);
-	return send_reply(connection, error, &memfd, error.code ? 0 : 1);
+	struct lr_error error = intervals_of(connection->pager, connection->fds[0], &ranges, &n);
+	if (error.code)
+		return send_reply(connection, error, NULL, 0);
+	return send_list(connection, "lazyrestore-intervals", ranges, n * sizeof *ranges);
 }
 
 static bool answer(struct connection *connection) {

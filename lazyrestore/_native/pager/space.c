@@ -1,7 +1,9 @@
 #define _GNU_SOURCE
 #include "space.h"
 
+#include "array.h"
 #include "log.h"
+#include "pieces.h"
 #include "proc.h"
 #include "replay.h"
 #include "uffd.h"
@@ -65,7 +67,8 @@ struct backing *space_backing(struct space *space, uint32_t kind) {
 	return NULL;
 }
 
-struct backing *space_backing_of(struct space *space, dev_t device, ino_t inode) {
+/* The backing that is this file; NULL: none of them. */
+static struct backing *backing_of(struct space *space, dev_t device, ino_t inode) {
 	struct backing *const common[] = {&space->pager->template, &space->pager->huge};
 	for (uint32_t i = 0; i < 2 + space->n_shared; i++) {
 		struct backing *backing = i < 2 ? common[i] : space->shared[i - 2];
@@ -79,7 +82,7 @@ struct origin space_origin(struct space *space, uint64_t address) {
 	struct proc_place place;
 	if (!proc_place(space, address, &place))
 		return (struct origin){0};
-	const struct backing *backing = space_backing_of(space, place.device, place.inode);
+	const struct backing *backing = backing_of(space, place.device, place.inode);
 	return backing ? (struct origin){true, backing->kind, backing->image + place.offset} : (struct origin){0};
 }
 
@@ -94,25 +97,6 @@ void space_kill(struct space *space, const char *why) {
 }
 
 /* -- events ------------------------------------------------------------------------------------------------------------ */
-
-/* Private memory in [start, end) reads zero from now on. Shared memory keeps what its file holds. */
-static int on_remove(struct space *space, uint64_t start, uint64_t end) {
-	struct interval found;
-	for (uint64_t at = start; at < end && interval_map_next(&space->map, at, &found) && found.start < end; at = found.end) {
-		if (found.start < start)
-			found.start = start;
-		if (found.end > end)
-			found.end = end;
-		if (found.backing >= LR_BACKING_SHARED || found.flags & INTERVAL_ZERO)
-			continue;
-		found.flags |= INTERVAL_ZERO;
-		found.image = found.start; /* of no meaning, but neighbours join */
-		int error = interval_map_insert(&space->map, found);
-		if (error)
-			return error;
-	}
-	return 0;
-}
 
 static struct lr_error adopt_child(struct space *parent, struct space *child) {
 	child->pid = 0;
@@ -156,14 +140,10 @@ static void on_fork(struct space *parent, int uffd) {
 }
 
 static int on_fault(struct space *space, const struct uffd_msg *message, uint64_t now) {
-	if (space->n_faults == space->faults_capacity) {
-		uint32_t capacity = space->faults_capacity ? space->faults_capacity * 2 : 64;
-		struct fault *faults = realloc(space->faults, capacity * sizeof *faults);
-		if (!faults)
-			return ENOMEM;
-		space->faults = faults;
-		space->faults_capacity = capacity;
-	}
+	struct fault *faults = array_room(space->faults, space->n_faults, &space->faults_capacity, sizeof *faults);
+	if (!faults)
+		return ENOMEM;
+	space->faults = faults;
 	uint64_t flags = message->arg.pagefault.flags;
 	stats_add(&space->stats, flags & UFFD_PAGEFAULT_FLAG_MINOR ? LR_COUNT_MINOR : LR_COUNT_MISSING, 1);
 	if (flags & UFFD_PAGEFAULT_FLAG_WRITE)
@@ -186,7 +166,7 @@ static int on_message(struct space *space, const struct uffd_msg *message, uint6
 		return from == to ? 0 : window_remap(space, from, to, length);
 	case UFFD_EVENT_REMOVE:
 		stats_add(&space->stats, LR_COUNT_REMOVE, 1);
-		return on_remove(space, message->arg.remove.start, message->arg.remove.end);
+		return piece_empty(&space->map, &space->map, message->arg.remove.start, message->arg.remove.end, 0);
 	case UFFD_EVENT_UNMAP:
 		stats_add(&space->stats, LR_COUNT_UNMAP, 1);
 		return window_unmap(space, message->arg.remove.start, message->arg.remove.end);

@@ -109,9 +109,6 @@ struct lr_error space_start(struct space *space);
 /* The backing behind an interval. */
 struct backing *space_backing(struct space *space, uint32_t kind);
 
-/* The backing that is this file; NULL: none of them. */
-struct backing *space_backing_of(struct space *space, dev_t device, ino_t inode);
-
 /* Reads all messages: events change the map, faults join the queue. False: the space cannot be kept right. */
 bool space_drain(struct space *space, uint32_t *n_read);
 

@@ -1,5 +1,6 @@
 #include "window.h"
 
+#include "array.h"
 #include "log.h"
 #include "pieces.h"
 #include "proc.h"
@@ -15,8 +16,6 @@ struct move {
 	bool left; /* moved on, in the same window */
 };
 
-enum { FIRST_ROOM = 16 };
-
 void window_init(struct window *window) {
 	*window = (struct window){0};
 	interval_map_init(&window->taken);
@@ -27,7 +26,7 @@ static void forget(struct window *window) {
 	free(window->inherited);
 	window->inherited = NULL;
 	window->n_moves = window->n_displaced = window->n_inherited = window->n_before = 0;
-	window->open = window->changed = window->suspects = false;
+	window->open = window->changed = false;
 }
 
 void window_deinit(struct window *window) {
@@ -38,29 +37,21 @@ void window_deinit(struct window *window) {
 
 /* -- events ------------------------------------------------------------------------------------------------------------ */
 
-/* Room for one more in an array of the window's. */
-static bool make_room(void **array, uint32_t n, uint32_t *capacity, size_t size) {
-	if (n < *capacity)
-		return true;
-	uint32_t larger = *capacity ? *capacity * 2 : FIRST_ROOM;
-	void *grown = realloc(*array, larger * size);
-	if (!grown)
-		return false;
-	*array = grown;
-	*capacity = larger;
-	return true;
-}
-
 static int add_move(struct window *window, struct move move) {
-	if (!make_room((void **)&window->moves, window->n_moves, &window->moves_capacity, sizeof move))
+	struct move *moves = array_room(window->moves, window->n_moves, &window->moves_capacity, sizeof move);
+	if (!moves)
 		return ENOMEM;
+	window->moves = moves;
 	window->moves[window->n_moves++] = move;
 	return 0;
 }
 
 static int add_displaced(struct window *window, struct interval piece) {
-	if (!make_room((void **)&window->displaced, window->n_displaced, &window->displaced_capacity, sizeof piece))
+	struct interval *displaced =
+		array_room(window->displaced, window->n_displaced, &window->displaced_capacity, sizeof piece);
+	if (!displaced)
 		return ENOMEM;
+	window->displaced = displaced;
 	window->displaced[window->n_displaced++] = piece;
 	return 0;
 }
@@ -99,32 +90,11 @@ int window_unmap(struct space *space, uint64_t start, uint64_t end) {
 	for (uint64_t at = start; !error && at < end;) {
 		bool inside;
 		uint64_t piece = moved_piece(window, at, end, &inside);
-		if (inside) {
-			window->suspects = true;
-			error = piece_flag(&space->map, at, piece, 0, INTERVAL_SUSPECT);
-		} else {
-			error = interval_map_erase(&space->map, at, piece);
-		}
+		error = inside ? piece_flag(&space->map, at, piece, 0, INTERVAL_SUSPECT)
+			       : interval_map_erase(&space->map, at, piece);
 		at = piece;
 	}
 	return error;
-}
-
-/* The source of a move: unmapped if an UNMAP follows, else (MREMAP_DONTUNMAP) private memory is empty and a shared file shows on. */
-static int leave_behind(struct space *space, const struct interval_map *before, uint64_t start, uint64_t end, uint32_t flags) {
-	struct interval piece;
-	for (uint64_t at = start; piece_next(before, at, end, &piece);) {
-		at = piece.end;
-		if (piece.backing < LR_BACKING_SHARED) {
-			piece.flags |= INTERVAL_ZERO;
-			piece.image = piece.start;
-		}
-		piece.flags |= flags;
-		int error = interval_map_insert(&space->map, piece);
-		if (error)
-			return error;
-	}
-	return 0;
 }
 
 /* Something is about to be put where the map holds [start, end): that has left, as an event to come will tell. */
@@ -234,7 +204,7 @@ static int take_elsewhere(struct space *space, uint64_t from, uint64_t length, s
 		uint64_t first = piece.image > origin.image ? piece.image : origin.image, last = image_end < end ? image_end : end;
 		struct interval part = piece_cut(piece, piece.start + (first - piece.image), piece.start + (last - piece.image));
 		struct origin there = space_origin(space, part.start);
-		if (there.known && there.backing == part.backing && there.image == part.image)
+		if (there.known && belongs(part, part.start, there))
 			continue; /* the same part of the file, shown by a mapping that grew */
 		error = interval_map_erase(&space->map, part.start, part.end);
 		part.end = from + (last - origin.image);
@@ -324,8 +294,8 @@ int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t lengt
 		error = piece_fill_gaps(&window->taken, &moved, from, from + length);
 	if (!error)
 		error = put(space, &moved, move, origin);
-	if (!error)
-		error = leave_behind(space, &before, from, from + length, 0);
+	if (!error) /* unmapped if an UNMAP follows, else (MREMAP_DONTUNMAP) private memory is empty and a shared file shows on */
+		error = piece_empty(&space->map, &before, from, from + length, 0);
 	return error || window->in_order ? error : add_move(window, move);
 }
 
@@ -345,8 +315,7 @@ int window_fork(struct space *space, struct space *child) {
 static bool is_there(struct space *space, uint64_t address) {
 	struct interval piece;
 	struct origin origin = space_origin(space, address);
-	return !origin.known || !interval_map_find(&space->map, address, &piece) || piece.flags & INTERVAL_ZERO ||
-	       (piece.backing == origin.backing && piece.image + (address - piece.start) == origin.image);
+	return !interval_map_find(&space->map, address, &piece) || piece.flags & INTERVAL_ZERO || belongs(piece, address, origin);
 }
 
 /* Clears the suspicion from the parts of [start, end), one interval, that are registered, erases the rest. */
@@ -400,7 +369,7 @@ static enum closing settle_move(struct space *space, uint32_t number) {
 		return WINDOW_GONE;
 	case PROBE_REGISTERED:
 		if (!before)
-			error = leave_behind(space, &space->map, move->from, end, INTERVAL_SUSPECT);
+			error = piece_empty(&space->map, &space->map, move->from, end, INTERVAL_SUSPECT);
 		break;
 	case PROBE_NOT_ONE:
 		if (!before)
@@ -448,7 +417,7 @@ static int doubt(struct space *parent, struct space *child) {
 		child->window.n_inherited = parent->window.n_moves;
 		memcpy(child->window.inherited, parent->window.moves, parent->window.n_moves * sizeof *parent->window.moves);
 	}
-	child->window.open = child->window.suspects = true;
+	child->window.open = true;
 	return error;
 }
 
@@ -479,11 +448,9 @@ enum closing window_close(struct space *space) {
 	enum probe quiet = uffd_probe(space->uffd, nowhere, nowhere + LR_PAGE);
 	if (quiet == PROBE_BUSY || quiet == PROBE_GONE)
 		return quiet == PROBE_BUSY ? WINDOW_OPEN : WINDOW_GONE;
-	if (space->window.suspects) {
-		enum closing result = settle_all(space);
-		if (result != WINDOW_CLOSED)
-			return result;
-	}
+	enum closing result = settle_all(space);
+	if (result != WINDOW_CLOSED)
+		return result;
 	give_birth(space);
 	forget(&space->window);
 	return WINDOW_CLOSED;

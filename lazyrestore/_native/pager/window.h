@@ -35,7 +35,6 @@ struct move;
 struct window {
 	bool open;
 	bool in_order;             /* at each of its events so far the process had one thread */
-	bool suspects;             /* some intervals of the space's map are */
 	bool changed;              /* an UNMAP or REMAP was among its events */
 	struct interval_map taken; /* what these took away, wherever it was */
 	struct move *moves;        /* its REMAPs, from the first that may not be in order */

@@ -1,5 +1,6 @@
 #include "working_set.h"
 
+#include "array.h"
 #include "pager.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -7,7 +8,6 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { FIRST_CAPACITY = 1024 };
 static const uint64_t QUIET_NS = 1000000000, LEAST_BYTES = 1 << 20, MOST_BYTES = 128 << 20;
 static const uint64_t LONG_QUIET_NS = 3000000000; /* of a process that has touched less than LEAST_BYTES */
 
@@ -110,16 +110,12 @@ void working_set_touch(struct working_set *set, uint32_t recording, uint64_t chu
 	SCOPED_LOCK(&set->lock);
 	if (!is_on(set, recording) || set->member[chunk])
 		return;
-	if (set->n == set->capacity) {
-		uint32_t capacity = set->capacity ? 2 * set->capacity : FIRST_CAPACITY;
-		struct lr_touched *more = realloc(set->chunks, capacity * sizeof *more);
-		if (!more) {
-			end(set, false);
-			return;
-		}
-		set->chunks = more;
-		set->capacity = capacity;
+	struct lr_touched *chunks = array_room(set->chunks, set->n, &set->capacity, sizeof *chunks);
+	if (!chunks) {
+		end(set, false);
+		return;
 	}
+	set->chunks = chunks;
 	set->member[chunk] = 1;
 	set->chunks[set->n++] = (struct lr_touched){.chunk = (uint32_t)chunk};
 	set->bytes += set->image->chunks[chunk].length;
