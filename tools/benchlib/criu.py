@@ -1,9 +1,10 @@
-"""CRIU, as brought by tools/peers: dump, eager restore, lazy restore, and the image kept compressed."""
+"""CRIU, as brought by tools/peers: dump, eager restore, lazy restore."""
 
 from __future__ import annotations
 
 import contextlib
 import re
+import resource
 import select
 import shutil
 import subprocess
@@ -12,22 +13,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from benchlib import usage
 from benchlib.measure import Report, clock
 from benchlib.victims import PATIENCE, Unresponsive, Victim, end, reap
 
 WRAPPER = Path(__file__).resolve().parents[2] / ".cache" / "peers" / "criu"
+EAGER, LAZY = "CRIU, eager", "CRIU, lazy-pages"
 
 
 class CriuFailed(Exception):
     """CRIU's exit status was not 0; the message holds its log's errors."""
 
 
-def available() -> bool:
-    return WRAPPER.exists()
-
-
-def measure(report: Report, victim: Victim, folder: Path, answer: str, whole: str) -> None:
-    """Dump a warmed-up worker, then restore it eagerly, lazily, and eagerly from a compressed image.
+def measure(report: Report, name: str, victim: Victim, folder: Path, answer: str, whole: str) -> None:
+    """Dump a warmed-up victim, then restore it eagerly and lazily; and how small zstd makes the image.
 
     The victim is ended. Raises CriuFailed, Unresponsive.
     """
@@ -35,43 +34,46 @@ def measure(report: Report, victim: Victim, folder: Path, answer: str, whole: st
     images.mkdir()
     output, dump_ms = clock(lambda: _run("dump", images, "-t", str(victim.pid), "--display-stats"))
     reap(victim.pid)
-    report.add("criu: dump", dump_ms, "ms")
-    report.add("criu: frozen", _microseconds(output, "Frozen time") / 1000, "ms")
-    size = sum(f.stat().st_size for f in images.glob("*.img"))
-    report.add("criu: image", size / 1e6, "MB")
+    report.add(f"{name}: CRIU's dump", dump_ms, "ms")
+    report.add(f"{name}: CRIU's dump: frozen", _microseconds(output, "Frozen time") / 1000, "ms")
 
-    def restored(name: str, before: float = 0.0, *options: str) -> None:
+    def restored(contender: str, *options: str, daemon: int = 0) -> None:
+        before = _children_ms() + (usage.cpu_ms(daemon) if daemon else 0)
         started = time.perf_counter()
         try:
             _run("restore", images, "--restore-detached", *options)
             resumed = time.perf_counter()
             first = victim.ask()
             done = time.perf_counter()
+            used = usage.of(victim.pid)
+            others = _children_ms() + (usage.cpu_ms(daemon) if daemon else 0) - before
             if first != answer or victim.ask("/all") != whole:
-                raise Unresponsive(f"{name}: the copy answers wrongly")
+                raise Unresponsive(f"{name}, {contender}: the copy answers wrongly")
         finally:
             end(victim.pid)
-        report.add(f"{name}: resumed", before + (resumed - started) * 1000, "ms")
-        report.add(f"{name}: first response", before + (done - started) * 1000, "ms")
+        report.contend(name, contender, (resumed - started) * 1000, (done - started) * 1000, used, others)
 
-    restored("criu eager")
-    with _lazy_pages(images):
-        restored("criu lazy-pages", 0.0, "--lazy-pages")
+    restored(EAGER)
+    with _lazy_pages(images) as daemon:
+        restored(LAZY, "--lazy-pages", daemon=daemon)
 
     archive = folder / "criu.tar.zst"
-    _, _ = clock(lambda: _compress(images, archive))
-    report.add("criu: image, zstd -3", archive.stat().st_size / 1e6, "MB")
-    shutil.rmtree(images)
-    images.mkdir()
-    _, unpack_ms = clock(lambda: _decompress(archive, images))
-    restored("criu eager, from zstd -3", unpack_ms)
+    report.add(f"{name}: CRIU's image", sum(f.stat().st_size for f in images.glob("*.img")) / 1e6, "MB")
+    _compress(images, archive)
+    report.add(f"{name}: CRIU's image through zstd -3", archive.stat().st_size / 1e6, "MB")
     archive.unlink()
     shutil.rmtree(images)
 
 
+def _children_ms() -> float:
+    """CPU time of the commands that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (used.ru_utime + used.ru_stime) * 1000
+
+
 @contextlib.contextmanager
-def _lazy_pages(images: Path) -> Iterator[None]:
-    """The daemon that serves the pages; it ends by itself with the restored process."""
+def _lazy_pages(images: Path) -> Iterator[int]:
+    """The pid of the daemon that serves the pages; it ends by itself with the restored process."""
     with (images / "lazy-pages.out").open("wb") as log:
         daemon = subprocess.Popen(
             [str(WRAPPER), "lazy-pages", "-D", str(images), "-o", "lazy-pages.log"], stdout=log, stderr=log
@@ -82,7 +84,7 @@ def _lazy_pages(images: Path) -> Iterator[None]:
             if daemon.poll() is not None or time.monotonic() > deadline:
                 raise CriuFailed(f"lazy-pages: {_errors(images / 'lazy-pages.log')}")
             select.select([], [], [], 0.001)
-        yield
+        yield daemon.pid
     finally:
         daemon.kill()
         daemon.wait()
@@ -123,10 +125,3 @@ def _compress(images: Path, archive: Path) -> None:
             tar.add(image, image.name)
     subprocess.run(["zstd", "-q", "-3", "-T0", "-f", str(plain), "-o", str(archive)], check=True)
     plain.unlink()
-
-
-def _decompress(archive: Path, images: Path) -> None:
-    with subprocess.Popen(["zstd", "-q", "-dc", str(archive)], stdout=subprocess.PIPE) as zstd:
-        subprocess.run(["tar", "-xf", "-", "-C", str(images)], stdin=zstd.stdout, check=True)
-    if zstd.returncode != 0:
-        raise CriuFailed(f"zstd -d: exit status {zstd.returncode}")

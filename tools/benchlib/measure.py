@@ -9,15 +9,20 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
 
+if TYPE_CHECKING:
+    from benchlib.usage import Usage
+
 T = TypeVar("T")
+RESUMED, RESPONSE = "resumed", "first response"
+MEASURES = {RESUMED: "ms", RESPONSE: "ms", "faults": "", "CPU": "ms", "USS": "MB", "PSS": "MB"}
 
 
 @dataclass
@@ -63,6 +68,32 @@ class Report:
     figures: dict[str, Figure] = field(default_factory=dict)
     goals: list[Goal] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    contenders: dict[str, dict[str, str]] = field(default_factory=dict)  # victim → contender → why not, or empty
+
+    def note(self, text: str) -> None:
+        """Append a note, once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    def contend(
+        self,
+        victim: str,
+        contender: str,
+        resumed_ms: float | None,
+        response_ms: float,
+        used: Usage,
+        others_ms: float = 0,
+    ) -> None:
+        """One try of a contender: times to resumed and to the first response, what the process had used then, and the
+        CPU time of others for it. resumed_ms: None if there is no such moment."""
+        self.contenders.setdefault(victim, {}).setdefault(contender, "")
+        values = (resumed_ms, response_ms, used.faults, used.cpu_ms + others_ms, used.uss / 1e6, used.pss / 1e6)
+        for (measure, unit), value in zip(MEASURES.items(), values, strict=True):
+            if value is not None:
+                self.add(f"{victim}, {contender}: {measure}", value, unit)
+
+    def contend_not(self, victim: str, contender: str, reason: str) -> None:
+        self.contenders.setdefault(victim, {})[contender] = reason
 
     def add(self, name: str, value: float, unit: str) -> None:
         """Append one value to the figure `name`, which always has the same unit."""
@@ -87,6 +118,34 @@ class Report:
         """The ratio of two medians, None if one is missing."""
         a, b = self.median(above), self.median(below)
         return None if a is None or not b else a / b
+
+    def response(self, victim: str, contender: str) -> Figure | None:
+        """A contender's time to the first response."""
+        return self.figures.get(f"{victim}, {contender}: {RESPONSE}")
+
+    def response_ratio(self, victim: str, above: str, below: str) -> float | None:
+        """As ratio(), of two contenders' times to the first response."""
+        return self.ratio(f"{victim}, {above}: {RESPONSE}", f"{victim}, {below}: {RESPONSE}")
+
+    def comparisons(self) -> Iterator[tuple[str, list[list[str]]]]:
+        """Of each victim: name, and a table with a row for each contender below the head."""
+        for victim, contenders in self.contenders.items():
+            table = [["contender", *(f"{name}, {unit}" if unit else name for name, unit in MEASURES.items())]]
+            for contender, reason in contenders.items():
+                figures = (self.figures.get(f"{victim}, {contender}: {measure}") for measure in MEASURES)
+                cells = [figure.text() if figure else "" for figure in figures]
+                table.append([contender, *(cells if not reason else [reason, *cells[1:]])])
+            yield victim, table
+
+    def plain_figures(self) -> list[Figure]:
+        """Those that are in no comparison."""
+        compared = {
+            f"{victim}, {contender}: {measure}"
+            for victim, contenders in self.contenders.items()
+            for contender in contenders
+            for measure in MEASURES
+        }
+        return [figure for name, figure in self.figures.items() if name not in compared]
 
     def to_json(self) -> str:
         content: dict[str, Any] = {
@@ -119,15 +178,23 @@ class Report:
         for goal in self.goals:
             value, limit = f"{_short(goal.value)} {goal.unit}".strip(), f"{goal.limit:g} {goal.unit}".strip()
             lines.append(f"| {goal.what} | {value} | {'≥' if goal.floor else '≤'} {limit} | {goal.verdict()} |")
+        for victim, (head, *rows) in self.comparisons():
+            lines += ["", f"| {victim}: {' | '.join(head)} |", "|---" * len(head) + "|"]
+            lines += [f"| {' | '.join(row)} |" for row in rows]
         lines += ["", "| figure | median (min–max) | unit | n |", "|---|---|---|---|"]
-        lines += [f"| {f.name} | {f.text()} | {f.unit} | {len(f.values)} |" for f in self.figures.values()]
+        lines += [f"| {f.name} | {f.text()} | {f.unit} | {len(f.values)} |" for f in self.plain_figures()]
         lines += ["", *(f"* {note}" for note in self.notes)]
         return "\n".join(lines).rstrip() + "\n"
 
     def show(self, console: Console) -> None:
         console.print(", ".join(f"{k} {v}" for k, v in self.machine.items()), style="dim")
+        for victim, (head, *rows) in self.comparisons():
+            comparison = Table(*head, title=victim)
+            for row in rows:
+                comparison.add_row(*row)
+            console.print(comparison)
         table = Table("figure", "unit", "median (min–max)", "n", title="figures")
-        for figure in self.figures.values():
+        for figure in self.plain_figures():
             table.add_row(figure.name, figure.unit, figure.text(), str(len(figure.values)))
         console.print(table)
         if self.goals:

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import lazyrestore
 from benchlib.measure import Report, clock
-from benchlib.product import _finish
+from benchlib.product import finish
 from benchlib.victims import HERE, PATIENCE, Unresponsive, end
 
 VICTIMS = HERE.parents[1] / "tests" / "victims"
@@ -280,7 +280,7 @@ def _replaced(pid: int, folder: Path) -> Iterator[lazyrestore.RestoredProcess]:
         try:
             yield process
         finally:
-            _finish(process)
+            finish(process)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import lazyrestore.restore
 import lazyrestore.snapshot
 from benchlib import rawcopy
 from benchlib.measure import Report, clock
-from benchlib.victims import Unresponsive, Victim, end, running
+from benchlib.victims import Unresponsive, Victim, end, hoard, running, worker
 from lazyrestore.pager.launch import connect_existing
 
 COMMAND = Path(sys.executable).parent / "lazyrestore"
@@ -27,7 +27,7 @@ SIZE_ROUNDS = 7
 ZEROS = 2048  # MiB
 
 
-def worker(report: Report, victim: Victim, folder: Path, tmpfs: Path, answer: str, whole: str) -> None:
+def restores(report: Report, victim: Victim, folder: Path, tmpfs: Path, answer: str, whole: str) -> None:
     """Snapshot a warmed-up worker beside zstd on the same bytes, then restore it twice. The victim is ended.
 
     Raises Unresponsive, LazyrestoreError.
@@ -75,24 +75,24 @@ def worker(report: Report, victim: Victim, folder: Path, tmpfs: Path, answer: st
             _restore(report, "3rd restore", first, victim, answer, whole, rss)
             with store.get("worker") as other:
                 _restore(report, "restore by another caller", other, victim, answer, whole, rss)
-            gone = _stop_pager(first)
+            gone = stop_pager(first)
         gone()
         with store.get("worker") as again:
             report.add("working set", again.working_set_bytes / 1e6, "MB")
             _restore(report, "1st restore, recorded", again, victim, answer, whole, rss)
-            gone = _stop_pager(again)
+            gone = stop_pager(again)
         gone()
         with store.get("worker") as again:
             _resume(report, "1st restore, recorded, empty request", again, victim, "/empty", nothing)
 
 
 def size(report: Report, folder: Path) -> None:
-    """Restore the same process with little and with much memory, in turn. Raises as `worker`."""
+    """Restore the same process with little and with much memory, in turn. Raises as `restores`."""
     answers: dict[int, tuple[Victim, str]] = {}
     with ExitStack() as stack:
         for megabytes in (SMALL, BIG):
             path = folder / f"hoard-{megabytes}.sock"
-            victim = stack.enter_context(running("hoard.py", path, str(megabytes), "filled"))
+            victim = stack.enter_context(running(hoard(megabytes, "filled"), path))
             answers[megabytes] = victim, victim.ask()
             with (
                 lazyrestore.Store.open(folder / f"store-{megabytes}") as store,
@@ -112,18 +112,18 @@ def size(report: Report, folder: Path) -> None:
                 ):
                     for kind in ("1st restore", "2nd restore"):
                         _resume(report, f"{megabytes} MiB, {kind}", snapshot, victim, "/", answer)
-                    gone = _stop_pager(snapshot)
+                    gone = stop_pager(snapshot)
                 gone()
 
 
 def zeros(report: Report, folder: Path) -> None:
-    """Snapshot a process with much memory that is zero or was never touched. Raises as `worker`."""
+    """Snapshot a process with much memory that is zero or was never touched. Raises as `restores`."""
     for name, megabytes, mode in (
         ("nothing", 1, "untouched"),
         ("untouched", ZEROS, "untouched"),
         ("zeros", ZEROS, "zeros"),
     ):
-        with running("hoard.py", folder / "zeros.sock", str(megabytes), mode) as victim:
+        with running(hoard(megabytes, mode), folder / "zeros.sock") as victim:
             answer = victim.ask()
             store = lazyrestore.Store.open(folder / f"store-{name}")
             snapshot = store.snapshot(victim.pid, name="zeros", kill=True)
@@ -136,7 +136,7 @@ def zeros(report: Report, folder: Path) -> None:
                 if victim.ask() != answer:
                     raise Unresponsive("zeros: the copy answers wrongly")
             finally:
-                _finish(process)
+                finish(process)
             snapshot.close()
             store.close()
 
@@ -147,7 +147,7 @@ def command_line(report: Report, folder: Path) -> None:
     The own start-up of `restore` is all of the command but the library's restore call, which has goals of its own.
     """
     base = [str(COMMAND), "--store", str(folder / "cli")]
-    with running("worker.py", folder / "cli.sock", "1") as victim:
+    with running(worker(1), folder / "cli.sock") as victim:
         answer = victim.warm_up()
         _run([*base, "snapshot", str(victim.pid), "--name", "worker", "--kill"])
         end(victim.pid)
@@ -185,7 +185,7 @@ def _restore(
         if first != answer or victim.ask("/all") != whole:
             raise Unresponsive(f"{name}: the copy answers wrongly")
     finally:
-        _finish(process)
+        finish(process)
     report.add(f"{name}: resumed", (resumed - started) * 1000, "ms")
     report.add(f"{name}: resumed, by its own account", process.restore_ms, "ms")
     for phase, ms in process.phases.items():
@@ -206,14 +206,14 @@ def _resume(report: Report, name: str, snapshot: lazyrestore.Snapshot, victim: V
     try:
         first, response = clock(lambda: victim.ask(what))
     finally:
-        _finish(process)
+        finish(process)
     if first != answer:
         raise Unresponsive(f"{name}: the copy answers wrongly")
     report.add(f"{name}: resumed", wall, "ms")
     report.add(f"{name}: first response", wall + response, "ms")
 
 
-def _stop_pager(snapshot: lazyrestore.Snapshot) -> Callable[[], None]:
+def stop_pager(snapshot: lazyrestore.Snapshot) -> Callable[[], None]:
     """Ask the snapshot's pager to exit; the result waits for that and is called when the snapshot is closed."""
     client = connect_existing(snapshot._image.key, snapshot.name)
     if client is None:
@@ -229,7 +229,7 @@ def _stop_pager(snapshot: lazyrestore.Snapshot) -> Callable[[], None]:
     return wait
 
 
-def _finish(process: lazyrestore.RestoredProcess) -> None:
+def finish(process: lazyrestore.RestoredProcess) -> None:
     process.kill()
     process.wait()
     end(process.pid)

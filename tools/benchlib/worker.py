@@ -7,7 +7,8 @@ refuses SO_PASSCRED on them (kernel commit 7d8d93fdde50; CRIU issue 2718).
 
 It prints one line ("ready") when it listens. GET / answers with a digest that touches a small part of the data set;
 GET /all with one of the whole (the oracle of a restore); GET /empty touches none of it; GET /fork is answered by a
-forked child, which then exits. The data set is computed with a fixed seed, so the digests are the same in every run.
+forked child, which lives until the caller closes the connection. The data set is computed with a fixed seed, so the
+digests are the same in every run.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 return
             try:
                 self.reply(self.data.part())
+                self.connection.shutdown(socket.SHUT_WR)
+                self.connection.recv(1)
             finally:
                 os._exit(0)
         answers: dict[str, Callable[[], str]] = {"/all": self.data.whole, "/empty": str}
