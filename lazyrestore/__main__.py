@@ -35,6 +35,9 @@ def _run() -> None:
     while (null := os.open(os.devnull, os.O_RDWR)) <= LAST_STREAM:
         os.set_inheritable(null, True)
     os.close(null)
+    from lazyrestore.stand_ins import bring
+
+    bring("click")
     from lazyrestore.cli import main
 
     try:

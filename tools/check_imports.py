@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pid_namespace": {"_native", "kernel", "program", "spawn"},
     "network_namespace": {"_native", "program"},
     "restore_options": set(),
+    "stand_ins": set(),
     "restore_checks": {"manifest", "resources", "kernel", "_native"},
     "restore_program": {
         "manifest",
@@ -60,6 +61,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": {"fleet", "readiness", "restore_options", "snapshot", "restore", "manifest", "store", "pager", "kernel"},
     "__init__": {"api"},
     "cli": {
+        "stand_ins",
         "working_set",
         "readiness",
         "__init__",
@@ -74,7 +76,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "program",
         "resources",
     },
-    "__main__": {"cli"},
+    "__main__": {"cli", "stand_ins"},
 }
 
 

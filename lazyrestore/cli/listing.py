@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyrestore.cli.words import columns, complete_name, nothing_stored, size, to_json
+from lazyrestore.cli.words import Command, columns, complete_name, nothing_stored, size, to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import Snapshot
@@ -23,7 +23,7 @@ DRAWN_COLUMNS = 48
 SHADES = " ▁▂▃▄▅▆▇█"
 
 
-@click.command("ls")
+@click.command("ls", cls=Command)
 @json_option
 @click.pass_obj
 def ls_command(store: str, json_output: bool) -> None:
@@ -63,7 +63,7 @@ def ls_command(store: str, json_output: bool) -> None:
     click.echo("\n".join(columns(rows, frozenset((2, 3, 4)))))
 
 
-@click.command("show")
+@click.command("show", cls=Command)
 @click.argument("name", shell_complete=complete_name)
 @json_option
 @click.pass_obj
@@ -150,7 +150,7 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-@click.command("rm")
+@click.command("rm", cls=Command)
 @click.argument("names", nargs=-1, required=True, shell_complete=complete_name)
 @json_option
 @click.pass_obj
@@ -178,7 +178,7 @@ def rm_command(store: str, names: tuple[str, ...], json_output: bool) -> None:
         click.echo(to_json(fields))
 
 
-@click.command("verify")
+@click.command("verify", cls=Command)
 @click.argument("name", required=False, shell_complete=complete_name)
 @json_option
 @click.pass_obj

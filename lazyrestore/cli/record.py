@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lazyrestore.cli.words import complete_name, end_like_ctrl_c, size, to_json
+from lazyrestore.cli.words import Command, complete_name, end_like_ctrl_c, size, to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot
@@ -21,7 +21,7 @@ LOOK_SECONDS = 0.1
 ANSWER_SECONDS = 60.0
 
 
-@click.command("record")
+@click.command("record", cls=Command)
 @click.argument("name", shell_complete=complete_name)
 @click.option(
     "--until-port", "address", metavar="PORT", help="Until it answers there: a TCP port or a Unix socket's path."

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import click
 
-from lazyrestore.cli.words import complete_name, end_like_ctrl_c, to_json
+from lazyrestore.cli.words import Command, complete_name, end_like_ctrl_c, to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot
@@ -31,7 +31,7 @@ LAST_DESCRIPTOR = (1 << 31) - 1  # a C int
 SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the whole foreground group got it
 
 
-@click.command("restore")
+@click.command("restore", cls=Command)
 @click.argument("name", shell_complete=complete_name)
 @click.option(
     "--detach",

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 import click
 
-from lazyrestore.cli.words import ProcessId, size
+from lazyrestore.cli.words import Command, ProcessId, size
 
 
-@click.command("snapshot")
+@click.command("snapshot", cls=Command)
 @click.argument("pid", type=ProcessId("`pidof {0}` or `pgrep {0}` may find it"))
 @click.option("--name", required=True, help="The snapshot's name.")
 @click.option("--tree", is_flag=True, help="The process and its children (not available yet).")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyrestore.cli.words import ProcessId, columns, nothing_stored, size
+from lazyrestore.cli.words import Command, ProcessId, columns, nothing_stored, size
 
 if TYPE_CHECKING:
     from lazyrestore.pager.client import PagerStats, ServiceTimes, SpaceStats
@@ -17,7 +17,7 @@ PAGE = 4096
 REMOVED = "(removed)"  # as names of snapshots, which have no parentheses
 
 
-@click.command("stats")
+@click.command("stats", cls=Command)
 @click.argument("pid", type=ProcessId("`lazyrestore stats` shows all, with their snapshots"), required=False)
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 @click.pass_obj

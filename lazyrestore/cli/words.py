@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import click
 
+from lazyrestore.stand_ins import bring
+
 LARGEST_PID = (1 << 31) - 1  # a C int
 
 
@@ -43,6 +45,14 @@ def nothing_stored(store: str) -> bool:
     from lazyrestore.cli import default_store
 
     return store == default_store() and not os.path.lexists(store)
+
+
+class Command(click.Command):
+    """A command that needs msgspec when it runs, though not to show its help."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        bring("msgspec")
+        return super().invoke(ctx)
 
 
 class ProcessId(click.ParamType[int]):

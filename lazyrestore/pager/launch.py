@@ -17,10 +17,9 @@ import fcntl
 import os
 import socket
 import stat
+from _blake2 import blake2b  # hashlib's own, without OpenSSL, which takes 3 ms to load
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, Self
-
-from blake3 import blake3
 
 from ..errors import PagerError
 from . import wire
@@ -262,7 +261,7 @@ def _directory(given: StrPath | None) -> str:
 
 
 def _socket_path(directory: StrPath, key: str) -> str:
-    path = os.path.join(directory, blake3(f"{wire.VERSION} {key}".encode()).hexdigest(8) + _SOCKET)
+    path = os.path.join(directory, blake2b(f"{wire.VERSION} {key}".encode(), digest_size=8).hexdigest() + _SOCKET)
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise PagerError(f"run-time directory {directory}", "socket", "path too long", errno=errno.ENAMETOOLONG)
     return path

@@ -14,11 +14,14 @@ import pytest
 from helpers import Victims, alive, until
 
 import lazyrestore
+from lazyrestore.cli import COMMANDS
 from lazyrestore.errors import NotAStore
 
 ENTRY = "from lazyrestore.__main__ import entry; entry()"  # what the console script does
 # For people only, for writing only, or for one command only.
 RICH = {"rich", "json", "shutil", "pathlib", "subprocess", "ctypes", "importlib.metadata", "logging", "asyncio"}
+# For what click and msgspec can do and no command wants.
+REPLACED = {"inspect", "ast", "dis", "gettext", "locale", "platform", "datetime", "msgspec.inspect"}
 STORE = {"lmdb", "msgspec", "dataclasses", "lazyrestore.api", "lazyrestore.store"}
 PROCESSES = {"lazyrestore._native", "lazyrestore.kernel", "lazyrestore.manifest", "lazyrestore.resources", "socket"}
 WRITING = {"blake3", "concurrent.futures", "lazyrestore.snapshot", "lazyrestore.store.writer"}
@@ -37,8 +40,8 @@ def test_help_imports_click_and_nothing_of_its_own() -> None:
     modules, text = imports("--help")
     assert text.startswith("Usage:")
     own = {module for module in modules if module.startswith("lazyrestore")}
-    assert own == {"lazyrestore", "lazyrestore.__main__", "lazyrestore.cli"}
-    assert not modules & (RICH | STORE | PROCESSES | WRITING)
+    assert own == {"lazyrestore", "lazyrestore.__main__", "lazyrestore.cli", "lazyrestore.stand_ins"}
+    assert not modules & (RICH | REPLACED | STORE | PROCESSES | WRITING)
 
 
 def test_ls_knows_no_process(run: Path) -> None:
@@ -46,7 +49,7 @@ def test_ls_knows_no_process(run: Path) -> None:
     modules, text = imports("--store", run / "store", "ls")
     assert text.startswith("NAME")
     assert "lmdb" in modules
-    assert not modules & (RICH | PROCESSES | WRITING | {"lazyrestore.api", "dataclasses"})
+    assert not modules & (RICH | REPLACED | PROCESSES | WRITING | {"lazyrestore.api", "dataclasses"})
 
 
 @pytest.mark.requires("root")
@@ -62,8 +65,45 @@ def test_restore_imports_nothing_of_the_snapshotter(run: Path, victims: Victims)
     assert text == f"{pid}\n"
     os.kill(pid, signal.SIGKILL)
     until(lambda: not alive(pid), "the end of the copy")
-    named_by = {"blake3"}  # the pager's socket
-    assert not modules & ((RICH | SURVEY | WRITING | {"dataclasses", "hashlib"}) - named_by)
+    assert not modules & (RICH | (REPLACED - {"platform"}) | SURVEY | WRITING | {"dataclasses", "hashlib"})
+
+
+@pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
+def test_help_is_the_same_with_stand_ins(command: list[str]) -> None:
+    plain = "from lazyrestore.cli import main; main(prog_name='lazyrestore')"
+    ours, clicks = (
+        subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, check=True).stdout
+        for code in (f"import sys; sys.argv[0] = 'lazyrestore'; {ENTRY}", plain)
+    )
+    assert ours == clicks
+
+
+def test_stand_ins_are_gone_afterwards_and_pass_on_what_they_lack() -> None:
+    """In a process of its own, because they take no place that is taken."""
+    code = """
+import sys
+from lazyrestore.stand_ins import StandIn, bring
+assert not {"inspect", "gettext", "platform", "datetime", "typing_extensions"} & set(sys.modules)
+for library in ("click", "msgspec"):
+    bring(library)
+    assert not [name for name, module in sys.modules.items() if module is None or isinstance(module, StandIn)]
+import click.core, inspect, datetime, msgspec
+assert isinstance(click.core.inspect, StandIn) and isinstance(msgspec.json, StandIn)
+assert click.core.inspect.signature is inspect.signature
+assert datetime.datetime is sys.modules["_datetime"].datetime
+assert msgspec.json.encode({"when": datetime.date(2026, 11, 23)}) == b'{"when":"2026-11-23"}'
+assert click.DateTime(["%Y"]).convert("2026", None, None) == datetime.datetime(2026, 1, 1)
+text = "  a\\n\\n    b\\tc\\n      d\\n \\n"
+assert click.core.inspect.cleandoc(text) == inspect.cleandoc(text), click.core.inspect.cleandoc(text)
+assert bring("enum") is None  # was there already
+try:
+    bring("no_such_library")
+except ModuleNotFoundError as error:
+    assert error.name == "no_such_library"
+print("done")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "done\n", done.stderr
 
 
 @pytest.mark.parametrize("columns", ["30", "66", "200", "wide", ""])
