@@ -6,6 +6,7 @@ them forks: the token finds all of them at the end of a test, whichever way it e
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import signal
@@ -16,7 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -98,6 +99,21 @@ def in_threads(count: int, work: Callable[[int], None]) -> None:
         thread.join()
     if errors:
         raise errors[0]
+
+
+def open_descriptors() -> list[str]:
+    """This process's descriptors; those that earlier tests have left to the garbage collector are closed first."""
+    gc.collect()
+    return sorted(os.listdir("/proc/self/fd"))
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A TCP port of 127.0.0.1 that nobody is given by chance: only who asks for it, with SO_REUSEADDR, gets it."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 def children_of(pid: int) -> list[int]:

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers import Victim, Victims, until
+from helpers import Victim, Victims, open_descriptors, until
 
 if TYPE_CHECKING:
     import lazyrestore
@@ -41,4 +41,4 @@ def init_of(process: lazyrestore.RestoredProcess) -> int:
 
 def descriptors() -> int:
     """How many this process has open."""
-    return len(os.listdir("/proc/self/fd"))
+    return len(open_descriptors())

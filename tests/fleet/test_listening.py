@@ -8,10 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from helpers import Victim, Victims, alive, until
+from helpers import Victim, Victims, alive, reserved_port, until
 from helpers_cli import command, run_cli
 from helpers_fleet import descriptors
 
@@ -42,13 +44,6 @@ def ask(address: str | socket.socket) -> str:
         return connection.makefile().readline().strip()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def ended(process: lazyrestore.RestoredProcess) -> None:
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
@@ -56,8 +51,8 @@ def ended(process: lazyrestore.RestoredProcess) -> None:
 
 def test_on_another_port(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
     victim, port, _ = listener(run, victims, "tcp")
-    with store.snapshot(victim.pid, name="x") as snapshot:
-        ports = [free_port() for _ in range(3)]
+    with store.snapshot(victim.pid, name="x") as snapshot, ExitStack() as reserved:
+        ports = [reserved.enter_context(reserved_port()) for _ in range(3)]
         clones = [snapshot.restore(new_pid=True, listen={int(port): new}) for new in ports]
         for new in ports:
             assert [ask(str(new)) for _ in range(2)] == [f"2 {victim.pid}", f"3 {victim.pid}"]
@@ -76,7 +71,7 @@ def test_sharing_a_port(run: Path, victims: Victims, store: lazyrestore.Store) -
         victim.gone()
         clones = snapshot.clones(3, reuseport=True)
         answers = {ask(port) for _ in range(60)}
-        assert len(answers) > 1, "a count of its own in each"
+        assert len(answers) < 60, "a count of its own in each: some come twice"
         for clone in clones:
             ended(clone)
 
@@ -133,10 +128,16 @@ def test_in_a_network_of_its_own(run: Path, victims: Victims, store: lazyrestore
             ended(clone)
 
 
-def test_on_the_command_line(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+@pytest.fixture
+def new() -> Iterator[int]:
+    """A port that nobody listens on."""
+    with reserved_port() as port:
+        yield port
+
+
+def test_on_the_command_line(run: Path, victims: Victims, store: lazyrestore.Store, new: int) -> None:
     victim, port, number = listener(run, victims, "tcp")
     store.snapshot(victim.pid, name="x").close()
-    new = free_port()
     restore = ["restore", "x", "--detach", "--pid", "new", "--json"]
     answer = run_cli(run / "store", *restore, "--listen", f"{port}:{new}")
     assert answer.returncode == 0, answer.stderr

@@ -247,10 +247,12 @@ def test_full_store(run: Path, victims: Victims, build: Builder) -> None:
 
 @pytest.mark.parametrize("damaged", [True, False])
 def test_sigbus_in_the_foreground_is_explained(run: Path, victims: Victims, copies: Copies, damaged: bool) -> None:
-    victim = victims.start([sys.executable, "-c", "import time\nprint(flush=True)\nwhile True: time.sleep(0.01)"])
-    victim.until(victim.log.read_text, "its heap")
+    code = "import os, sys, time\nwhile True: os.close(os.open(sys.argv[1], os.O_CREAT)); time.sleep(0.01)"
+    victim = victims.start([sys.executable, "-c", code, run / "runs"])
+    victim.until((run / "runs").exists, "its heap")
     snapshot = copies.snapshot(victim.pid, "s", kill=True)
     victim.gone()
+    (run / "runs").unlink()
     if damaged:
         image = snapshot._image
         memory = snapshot.manifest.attributes.memory
@@ -266,7 +268,7 @@ def test_sigbus_in_the_foreground_is_explained(run: Path, victims: Victims, copi
         command(run / "store", "restore", "s"), stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     if not damaged:
-        until(lambda: alive(victim.pid), "the copy")
+        until((run / "runs").exists, "a copy that runs")
         os.kill(victim.pid, signal.SIGBUS)
     _, said = restoring.communicate(timeout=GUARD_SECONDS)
     assert restoring.returncode == 128 + signal.SIGBUS, said

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Victim, Victims, alive, ask, until
+from helpers import Victim, Victims, alive, ask, open_descriptors, until
 from helpers_cli import command
 from helpers_copies import Copies
 
@@ -69,10 +69,10 @@ def test_no_descriptor_is_left(victims: Victims, copies: Copies) -> None:
         assert process.wait() == -signal.SIGKILL
 
     once()
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     for _ in range(50):
         once()
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def asleep(victims: Victims, **options: int) -> Victim:

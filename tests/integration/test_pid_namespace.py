@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from helpers import Victims, until
+from helpers import Victims, open_descriptors, until
 
 import lazyrestore
 
@@ -68,7 +68,7 @@ def test_end_of_the_init_ends_the_copy(run: Path, victims: Victims, store: lazyr
 
 def test_copy_that_is_killed_leaves_nothing(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
     snapshot = store.snapshot(started(run, victims), name="x")
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     for _ in range(5):
         copy = snapshot.restore(new_pid=True)
         assert copy._namespace is not None
@@ -77,4 +77,4 @@ def test_copy_that_is_killed_leaves_nothing(run: Path, victims: Victims, store: 
         assert copy.wait(60) == -9
         assert not os.path.exists(f"/proc/{init}")
     snapshot.close()
-    assert len(os.listdir("/proc/self/fd")) <= len(before)
+    assert len(open_descriptors()) <= len(before)

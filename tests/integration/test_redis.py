@@ -3,23 +3,17 @@
 from __future__ import annotations
 
 import shutil
-import socket
-from contextlib import closing, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from helpers import Victim, Victims, in_threads
+from helpers import Victim, Victims, in_threads, reserved_port
 from helpers_copies import Copies
 from helpers_redis import Redis, RedisError
 
 pytestmark = pytest.mark.requires("program:redis-server")
 KEYS = 200_000
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def start(victims: Victims, directory: Path, where: str | int, *more: str) -> Victim:
@@ -53,9 +47,15 @@ def fill(where: str | int) -> str:
     return digest
 
 
+@pytest.fixture
+def port() -> Iterator[int]:
+    with reserved_port() as port:
+        yield port
+
+
 @pytest.mark.parametrize("tcp", [False, True], ids=["unix", "tcp"])
-def test_redis(run: Path, victims: Victims, copies: Copies, tcp: bool) -> None:
-    where = free_port() if tcp else str(run / "socket")
+def test_redis(run: Path, victims: Victims, copies: Copies, port: int, tcp: bool) -> None:
+    where = port if tcp else str(run / "socket")
     victim = start(victims, run / "redis", where)
     digest = fill(where)
     victim.quiet(sockets=1)

@@ -7,8 +7,14 @@ from pathlib import Path
 import pytest
 from helpers import VICTIMS, Builder, Victims, http_get, in_threads
 from helpers_copies import Copies
+from helpers_facts import descriptors
 
 RUNNING = ("mappings", "flags", "tasks", "status")  # their threads allocate, come and go while /proc is read
+
+
+def lasting(pid: int) -> dict[int, tuple[str, str, str]]:
+    """Descriptors without those by which a JVM looks at its cgroup's memory and the like, now and then."""
+    return {number: about for number, about in descriptors(pid).items() if not about[0].startswith(("/proc/", "/sys/"))}
 
 
 @pytest.mark.requires("program:node")
@@ -54,7 +60,9 @@ def test_jvm(run: Path, victims: Victims, copies: Copies, build: Builder, collec
     ticks = int(http_get(port, "/ticks"))
     victim.quiet()
 
-    copy = copies.replace(victim, ignore=RUNNING)
+    before = lasting(victim.pid)
+    copy = copies.replace(victim, ignore=(*RUNNING, "descriptors"))
+    assert lasting(copy.pid) == before
     assert http_get(port, "/digest") == digest
 
     def load(thread: int) -> None:

@@ -48,8 +48,9 @@ class Piped:
 
 
 def blocked(pid: int) -> bool:
-    """Whether the process sleeps in a system call."""
-    return Path(f"/proc/{pid}/syscall").read_text().split()[0].isdigit()
+    """Whether the process sleeps in a system call, and not for a disk: until a signal comes or what it waits for."""
+    sleeps = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+    return sleeps and Path(f"/proc/{pid}/syscall").read_text().split()[0].isdigit()
 
 
 def replace_and_compare(copies: Copies, victim: Victim) -> Copy:

@@ -71,7 +71,7 @@ def test_next_one_needs_no_faults(start: Start, make_image: MakeImage, make_vict
     for number in (8, 9, 25):
         address = BASE + number * CHUNK
         assert second.ask("crc", address, CHUNK) == str(zlib.crc32(image.raw(address, CHUNK)))
-    stats = client.stats()
+    stats = stats_when(client, lambda stats: stats.faults >= 4)
     assert stats.faults == 4
     assert stats.counters.replayed == 3 * CHUNK // PAGE
     assert second.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
@@ -126,9 +126,9 @@ def test_little_is_kept_and_the_shutdown_is_not(
         known += (slot_of(image, number),)
         until(lambda times=times: trace.exists() and trace.read_text() == "kept\n" * times, "the recorder")
         assert numbers(client.working_set()) == known
-        victim.ask("touch", BASE + 20 * CHUNK)  # in order to end, say
-        stats_when(client, lambda stats: stats.spaces[0].service.max_ns > 0)
-        victim.process.kill()
+        victim.send("touch", BASE + 20 * CHUNK)  # in order to end
+        assert victim.process.stdin
+        victim.process.stdin.close()
         victim.process.wait()
         stats_when(client, lambda stats, times=times: stats.spaces_ended == times)
         assert numbers(client.working_set()) == known
@@ -324,7 +324,8 @@ def test_walk_upwards_is_served_ahead(start: Start, make_image: MakeImage, make_
     victim.clone(client, BASE, LENGTH, record=True)
     assert victim.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
     until(lambda: numbers(client.working_set()) == tuple(range(32)), "all 32 chunks in the recording")
-    assert client.stats().faults == 6  # chunks 0, 1, 3, 6, 11, 20: each brings twice as many as the one before
+    stats = stats_when(client, lambda stats: stats.faults >= 6)
+    assert stats.faults == 6  # chunks 0, 1, 3, 6, 11, 20: each brings twice as many as the one before
 
 
 def test_recorder_is_run_after_each_recording(

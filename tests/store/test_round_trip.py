@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import open_descriptors
 from helpers_store import BASE, PAGE, get, pages, put
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -218,11 +219,11 @@ def test_an_open_image_survives_the_store_object(tmp_path: Path) -> None:
 
 
 def test_no_descriptor_is_left(tmp_path: Path) -> None:
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     with ImageStore.open(tmp_path / "store") as store:
         put(store, "one", pages(50))
         with store.open_image("one"):
             store.verify()
         store.totals()
         store.rm("one")
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
