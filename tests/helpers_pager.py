@@ -18,7 +18,7 @@ from pathlib import Path
 import zstandard
 
 from lazyrestore.pager import BACKING_SHARED, BACKING_TEMPLATE, PagerClient, PagerStats, Range, wire
-from lazyrestore.store.format import sums_of, tag_of
+from lazyrestore.store.format import PLANES, PLANES_MARK, sums_of, tag_of
 
 PAGE = 4096
 CHUNK = 64 << 10
@@ -47,7 +47,8 @@ def pages(seed: int, length: int = CHUNK) -> bytes:
 
 @dataclass
 class Image:
-    """A plain file that stands for data.mdb. `chunks`: image address to raw bytes. Meets `StoredImage`."""
+    """A plain file that stands for data.mdb. `chunks`: image address to raw bytes; every other one is stored in planes.
+    Meets `StoredImage`."""
 
     path: Path
     chunks: Mapping[int, bytes]
@@ -77,6 +78,8 @@ class Image:
                     self.packs.append((file.tell(), 0))
                 start, length = self.packs[-1]
                 frame = compressor.compress(raw)
+                if i % 2:
+                    frame = PLANES_MARK + compressor.compress(b"".join(raw[plane::PLANES] for plane in range(PLANES)))
                 index += wire.CHUNK.pack(address, len(raw), len(self.packs) - 1, length, len(frame))
                 self.stored_at[address] = (file.tell(), len(frame))
                 self.packs[-1] = (start, length + len(frame))

@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-HEADERS = ["executor.h", "spawn.h", "trace.h", "memory.h", "features.h"]
+HEADERS = ["executor.h", "spawn.h", "trace.h", "memory.h", "features.h", "compress.h"]
 SOURCES = sorted(path.name for path in HERE.glob("*.c") if not path.name.startswith("_"))
 
 SYSCALLS = """
@@ -121,6 +121,7 @@ ffibuilder.set_source(
     "lazyrestore._native._core",
     PREAMBLE + "\n".join(f'#include "{header}"' for header in present),
     sources=[f"lazyrestore/_native/{source}" for source in SOURCES],
+    libraries=["zstd"],
     extra_compile_args=[
         "-iquote",
         "lazyrestore/_native",

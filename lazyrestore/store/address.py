@@ -7,7 +7,7 @@ import _cffi_backend
 _ffi = _cffi_backend.FFI()
 
 
-def address_of(view: memoryview) -> int:
+def address_of(view: memoryview | bytes) -> int:
     """The address of the first byte, whether it may be written or not; 0 for an empty buffer."""
     if not len(view):
         return 0

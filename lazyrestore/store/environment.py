@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import lmdb
+import msgspec
 
 from lazyrestore.errors import (
     ChunkInvalid,
@@ -176,7 +177,7 @@ class Environment:
                 raise stranger from None
             if head.magic != format.MAGIC:
                 raise stranger
-            if head.version != format.VERSION:
+            if head.version > format.VERSION:
                 raise StoreVersionError(
                     self.resource,
                     "open",
@@ -184,6 +185,12 @@ class Environment:
                     "use the lazyrestore that wrote it, or a newer one",
                 )
             return format.decode(data, format.Identity, self.resource).uuid
+
+    def upgrade(self, txn: Transaction) -> None:
+        """In a write transaction that adds what only this version knows: the store is of this version from then on."""
+        identity = format.decode(self.need(txn, format.IDENTITY), format.Identity, self.resource)
+        if identity.version < format.VERSION:
+            txn.put(format.IDENTITY, format.encode(msgspec.structs.replace(identity, version=format.VERSION)))
 
     @property
     def busy(self) -> bool:

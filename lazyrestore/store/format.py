@@ -17,7 +17,7 @@ import msgspec
 from lazyrestore.errors import BadSnapshotName, ChunkInvalid
 
 MAGIC = "lazyrestore"
-VERSION = 1
+VERSION = 2  # 1 had no chunks in planes; such a store is read as it is
 
 PAGE = 4096  # bytes; image addresses and chunk lengths are multiples of it, whatever the page size of the machine
 CHUNK = 16 << 10  # bytes; chunks do not cross multiples of this image address
@@ -26,6 +26,8 @@ HASH = 32  # bytes of BLAKE3
 PACK = (4 << 20) - 16  # bytes at which a pack is full; with LMDB's 16-byte page header exactly 1024 pages
 # A pack with one chunk may exceed that only by what zstd adds to an incompressible chunk; anything longer is damage.
 PACK_MAX = 8 << 20
+PLANES = 8  # bytes of a word, each of which has a plane (_native/planes.h)
+PLANES_MARK = bytes.fromhex("582a4d18 00000000")  # before the frame of a chunk in planes: an empty skippable frame
 LEVELS = range(1, 20)  # zstd compression levels on offer
 
 ENTRY = struct.Struct("<QIIII")  # struct lr_chunk: image address, raw length, pack slot, offset in pack, stored length
@@ -167,6 +169,9 @@ def decompress(payload: bytes | memoryview, length: int) -> bytes:
     """The raw bytes of a chunk. Raises ValueError saying what is wrong with it."""
     import zstandard
 
+    in_planes = payload[: len(PLANES_MARK)] == PLANES_MARK
+    if in_planes:
+        payload = payload[len(PLANES_MARK) :]
     try:
         frame = zstandard.get_frame_parameters(payload)
         if frame.content_size != length or not frame.has_checksum:
@@ -176,4 +181,13 @@ def decompress(payload: bytes | memoryview, length: int) -> bytes:
         raise ValueError(str(error)) from error
     if len(raw) != length:
         raise ValueError(f"{len(raw)} bytes instead of {length}")
-    return raw
+    return join_planes(raw) if in_planes else raw
+
+
+def join_planes(planes: bytes) -> bytes:
+    """Memory from its planes: the first bytes of its 8-byte words, then their second bytes, and so on."""
+    length = len(planes) // PLANES
+    memory = bytearray(len(planes))
+    for plane in range(PLANES):
+        memory[plane::PLANES] = planes[plane * length : (plane + 1) * length]
+    return bytes(memory)

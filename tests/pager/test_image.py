@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from lazyrestore.pager import wire
 from lazyrestore.store import format
 
-SOURCES = [Path(__file__).parents[2] / f"lazyrestore/_native/pager/{name}.c" for name in ("image", "log")]
+NATIVE = Path(__file__).parents[2] / "lazyrestore" / "_native"
+SOURCES = [NATIVE / "pager" / f"{name}.c" for name in ("image", "log")]
 PAGE = 4096
 END = 2**64 - 1  # of a hole behind the last chunk
 COUNTS = [0, 1, 2, 60, 127, 128, 129, 255, 300, 520]
@@ -50,7 +51,7 @@ class Place(ctypes.Structure):
 
 
 class Unpacker(ctypes.Structure):
-    _fields_ = (("context", ctypes.c_void_p), ("stored", ctypes.c_void_p), ("raw", ctypes.c_void_p))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("context", "stored", "raw", "planes"))
 
 
 lib: ctypes.CDLL
@@ -60,7 +61,20 @@ lib: ctypes.CDLL
 def library(tmp_path_factory: pytest.TempPathFactory) -> None:
     global lib
     target = tmp_path_factory.mktemp("image") / "image.so"
-    command = ["cc", "-O1", "-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", *SOURCES]
+    command = [
+        "cc",
+        "-O1",
+        "-g",
+        "-std=gnu11",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-shared",
+        "-fPIC",
+        "-iquote",
+        NATIVE,
+        *SOURCES,
+    ]
     subprocess.run([*command, "-o", target, "-lzstd"], check=True)
     lib = ctypes.CDLL(str(target))
     lib.image_init.restype = lib.image_unpack.restype = lib.unpacker_init.restype = Error
@@ -99,7 +113,8 @@ class Stored:
         self.random = random.Random(seed)
         self.sums = sums
         compressor = zstandard.ZstdCompressor(level=1, write_checksum=True, write_content_size=True)
-        frames = [compressor.compress(bytes([k + 1]) * PAGE * (k + 1)) for k in range(4)]
+        frames = [compressor.compress(bytes([k + 1, 7]) * (PAGE // 2) * (k + 1)) for k in range(4)]
+        frames[1::2] = [format.PLANES_MARK + frame for frame in frames[1::2]]
         self.data = bytearray(b"".join(frames))
         self.pack = len(self.data)
         starts = [sum(map(len, frames[:k])) for k in range(4)]

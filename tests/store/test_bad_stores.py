@@ -262,9 +262,9 @@ def test_a_new_store_is_private(tmp_path: Path) -> None:
 
 
 def test_a_newer_version(path: Path) -> None:
-    newer = msgspec.msgpack.encode({"magic": "lazyrestore", "version": 2, "something": ["new"]})
+    newer = msgspec.msgpack.encode({"magic": "lazyrestore", "version": 3, "something": ["new"]})
     alter(path, format.IDENTITY, lambda _: newer)
-    with pytest.raises(StoreVersionError, match="format 2"):
+    with pytest.raises(StoreVersionError, match="format 3"):
         ImageStore.open(path)
 
 

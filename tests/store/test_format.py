@@ -11,34 +11,45 @@ from pathlib import Path
 import helpers_golden
 import pytest
 
+from lazyrestore.errors import StoreVersionError
 from lazyrestore.store import ImageStore, format
 from lazyrestore.store.writer import BATCH
 
 
+@pytest.fixture(params=helpers_golden.FOLDERS)
+def version(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> ImageStore:
-    copy = tmp_path / "golden"
-    shutil.copytree(helpers_golden.FOLDER, copy)
-    return ImageStore.open(copy, create=False)
+def path(tmp_path: Path, version: int) -> Path:
+    return Path(shutil.copytree(helpers_golden.FOLDERS[version], tmp_path / "golden"))
 
 
-def test_the_golden_store_is_readable(store: ImageStore) -> None:
+@pytest.fixture
+def store(path: Path) -> ImageStore:
+    return ImageStore.open(path, create=False)
+
+
+def test_the_golden_store_is_readable(store: ImageStore, version: int) -> None:
+    pieces = helpers_golden.pieces(version)
     assert [each.name for each in store.ls()] == ["golden", "second-1.0:@+_"]
     report = store.verify()
     assert not report.damage and report.snapshots == 2
     assert store.manifest("golden") == helpers_golden.MANIFEST
     with store.open_image("golden") as first, store.open_image("second-1.0:@+_") as second:
         assert first.hugetlb
-        for address, content in helpers_golden.PIECES.items():
+        for address, content in pieces.items():
             assert first.read(address, len(content)) == content
             assert second.read(address, len(content)) == b"changed" + content[7:]
     shown = store.show("second-1.0:@+_")
     assert shown.added_bytes < shown.stored_bytes
-    assert shown.raw_bytes == sum(map(len, helpers_golden.PIECES.values()))
+    assert shown.raw_bytes == sum(map(len, pieces.values()))
     store.close()
 
 
-def test_the_golden_store_is_writable(store: ImageStore) -> None:
+def test_the_golden_store_is_writable(store: ImageStore, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is added is of this version, which an older lazyrestore refuses to read."""
     content = helpers_golden.PIECES[helpers_golden.PRIVATE]
     with store.writer("new") as writer:
         writer.add(memoryview(content), [(helpers_golden.PRIVATE, 0, len(content))], chunk_size=1 << 16)
@@ -47,6 +58,18 @@ def test_the_golden_store_is_writable(store: ImageStore) -> None:
     store.rm("golden")
     assert not store.verify().damage
     store.close()
+    monkeypatch.setattr(format, "VERSION", format.VERSION - 1)
+    with pytest.raises(StoreVersionError, match=f"format {format.VERSION + 1}"):
+        ImageStore.open(path)
+
+
+@pytest.mark.parametrize("version", [2], indirect=True)
+def test_numbers_are_stored_in_planes(store: ImageStore) -> None:
+    with store, store.open_image("golden") as image:
+        entries = [each for each in image.entries() if each[0] >> 32 == helpers_golden.NUMBERS >> 32]
+        assert entries
+        for _, _, slot, offset, stored in entries:
+            assert image.read_data(image.packs[slot][0] + offset, stored).startswith(format.PLANES_MARK)
 
 
 def test_the_documented_layouts() -> None:

@@ -66,7 +66,11 @@ def check_by_hand(image: StoredImage, base: int, expected: bytes, chunk: int) ->
         assert address >= end and address // chunk == (address + length - 1) // chunk
         start, size = image.packs[pack]
         assert offset + stored <= size
-        content = zstandard.ZstdDecompressor().decompress(os.pread(image.data_fd, stored, start + offset))
+        frame = os.pread(image.data_fd, stored, start + offset)
+        planes = frame.startswith(bytes.fromhex("582a4d1800000000"))
+        content = zstandard.ZstdDecompressor().decompress(frame[8:] if planes else frame)
+        if planes:
+            content = bytes(content[word + plane * length // 8] for word in range(length // 8) for plane in range(8))
         assert len(content) == length and content[:PAGE].strip(b"\0") and content[-PAGE:].strip(b"\0")
         seen[address - base : address - base + length] = content
         end = address + length

@@ -1,6 +1,7 @@
 #include "image.h"
 
 #include "log.h"
+#include "planes.h"
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -252,8 +253,13 @@ struct image_place image_find(const struct image *image, uint64_t address) {
 
 struct lr_error unpacker_init(struct unpacker *unpacker) {
 	size_t stored = ZSTD_compressBound(LR_MAX_CHUNK);
-	*unpacker = (struct unpacker){.context = ZSTD_createDCtx(), .stored = malloc(stored), .raw = malloc(LR_MAX_CHUNK)};
-	if (unpacker->context && unpacker->stored && unpacker->raw)
+	*unpacker = (struct unpacker){
+		.context = ZSTD_createDCtx(),
+		.stored = malloc(stored),
+		.raw = malloc(LR_MAX_CHUNK),
+		.planes = malloc(LR_MAX_CHUNK),
+	};
+	if (unpacker->context && unpacker->stored && unpacker->raw && unpacker->planes)
 		return LR_OK;
 	unpacker_deinit(unpacker);
 	return lr_fail("malloc", ENOMEM, 0);
@@ -263,6 +269,7 @@ void unpacker_deinit(struct unpacker *unpacker) {
 	ZSTD_freeDCtx(unpacker->context);
 	free(unpacker->stored);
 	free(unpacker->raw);
+	free(unpacker->planes);
 	*unpacker = (struct unpacker){0};
 }
 
@@ -281,7 +288,8 @@ static struct lr_error check(const struct image *image, uint64_t index) {
 	return LR_OK;
 }
 
-/* One frame of `stored` bytes at `offset` of the data file, which makes `length` bytes; `address`: what to name in an error. */
+/* The frame, with a mark before it if it is of planes, of `stored` bytes at `offset` of the data file, which makes `length` bytes, a
+ * multiple of LR_PAGE; `address`: what to name in an error. */
 static struct lr_error unpack(const struct image *image, uint64_t offset, uint32_t stored, uint64_t length, uint64_t address,
 			      struct unpacker *unpacker) {
 	enum { DESCRIPTOR = 4, CHECKSUM_FLAG = 1 << 2 }; /* RFC 8878, 3.1.1.1.1 */
@@ -291,13 +299,20 @@ static struct lr_error unpack(const struct image *image, uint64_t offset, uint32
 	struct lr_error error = read_whole(image->data_fd, unpacker->stored, stored, offset);
 	if (error.code)
 		return error;
+	bool planes = stored > sizeof LR_PLANES_MARK && !memcmp(frame, LR_PLANES_MARK, sizeof LR_PLANES_MARK);
+	if (planes) {
+		frame += sizeof LR_PLANES_MARK;
+		stored -= sizeof LR_PLANES_MARK;
+	}
 	if (ZSTD_getFrameContentSize(frame, stored) != length)
 		return lr_fail("frame: content size", EBADMSG, address);
 	if (!(frame[DESCRIPTOR] & CHECKSUM_FLAG))
 		return lr_fail("frame: no checksum", EBADMSG, address);
-	size_t n = ZSTD_decompressDCtx(unpacker->context, unpacker->raw, length, frame, stored);
+	size_t n = ZSTD_decompressDCtx(unpacker->context, planes ? unpacker->planes : unpacker->raw, length, frame, stored);
 	if (ZSTD_isError(n) || n != length)
 		return lr_fail("ZSTD_decompressDCtx", EBADMSG, address);
+	if (planes)
+		lr_join_planes(unpacker->planes, length, unpacker->raw);
 	return LR_OK;
 }
 

@@ -65,6 +65,7 @@ struct unpacker {
 	void *context;
 	void *stored;
 	void *raw;
+	void *planes;
 };
 struct lr_error unpacker_init(struct unpacker *unpacker);
 void unpacker_deinit(struct unpacker *unpacker);
