@@ -4,7 +4,9 @@ Facts. Who the other end is, only NETLINK_SOCK_DIAG tells. One recv(MSG_PEEK) re
 are walked with SO_PEEK_OFF. A peer that is gone has no inode any more, and a stream's survivor is shut down both
 ways; a connection that waits in a listener's queue has no inode either, but its other end is not shut down. When the
 dead end had unread bytes, the survivor has ECONNRESET pending (POLLERR). A bound socket's file keeps its name when
-the process dies, and bind() then fails with EADDRINUSE.
+the process dies, and bind() then fails with EADDRINUSE. connect() of a datagram socket to such a file leaves no trace
+at another: ECONNREFUSED means that nobody is bound to it; with a socket of another kind there it is EPROTOTYPE, whether
+that one listens or not (unix_find_bsd in net/unix/af_unix.c).
 
 Consequence. A pair is made again and each queue filled by sending from the other end, with a send buffer large enough
 for the while. A stale socket file is unlinked before the new process starts, if no socket is bound to it any more;
@@ -166,20 +168,19 @@ def prepare(title: str, record: UnixRecord) -> None:
         return
     if not modes.S_ISSOCK(found.st_mode):
         raise RestoreError(title, "bind", f"{path} is no socket now", "move it away and try again")
-    if _is_bound(path, found, record.kind):
+    if _is_bound(path):
         raise taken
     os.unlink(path)
 
 
-def _is_bound(path: str, found: os.stat_result, kind: int) -> bool:
-    """Whether a socket is bound to the file: one of this network namespace, or, seen by connecting, of another."""
-    from lazyrestore.kernel.unix_diag import UnixDiag
-
-    with UnixDiag() as diag:
-        if any(known.bound == (found.st_dev, found.st_ino) for known in diag.all()):
-            return True
-    with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as probe:
-        return probe.connect_ex(path) != ECONNREFUSED
+def _is_bound(path: str) -> bool:
+    """Whether a socket of any kind is bound to the file, in whatever network namespace."""
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
+            return probe.connect_ex(f"/proc/self/fd/{descriptor}") != ECONNREFUSED
+    finally:
+        os.close(descriptor)
 
 
 def _capture_single(view: View, sock: socket.socket, state: unix_diag.UnixSocket) -> UnixSocket:

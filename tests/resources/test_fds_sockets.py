@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import socket
@@ -20,6 +21,7 @@ from lazyrestore.resources.pipe import ExternalPipe
 from lazyrestore.resources.unix_socket import UnixPair, UnixSocket
 
 lib = _core.lib
+_libc = ctypes.CDLL(None)
 
 LOOPBACK = "127.0.0.1"
 
@@ -215,6 +217,58 @@ def test_what_lies_in_a_unix_listeners_place(tmp_path: Path) -> None:
     path.parent.rmdir()
     with pytest.raises(RestoreError, match="no directory"):
         descriptors.prepare(table)
+
+
+@pytest.mark.requires("root")
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "listens"),
+    [
+        (socket.SOCK_STREAM, False),
+        (socket.SOCK_STREAM, True),
+        (socket.SOCK_SEQPACKET, False),
+        (socket.SOCK_SEQPACKET, True),
+        (socket.SOCK_DGRAM, False),
+    ],
+)
+def test_who_has_a_unix_address_is_seen_and_notices_nothing(
+    tmp_path: Path, kind: socket.SocketKind, listens: bool, elsewhere: bool
+) -> None:
+    """In our network namespace or in one of its own; the path is longer than an address may be."""
+    path = tmp_path / ("long" * 30) / "socket"
+    path.parent.mkdir()
+
+    def bind(kind: socket.SocketKind, listens: bool) -> None:
+        os.chdir(path.parent)
+        with socket.socket(socket.AF_UNIX, kind | socket.SOCK_NONBLOCK) as made:
+            made.bind(path.name)
+            if listens:
+                made.listen()
+            made.detach()
+
+    def take() -> None:
+        assert not elsewhere or _libc.unshare(lib.CLONE_NEWNET) == 0
+        bind(kind, listens)
+
+    def nothing_came() -> None:
+        with _own(3) as taken:
+            if listens:
+                with pytest.raises(BlockingIOError):
+                    taken.accept()
+            elif kind == socket.SOCK_DGRAM:
+                with pytest.raises(BlockingIOError):
+                    taken.recv(1)
+
+    with child(lambda: bind(socket.SOCK_STREAM, True)) as original:
+        table = original.survey()
+    path.unlink()
+    with child(take, nothing_came) as holder:
+        with pytest.raises(RestoreError, match="bind: Address already in use; "):
+            descriptors.prepare(table)
+        holder.go()
+    assert path.is_socket()
+    descriptors.prepare(table)
+    assert not path.exists()
 
 
 def test_unix_datagrams_and_unconnected(tmp_path: Path) -> None:
