@@ -22,13 +22,14 @@ import contextlib
 import os
 import struct
 from collections.abc import Iterable
+from functools import lru_cache
 
 import msgspec
 
 from lazyrestore import spawn
 from lazyrestore._native import _core
 from lazyrestore.errors import MissingFeature, RestoreError
-from lazyrestore.program import OpList, Program, Word, lib
+from lazyrestore.program import Linked, OpList, Program, Word, lib
 
 ffi = _core.ffi
 
@@ -81,7 +82,7 @@ def new_namespace(pid: int, *, ends_with_caller: bool = False) -> Namespace:
 
     ends_with_caller: all in it is killed when the calling thread ends, even by kill -9.
     """
-    linked = _init_program(pid, ends_with_caller).link(_BASE)
+    linked = _linked(pid, ends_with_caller)
     descriptor = os.memfd_create("lazyrestore-init", os.MFD_CLOEXEC)
     try:
         os.pwrite(descriptor, linked.image, 0)
@@ -111,6 +112,11 @@ def new_namespace(pid: int, *, ends_with_caller: bool = False) -> Namespace:
         namespace.end()
         raise
     return namespace
+
+
+@lru_cache(16)
+def _linked(pid: int, ends_with_caller: bool) -> Linked:
+    return _init_program(pid, ends_with_caller).link(_BASE)
 
 
 def _init_program(pid: int, ends_with_caller: bool) -> Program:

@@ -13,6 +13,7 @@ import os
 import signal
 import struct
 import time
+from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from itertools import chain
@@ -25,21 +26,23 @@ from lazyrestore.errors import MissingFeature, NoSuchProcess, PidTaken, RestoreE
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import Registers
 from lazyrestore.manifest import Manifest
-from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, PagerClient, Range
+from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, PagerClient, Range, pack_ranges
 from lazyrestore.pid_namespace import Namespace, new_namespace
 from lazyrestore.program import Op, lib
 from lazyrestore.resources import attributes, descriptors, listeners, threads, vma
 from lazyrestore.restore_checks import check_host, check_huge_pages, check_pid_free, reserve_huge_pages
 from lazyrestore.restore_options import AS_IT_WAS, Options
 from lazyrestore.restore_program import Compiled, compile_program, inherited_settings, layout_for
-from lazyrestore.store import HUGE_CHUNK, StoredImage
+from lazyrestore.store import HUGE_CHUNK, StoredImage, format
 
 ffi = _core.ffi
 
+PAGE = 4096
 LAST_STREAM = 2
 AHEAD = 4 << 20  # bytes of contents that are decompressed while the new process maps its memory
 STOPPED = 0x7F  # a wait status
 Piece = tuple[vma.Vma, int, bytes]  # address, contents
+Run = tuple[int, int]  # addresses of pages, end exclusive
 
 
 class Started(msgspec.Struct):
@@ -61,7 +64,9 @@ class Prepared(msgspec.Struct):
     own: attributes.Credentials
     # Options.shape → a program that can be used again, and the settings of the thread that it was compiled for
     compiled: dict[object, tuple[object, Compiled]] = msgspec.field(default_factory=dict)
-    ranges: list[Range] = msgspec.field(default_factory=list)
+    own_pages: tuple[bytes, tuple[Run, ...]] = (b"", ())  # a working set, and where the process wrote in it
+    ranges: bytes = b""  # pack_ranges()
+    pieces: list[Piece] = msgspec.field(default_factory=list)  # what contents() gave, if it is less than AHEAD
     huge_pages: int = 0  # of 2 MiB, with content
     checked: dict[str, vma.Signature | None] = msgspec.field(default_factory=dict)  # path → signature, unchanged
 
@@ -72,6 +77,7 @@ class Checked(msgspec.Struct, frozen=True):
     prepared: Prepared
     compiled: Compiled
     options: Options
+    own_pages: tuple[Run, ...]
     phases: _Phases
 
 
@@ -90,7 +96,7 @@ def prepare(name: str, manifest: Manifest, image: StoredImage) -> Prepared:
     """Check what does not change while this host runs: CPU, kernel. Raises CpuMismatch, KernelMismatch."""
     check_host(name, manifest)
     prepared = Prepared(name, manifest, image, attributes.credentials_of(os.getpid(), os.getpid()))
-    prepared.ranges = _ranges(manifest)
+    prepared.ranges = pack_ranges(_ranges(manifest))
     if image.hugetlb:
         prepared.huge_pages = sum(length == HUGE_CHUNK for _, length, *_ in image.entries())
     return prepared
@@ -104,16 +110,16 @@ def listening_elsewhere(manifest: Manifest, ports: Mapping[int, int], reuse_port
     return msgspec.structs.replace(manifest, descriptors=table)
 
 
-def compiled_for(prepared: Prepared, options: Options, above: int = 0) -> Compiled:
+def compiled_for(prepared: Prepared, options: Options, own_pages: tuple[Run, ...] = (), above: int = 0) -> Compiled:
     """The program, from the last time if it can be used again.
 
     Handed-over descriptors get numbers higher than `above`.
     """
     settings, compiled = prepared.compiled.get(options.shape, (None, None))
-    inherited = inherited_settings()
+    inherited = inherited_settings(), own_pages
     if compiled is None or settings != inherited or above >= compiled.layout.program:
         layout = layout_for(prepared.manifest, above + 1, options.inherited_numbers)
-        compiled = compile_program(prepared.manifest, layout, prepared.own, options)
+        compiled = compile_program(prepared.manifest, layout, prepared.own, options, own_pages)
         if descriptors.is_reusable(prepared.manifest.descriptors):
             prepared.compiled[options.shape] = inherited, compiled
     return compiled
@@ -126,9 +132,11 @@ def explain(prepared: Prepared, options: Options = AS_IT_WAS) -> list[str]:
     return list(compiled.program.explain())
 
 
-def check(prepared: Prepared, options: Options = AS_IT_WAS) -> Checked:
+def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"") -> Checked:
     """Check what may change between two restores, and compile if that is to do: all that can be done before the pager
-    answers. Raises PidTaken, FileChanged and RestoreError."""
+    answers. `filled`: a working set all of which is in the pager's template; the process then gets its own copies of
+    the pages that it is about to write before the pager has to do with them. Raises PidTaken, FileChanged and
+    RestoreError."""
     manifest, phases = prepared.manifest, _Phases()
     if not options.new_pid:
         check_pid_free(manifest.pid)
@@ -141,9 +149,10 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS) -> Checked:
     descriptors.check_files(manifest.descriptors)
     descriptors.prepare(manifest.descriptors, options.inherited_numbers, own_network=options.new_net)
     phases.done("check")
-    compiled = compiled_for(prepared, options)
+    own_pages = _own_pages(prepared, filled)
+    compiled = compiled_for(prepared, options, own_pages)
     phases.done("compile")
-    return Checked(prepared, compiled, options, phases)
+    return Checked(prepared, compiled, options, own_pages, phases)
 
 
 def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)) -> Started:
@@ -163,7 +172,7 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
         program = _memory_file("lazyrestore-program", owned)
         sources = [template, hugetlb or 0, program, spawn.executable(), *shared.values(), *streams, *inherited.values()]
         if max(sources) >= compiled.layout.program:  # a caller with many descriptors
-            compiled = compiled_for(prepared, options, max(sources))
+            compiled = compiled_for(prepared, options, checked.own_pages, max(sources))
         os.pwrite(program, compiled.linked.image, 0)
         handed = {program: compiled.layout.program, template: compiled.layout.template}
         pairs = [*handed.items(), *((shared[k], compiled.layout.shared[k]) for k in shared)]
@@ -185,17 +194,27 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
             child = _Child(prepared, compiled, pid)
             child.start(program)
             contents = child.contents()
-            ahead = _take(contents, AHEAD)  # while it maps
+            ahead = prepared.pieces or _take(contents, AHEAD)  # while it maps
             child.reach_stop()
             phases.done("map")
             userfaultfd = child.take(pidfd, compiled.userfaultfd)
             try:
                 lazy_shared = {k: fd for k, fd in shared.items() if manifest.shared[k].anonymous}
-                pager.attach(userfaultfd, pidfd, prepared.ranges, lazy_shared, record=options.record, fill=options.fill)
+                pager.attach(
+                    userfaultfd,
+                    pidfd,
+                    prepared.ranges,
+                    lazy_shared,
+                    record=options.record,
+                    own_pages=bool(checked.own_pages),
+                    fill=options.fill,
+                )
             finally:
                 os.close(userfaultfd)
             phases.done("attach")
-            child.write(chain(ahead, contents))
+            child.write(ahead if prepared.pieces else chain(ahead, contents))
+            if sum(len(data) for _, _, data in ahead) < AHEAD:
+                prepared.pieces = ahead
             phases.done("write")
             child.run_to_end()
             child.let_go(parked=options.parked)
@@ -225,6 +244,31 @@ def _ranges(manifest: Manifest) -> list[Range]:
             image = manifest.shared[v.shared_object].image + v.offset
             ranges.append(Range(v.start, v.end, image, BACKING_SHARED + v.shared_object))
     return ranges
+
+
+def _own_pages(prepared: Prepared, working_set: bytes) -> tuple[Run, ...]:
+    """Where the working set says that the process writes, in its lazy memory that can be written; sorted."""
+    known, runs = prepared.own_pages
+    if known != working_set:
+        lazy = [v for v in prepared.manifest.vmas if v.kind == "lazy" and v.protection & lib.PROT_WRITE]
+        found: list[Run] = []
+        for start in sorted(_written(prepared.image, working_set)):
+            number = bisect(lazy, start, key=lambda v: v.start) - 1
+            if number < 0 or start >= lazy[number].end:
+                continue
+            first = found.pop()[0] if found and found[-1][1] == start else start
+            found.append((first, start + PAGE))
+        runs = tuple(found)
+        prepared.own_pages = working_set, runs
+    return runs
+
+
+def _written(image: StoredImage, working_set: bytes) -> Iterator[int]:
+    """The addresses of the pages that a working set calls written."""
+    for number, written in format.TOUCHED.iter_unpack(working_set):
+        if written:
+            address, length, *_ = image.entry(number)
+            yield from (address + i * PAGE for i in range(length // PAGE) if i < 32 and written >> i & 1)
 
 
 def _memory_file(name: str, owned: ExitStack, flags: int = 0) -> int:

@@ -31,7 +31,7 @@ class Options(msgspec.Struct, frozen=True):
     @property
     def shape(self) -> tuple[object, ...]:
         """What the restore program depends on."""
-        return self.new_pid, self.new_net, self.inherited_numbers, self.mounts
+        return self.new_pid, self.new_net, self.inherited_numbers, self.mounts, self.parked
 
 
 AS_IT_WAS = Options()

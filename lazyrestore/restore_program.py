@@ -81,9 +81,16 @@ def layout_for(manifest: Manifest, minimum: int = 0, inherited: Sequence[int] = 
     return Layout(base, base + 1, base + 2, shared, streams, {number: first + k for k, number in enumerate(inherited)})
 
 
-def compile_program(manifest: Manifest, layout: Layout, own: Credentials, options: Options = AS_IT_WAS) -> Compiled:
+def compile_program(
+    manifest: Manifest,
+    layout: Layout,
+    own: Credentials,
+    options: Options = AS_IT_WAS,
+    own_pages: Sequence[tuple[int, int]] = (),
+) -> Compiled:
     """The program that turns a fresh process into the snapshot's. Raises RestoreError if a kind refuses.
 
+    own_pages: (start, end) of lazy memory that is in the template, of which it gets its own copies at once.
     In a PID namespace of its own it gets a mount namespace with a /proc that shows it.
     """
     program = Program()
@@ -132,6 +139,9 @@ def compile_program(manifest: Manifest, layout: Layout, own: Credentials, option
     signals.restore(manifest.signals, program, ops)
 
     with ops.serving("lazy memory"):
+        # As its first write would, which this spares it; where it is refused, that write still does.
+        for start, end in own_pages:
+            ops.try_call(lib.SYS_madvise, start, end - start, lib.MADV_POPULATE_WRITE)
         # It gets a number that is free now and is closed before the process runs.
         userfaultfd = fds.create(lib.SYS_userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK)
         ops.stop("the tracer hands the userfaultfd to the pager")

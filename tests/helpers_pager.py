@@ -196,6 +196,7 @@ class Victim:
         eager: bool = False,
         record: bool | None = False,
         replay: bool = False,
+        own_pages: bool = False,
         fill: str = "none",
     ) -> None:
         """Hands the victim's memory to the pager, and leaves no userfaultfd open but the pager's."""
@@ -204,7 +205,17 @@ class Victim:
         assert uffd >= 0, os.strerror(ctypes.get_errno())
         try:
             assert self.ask("close", inner) == "ok"
-            client.attach(uffd, self.pidfd, ranges, shared, eager=eager, record=record, replay=replay, fill=fill)
+            client.attach(
+                uffd,
+                self.pidfd,
+                ranges,
+                shared,
+                eager=eager,
+                record=record,
+                replay=replay,
+                own_pages=own_pages,
+                fill=fill,
+            )
         finally:
             os.close(uffd)
 
@@ -216,12 +227,13 @@ class Victim:
         *,
         record: bool | None = False,
         replay: bool = False,
+        own_pages: bool = False,
         fill: str = "none",
     ) -> None:
         """Maps [start, start + length) of the template at the same address, and attaches."""
         self.map(start, length, self.open(f"/proc/{os.getpid()}/fd/{client.template_fd}"), start)
         ranges = [Range(start, start + length, start, BACKING_TEMPLATE)]
-        self.attach(client, ranges, record=record, replay=replay, fill=fill)
+        self.attach(client, ranges, record=record, replay=replay, own_pages=own_pages, fill=fill)
 
     def open(self, path: str) -> int:
         return int(self.ask("open " + path))

@@ -4,8 +4,9 @@ Facts. A clone costs milliseconds to restore and microseconds to continue. A pro
 the *thread* that made it ends; an init of a PID namespace gets even that one if it is SIGKILL, and takes everything in
 its namespace along (pid_namespaces(7)).
 
-Choice. One background thread restores all clones, so all of them are killed by the kernel when this process ends, in
-whatever way; another thread collects the ended ones, so that giving back waits for nothing. Who takes a clone gets it
+Choice. Background threads that live as long as the pool restore all clones, so all of them are killed by the kernel when
+this process ends, in whatever way; another thread collects the ended ones, so that giving back waits for nothing. Two of
+them: half of a restore is waiting for the new process and the pager, and a busy pool needs both CPUs for it. Who takes a clone gets it
 from a queue, and leaves a Future in another one if there is none; an asyncio caller awaits the same Future.
 
 Cost. Restoring takes Python's global lock for about half of its time: a busy pool slows down its own process.
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from lazyrestore.fleet.process import Parked
     from lazyrestore.fleet.sockets import Address
 
+FILLERS = 2  # threads that restore
 RETRY_SECONDS = 1.0  # after a restore that failed, unless somebody asks earlier
 
 
@@ -99,7 +101,7 @@ class Pool:
     """Keeps `size` clones parked and hands them out. Thread-safe; close() it, or use it as a context manager."""
 
     def __init__(self, start: Callable[[], Clone], size: int, limits: Limits) -> None:
-        """`start` restores a parked clone; it is called by one thread, which lives as long as the pool."""
+        """`start` restores a parked clone; it is called by threads that live as long as the pool."""
         if size < 1:
             raise ValueError("a pool has at least one clone")
         self._start, self._size, self._limits = start, size, limits
@@ -111,10 +113,13 @@ class Pool:
         self._closing = threading.Event()
         self._started = self._retired = 0
         self._ended: queue.SimpleQueue[Clone | None] = queue.SimpleQueue()
-        self._filler = threading.Thread(target=self._fill, name="lazyrestore-pool", daemon=True)
+        self._starting = 0
+        self._threads = [
+            threading.Thread(target=self._fill, name="lazyrestore-pool", daemon=True) for _ in range(FILLERS)
+        ]
         self._reaper = threading.Thread(target=self._reap, name="lazyrestore-pool-reaper", daemon=True)
-        self._filler.start()
-        self._reaper.start()
+        for thread in (*self._threads, self._reaper):
+            thread.start()
 
     def __enter__(self) -> Self:
         return self
@@ -181,7 +186,8 @@ class Pool:
         for future in waiting:
             if future.set_running_or_notify_cancel():
                 future.set_exception(_closed())
-        self._filler.join()
+        for thread in self._threads:
+            thread.join()
         self._ended.put(None)
         self._reaper.join()
 
@@ -263,17 +269,17 @@ class Pool:
     def _fill(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(
-                    lambda: self._closing.is_set() or self._waiting or len(self._parked) < self._size
-                )
+                self._changed.wait_for(lambda: self._closing.is_set() or self._wanted() > self._starting)
                 if self._closing.is_set():
                     return
+                self._starting += 1
             try:
                 clone = self._start()
             except Exception as error:
                 self._fail(error)
                 continue
             with self._changed:
+                self._starting -= 1
                 self._started += 1
                 if self._closing.is_set():
                     self._retire(clone)
@@ -281,9 +287,14 @@ class Pool:
                     self._parked.append(clone)
                     self._changed.notify_all()
 
+    def _wanted(self) -> int:
+        """How many clones are missing."""
+        return len(self._waiting) + self._size - len(self._parked)
+
     def _fail(self, error: Exception) -> None:
         """Tell the error to all who wait; with nobody waiting, the next one causes another try."""
         with self._changed:
+            self._starting -= 1
             waiting = list(self._waiting)
             self._waiting.clear()
         for future in waiting:

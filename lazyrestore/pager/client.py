@@ -123,6 +123,7 @@ class PagerClient:
         self._lock = threading.Lock()
         self._name = name
         self._templates: list[int] = []
+        self._filled = b""
         try:
             self._hello()
         except BaseException:
@@ -155,35 +156,38 @@ class PagerClient:
         self,
         userfaultfd: int,
         pidfd: int,
-        ranges: Iterable[Range],
+        ranges: Iterable[Range] | bytes,
         shared: Mapping[int, int] | None = None,
         *,
         eager: bool = False,
         record: bool | None = None,
         replay: bool = True,
+        own_pages: bool = False,
         fill: str = "none",
     ) -> None:
         """Hands one address space over; when this returns, its faults are served.
 
         userfaultfd: fresh, no UFFDIO_API done, created by or in the process (pidfd_getfd). ranges: sorted by start, not
-        overlapping, already mapped. shared: shared object number to memfd. eager: fill the shared memfds wholly before
-        returning. record: the working set, True: even if one is known, which is extended then; None: if none is known.
-        replay: whether it gets the known one. fill: bring all private memory, "idle": when the CPUs have nothing else
-        to do, "now": at once. All descriptors stay the caller's. Raises PagerError with errno, step and the address in
+        overlapping, already mapped; or what pack_ranges() made of them. shared: shared object number to memfd. eager:
+        fill the shared memfds wholly before returning. record: the working set, True: even if one is known, which is
+        extended then; None: if none is known. replay: whether it gets the known one. own_pages: but for the pages that
+        this calls written: it has them. fill: bring all private memory, "idle": when the CPUs have nothing else to do,
+        "now": at once. All descriptors stay the caller's. Raises PagerError with errno, step and the address in
         the resource; the process must then be killed.
         """
         shared = shared or {}
         if len(shared) > wire.MAX_SHARED:
             raise PagerError(self._name, "attach", "too many shared memory objects", errno=errno.E2BIG)
-        packed = [wire.RANGE.pack(r.start, r.end, r.image, r.backing, 0) for r in ranges]
+        packed = ranges if isinstance(ranges, bytes) else pack_ranges(ranges)
         memfd = os.memfd_create("lazyrestore-ranges", os.MFD_CLOEXEC)
         try:
-            os.writev(memfd, [b"".join(packed)])
+            os.write(memfd, packed)
             flags = wire.ATTACH_EAGER if eager else 0
             flags |= {None: 0, True: wire.ATTACH_RECORD_AGAIN, False: wire.ATTACH_NO_RECORD}[record]
             flags |= 0 if replay else wire.ATTACH_NO_REPLAY
+            flags |= wire.ATTACH_OWN_PAGES if own_pages else 0
             flags |= {"none": 0, "idle": wire.ATTACH_FILL_IDLE, "now": wire.ATTACH_FILL_NOW}[fill]
-            request = _request(wire.ATTACH, flags, len(packed), list(shared))
+            request = _request(wire.ATTACH, flags, len(packed) // wire.RANGE.size, list(shared))
             self._ask(request, [userfaultfd, pidfd, memfd, *shared.values()])
         finally:
             os.close(memfd)
@@ -222,6 +226,15 @@ class PagerClient:
         end: end a recording that is under way. Raises PagerGone, PagerError.
         """
         return self._ask_for_file(_request(wire.WORKING_SET, wire.WORKING_SET_END if end else 0), "working set")
+
+    def filled_working_set(self) -> bytes:
+        """The same of a set that is known, and in the template, whose chunks are filled first; empty if there is none.
+
+        Asked for until there is one. Raises PagerGone, PagerError.
+        """
+        if not self._filled:
+            self._filled = self._ask_for_file(_request(wire.WORKING_SET, wire.WORKING_SET_FILLED), "working set")
+        return self._filled
 
     def stop(self) -> None:
         """Asks the pager to exit when no address space and no connection is left. Raises PagerGone."""
@@ -293,6 +306,11 @@ class PagerClient:
 
     def _gone(self, number: int | None) -> PagerGone:
         return PagerGone(self._name, "connection", "the pager is gone", "its log says why", errno=number)
+
+
+def pack_ranges(ranges: Iterable[Range]) -> bytes:
+    """As they travel."""
+    return b"".join(wire.RANGE.pack(r.start, r.end, r.image, r.backing, 0) for r in ranges)
 
 
 def _request(kind: int, flags: int = 0, n_ranges: int = 0, shared: list[int] | None = None) -> bytes:

@@ -64,6 +64,32 @@ def test_what_a_clone_writes_is_its_own(run: Path, victims: Victims, store: lazy
     assert tell(run, victim.pid, signal.SIGUSR2) == original
 
 
+def test_parked_clones_have_their_own_pages(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    """Of what the recorded one wrote, before they run; with the contents that the snapshot has."""
+    victim = victims.python("painter.py", run, str(MEGABYTES))
+    victim.until((run / "ready").exists, "a ready painter")
+    original = tell(run, victim.pid, signal.SIGUSR2)
+    with store.snapshot(victim.pid, name="x") as snapshot:
+        first = snapshot.restore(new_pid=True, record=True)
+        assert tell(run, first.pid, signal.SIGUSR1) == original
+        snapshot.end_recording()
+        first.kill()
+        first.wait(60)
+        with snapshot.pool(2) as pool:
+            assert pool.wait_until_full(60)
+            for clone in pool._parked:
+                rollup = Path(f"/proc/{clone.pid}/smaps_rollup").read_text()
+                anonymous = next(line for line in rollup.splitlines() if line.startswith("Anonymous:"))
+                assert int(anonymous.split()[1]) >= MEGABYTES << 10
+            with pool.take() as one, pool.take() as other:
+                assert tell(run, one.pid, signal.SIGUSR1) == original
+                assert tell(run, other.pid, signal.SIGUSR2) == original
+        last = snapshot.restore(new_pid=True, fill="now")
+        template_digest(snapshot)  # compares it with the store
+        last.kill()
+        last.wait(60)
+
+
 def test_killed_stopped_and_traced_ones_delay_nobody(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
     """Each of them has begun to fault over all of its memory; the last one must get all of its own nevertheless."""
     ptrace = ctypes.CDLL(None, use_errno=True).ptrace

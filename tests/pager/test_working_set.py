@@ -282,6 +282,40 @@ def anonymous(pid: int, address: int) -> bool:
     return pagemap(pid, address) >> 61 & 0b101 == 0b100
 
 
+def test_filled_before_it_is_told(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    image = make_image(working_set=packed(5, 4, 11))
+    image.damage(sorted(image.chunks)[4])
+    client = start(image)
+    assert numbers(client.filled_working_set()) == (5, 11)
+    filled = sorted(image.chunks)
+    for number in (5, 11):
+        at = filled[number]
+        assert os.pread(client.template_fd, CHUNK, at) == image.raw(at, CHUNK)
+    stats = client.stats()
+    assert (stats.chunks_filled, stats.chunks_bad) == (2, 1)
+
+
+def test_not_told_before_it_is_known(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    image = make_image()
+    client, victim = start(image), make_victim()
+    victim.clone(client, BASE, LENGTH, record=True)
+    victim.ask("touch", BASE)
+    stats_when(client, lambda stats: stats.faults == 1)
+    assert client.filled_working_set() == b""
+    assert client.working_set(end=True) == client.filled_working_set() == packed(0)
+
+
+def test_own_pages_are_left_alone(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    """Those that the working set calls written are not brought: the process has them, or else asks for them."""
+    image = make_image(working_set=packed(5, written=0b110))
+    client, victim = start(image), make_victim()
+    victim.clone(client, BASE, LENGTH, replay=True, own_pages=True)
+    replayed(client, CHUNK // PAGE - 2)
+    at = sorted(image.chunks)[5]
+    assert [page for page in range(CHUNK // PAGE) if not present(victim.pid, at + page * PAGE)] == [1, 2]
+    assert victim.ask("crc", at, CHUNK) == str(zlib.crc32(image.raw(at, CHUNK)))
+
+
 def test_written_pages_come_as_copies(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
     image = make_image()
     client, first, second, third = start(image), make_victim(), make_victim(), make_victim()

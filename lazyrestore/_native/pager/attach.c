@@ -146,6 +146,7 @@ static struct lr_error attach_owned(struct pager *pager, const struct lr_request
 	space->fill_now = request->flags & LR_ATTACH_FILL_NOW;
 	space->fill_idle = request->flags & LR_ATTACH_FILL_IDLE;
 	space->replays = !(request->flags & LR_ATTACH_NO_REPLAY);
+	space->has_own_pages = request->flags & LR_ATTACH_OWN_PAGES;
 	if (!(request->flags & LR_ATTACH_NO_RECORD))
 		space->records =
 		    working_set_claim(&pager->working_set, space->pid, request->flags & LR_ATTACH_RECORD_AGAIN);

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 enum {
-	LR_PROTOCOL_VERSION = 4,
+	LR_PROTOCOL_VERSION = 5,
 	LR_IMAGE_MAGIC = 0x474d494c,
 	LR_IMAGE_HUGETLB = 1, /* lr_image.flags: there are hugetlb VMAs */
 	LR_IMAGE_SUMS = 2,    /* lr_image.flags: a uint32_t for each block of the index follows it: CRC-32 of its entries */
@@ -33,12 +33,14 @@ enum {
 	LR_ATTACH_RECORD_AGAIN = 8, /* record even if one is known, and add to it */
 	LR_ATTACH_NO_REPLAY = 4, /* do not bring the working set */
 	LR_ATTACH_FILL_IDLE = 16, /* bring all private memory when the CPUs have nothing else to do */
-	LR_ATTACH_FILL_NOW = 32   /* bring all private memory at once */
+	LR_ATTACH_FILL_NOW = 32,  /* bring all private memory at once */
+	LR_ATTACH_OWN_PAGES = 64  /* the process has its own copies of the pages that the working set calls written */
 };
 
 /* lr_request.flags of LR_WORKING_SET */
 enum {
-	LR_WORKING_SET_END = 1 /* end the recording now */
+	LR_WORKING_SET_END = 1,   /* end the recording now */
+	LR_WORKING_SET_FILLED = 2 /* fill its chunks first, and leave out those that cannot be; nothing while it is recorded */
 };
 
 /* lr_range.backing */

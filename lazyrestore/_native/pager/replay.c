@@ -62,7 +62,8 @@ static bool map_run(struct space *space, struct run run) {
 	for (uint64_t at = run.start; piece_next(&space->map, at, run.end, &found);) {
 		bool in_place = found.image == found.start && found.backing == LR_BACKING_TEMPLATE && !found.flags;
 		at = found.start;
-		int error = in_place ? map_piece(space, &at, found.end, run.copy) : 0;
+		bool wanted = in_place && !(run.copy && space->has_own_pages);
+		int error = wanted ? map_piece(space, &at, found.end, run.copy) : 0;
 		if (error == ESRCH)
 			return false;
 		if (error != EAGAIN) {

@@ -175,12 +175,28 @@ static bool send_list(struct connection *connection, const char *name, const voi
 	return send_reply(connection, LR_OK, &memfd, 1);
 }
 
+/* Keeps those of a list's chunks that are in the template, filling them if need be. Returns their number. */
+static uint32_t fill_chunks(struct pager *pager, struct lr_touched *touched, uint32_t n) {
+	struct unpacker unpacker;
+	uint32_t kept = 0;
+	if (unpacker_init(&unpacker).code)
+		return 0;
+	for (uint32_t i = 0; i < n; i++)
+		if (backing_fill(&pager->template, &pager->image, touched[i].chunk, &unpacker) == CHUNK_FILLED)
+			touched[kept++] = touched[i];
+	unpacker_deinit(&unpacker);
+	return kept;
+}
+
 static bool send_working_set(struct connection *connection) {
 	struct working_set *set = &connection->pager->working_set;
-	uint32_t n;
-	if (connection->request.flags & LR_WORKING_SET_END && working_set_end(set))
+	uint32_t n, flags = connection->request.flags;
+	if (flags & LR_WORKING_SET_END && working_set_end(set))
 		pager_wake(connection->pager);
+	bool known = working_set_is_known(set);
 	scoped_free struct lr_touched *touched = working_set_copy(set, &n);
+	if (flags & LR_WORKING_SET_FILLED)
+		n = known ? fill_chunks(connection->pager, touched, n) : 0;
 	return send_list(connection, "lazyrestore-working-set", touched, n * sizeof *touched);
 }
 

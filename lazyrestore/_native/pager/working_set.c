@@ -168,6 +168,11 @@ struct lr_touched *working_set_copy(struct working_set *set, uint32_t *n) {
 	return copy;
 }
 
+bool working_set_is_known(struct working_set *set) {
+	SCOPED_LOCK(&set->lock);
+	return set->state == WORKING_SET_KNOWN;
+}
+
 bool working_set_notice(struct working_set *set) {
 	SCOPED_LOCK(&set->lock);
 	bool fresh = set->fresh;

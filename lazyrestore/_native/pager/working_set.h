@@ -61,5 +61,8 @@ void working_set_end_of_process(struct working_set *set, uint32_t recording);
 /* True once after a set was kept. */
 bool working_set_notice(struct working_set *set);
 
+/* Whether there is one, and no recording of it under way. */
+bool working_set_is_known(struct working_set *set);
+
 /* A copy, owned by the caller, NULL if there is nothing; `n` entries in first-touch order. */
 struct lr_touched *working_set_copy(struct working_set *set, uint32_t *n);
