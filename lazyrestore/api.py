@@ -365,18 +365,15 @@ class Snapshot:
         """What one restore needs. A pager that has to be started starts while the rest is done."""
         from lazyrestore import restore
         from lazyrestore.pager import launch
-        from lazyrestore.pager.client import PagerGone
 
-        filled = b""
-        if options.parked:  # there is time for more work beforehand
-            with suppress(PagerGone):  # which the restore will meet again
-                filled = self._connect().filled_working_set()
+        pager = self._connect() if options.parked else None  # the restore must be this one's: what it has filled counts
+        filled = pager.filled_working_set() if pager else b""
         with launch.begin(self._image, linger_ms=LINGER_MS) if self._pager is None else nullcontext() as connecting:
             checked = restore.check(self._prepare(listen, reuseport), options, filled)
             with self._lock:
                 if self._pager is None and connecting is not None:
                     self._pager = connecting.answered()
-            return checked, self._connect()
+            return checked, pager or self._connect()
 
     def _connect(self) -> PagerClient:
         from lazyrestore.pager.launch import connect_or_start

@@ -101,7 +101,7 @@ def new_namespace(pid: int, *, ends_with_caller: bool = False) -> Namespace:
         spawn.enter(init, linked, _PROGRAM)
         status, result = ffi.new("int32_t *"), ffi.new("int64_t *")
         index, why = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        error_number = lib.lr_next_stop(init, 1, status, index, why, result)
+        error_number = lib.lr_next_stop(init, 1, status, index, why, result, ffi.NULL, 0)
         if error_number or why[0] != lib.LR_STOP_ASKED:
             raise RestoreError("pid namespace", "start init", f"stopped at operation {index[0]} with {result[0]}")
         namespace.descriptor = os.open(f"/proc/{init}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)

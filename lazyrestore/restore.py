@@ -13,36 +13,34 @@ import os
 import signal
 import struct
 import time
-from bisect import bisect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from itertools import chain
 
 import msgspec
 
-from lazyrestore import spawn
+from lazyrestore import memory_files, spawn
 from lazyrestore._native import _core
 from lazyrestore.errors import MissingFeature, NoSuchProcess, PidTaken, RestoreError
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import Registers
 from lazyrestore.manifest import Manifest
+from lazyrestore.own_pages import Run, own_pages_of
 from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, PagerClient, Range, pack_ranges
 from lazyrestore.pid_namespace import Namespace, new_namespace
 from lazyrestore.program import Op, lib
 from lazyrestore.resources import attributes, descriptors, listeners, threads, vma
-from lazyrestore.restore_checks import check_host, check_huge_pages, check_pid_free, reserve_huge_pages
+from lazyrestore.restore_checks import check_host, check_huge_pages, check_pid_free
 from lazyrestore.restore_options import AS_IT_WAS, Options
 from lazyrestore.restore_program import Compiled, compile_program, inherited_settings, layout_for
-from lazyrestore.store import HUGE_CHUNK, StoredImage, format
+from lazyrestore.store import HUGE_CHUNK, StoredImage
 
 ffi = _core.ffi
 
-PAGE = 4096
 LAST_STREAM = 2
 AHEAD = 4 << 20  # bytes of contents that are decompressed while the new process maps its memory
 STOPPED = 0x7F  # a wait status
 Piece = tuple[vma.Vma, int, bytes]  # address, contents
-Run = tuple[int, int]  # addresses of pages, end exclusive
 
 
 class Started(msgspec.Struct):
@@ -149,7 +147,9 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"")
     descriptors.check_files(manifest.descriptors)
     descriptors.prepare(manifest.descriptors, options.inherited_numbers, own_network=options.new_net)
     phases.done("check")
-    own_pages = _own_pages(prepared, filled)
+    known, own_pages = prepared.own_pages
+    if known != filled:
+        prepared.own_pages = filled, (own_pages := own_pages_of(manifest, prepared.image, filled))
     compiled = compiled_for(prepared, options, own_pages)
     phases.done("compile")
     return Checked(prepared, compiled, options, own_pages, phases)
@@ -162,14 +162,17 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
     manifest = prepared.manifest
     phases.done("pager")
     with ExitStack() as owned:
-        shared = {index: _shared_file(prepared, index, owned) for index in range(len(manifest.shared))}
+        shared = {
+            index: memory_files.shared(prepared.name, manifest.shared[index], prepared.image, owned)
+            for index in range(len(manifest.shared))
+        }
         hugetlb = pager.hugetlb_fd
         if hugetlb is not None:
             check_huge_pages(prepared.name, prepared.huge_pages, hugetlb)
         template = pager.template_fd
         streams = [stream if _is_stream(stream) else _nothing(owned) for stream in streams]
         inherited = dict(options.inherited)
-        program = _memory_file("lazyrestore-program", owned)
+        program = memory_files.new("lazyrestore-program", owned)
         sources = [template, hugetlb or 0, program, spawn.executable(), *shared.values(), *streams, *inherited.values()]
         if max(sources) >= compiled.layout.program:  # a caller with many descriptors
             compiled = compiled_for(prepared, options, checked.own_pages, max(sources))
@@ -246,37 +249,6 @@ def _ranges(manifest: Manifest) -> list[Range]:
     return ranges
 
 
-def _own_pages(prepared: Prepared, working_set: bytes) -> tuple[Run, ...]:
-    """Where the working set says that the process writes, in its lazy memory that can be written; sorted."""
-    known, runs = prepared.own_pages
-    if known != working_set:
-        lazy = [v for v in prepared.manifest.vmas if v.kind == "lazy" and v.protection & lib.PROT_WRITE]
-        found: list[Run] = []
-        for start in sorted(_written(prepared.image, working_set)):
-            number = bisect(lazy, start, key=lambda v: v.start) - 1
-            if number < 0 or start >= lazy[number].end:
-                continue
-            first = found.pop()[0] if found and found[-1][1] == start else start
-            found.append((first, start + PAGE))
-        runs = tuple(found)
-        prepared.own_pages = working_set, runs
-    return runs
-
-
-def _written(image: StoredImage, working_set: bytes) -> Iterator[int]:
-    """The addresses of the pages that a working set calls written."""
-    for number, written in format.TOUCHED.iter_unpack(working_set):
-        if written:
-            address, length, *_ = image.entry(number)
-            yield from (address + i * PAGE for i in range(length // PAGE) if i < 32 and written >> i & 1)
-
-
-def _memory_file(name: str, owned: ExitStack, flags: int = 0) -> int:
-    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | flags)
-    owned.callback(os.close, descriptor)
-    return descriptor
-
-
 def _is_stream(descriptor: int) -> bool:
     """False for what is none, -1 or a standard stream that the caller has closed: 0 to 2 may then be files of its own,
     even the store's, and no child would get them, as they are close-on-exec."""
@@ -304,30 +276,6 @@ def _take(contents: Iterator[Piece], limit: int) -> list[Piece]:
         if size >= limit:
             break
     return taken
-
-
-def _shared_file(prepared: Prepared, index: int, owned: ExitStack) -> int:
-    """The memory file of one shared object.
-
-    A memfd can be read by descriptor, which never faults, so it is filled here.
-    """
-    shared = prepared.manifest.shared[index]
-    name = vma.ANONYMOUS_SHARED_NAME if shared.anonymous else shared.name
-    flags = 0 if shared.anonymous else os.MFD_ALLOW_SEALING
-    if shared.huge:
-        flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
-    descriptor = _memory_file(name.removeprefix("/memfd:"), owned, flags)
-    os.ftruncate(descriptor, shared.size)
-    if shared.anonymous:
-        return descriptor
-    room = reserve_huge_pages(prepared.name, descriptor, owned) if shared.huge else None
-    for start, data in prepared.image.contents(shared.image, shared.image + -(-shared.size // 4096) * 4096):
-        at = start - shared.image
-        if room is None:
-            os.pwrite(descriptor, data[: shared.size - at], at)
-        else:  # huge pages take no write(2)
-            room[at : at + len(data)] = data
-    return descriptor
 
 
 def _spawn(prepared: Prepared, pairs: list[tuple[int, int]], namespace: Namespace | None) -> tuple[int, int]:
@@ -378,8 +326,9 @@ class _Child:
         self.prepared = prepared
         self.compiled = compiled
         self.pid = pid
-        self.tids = [thread.tid for thread in prepared.manifest.threads]  # as we see them
+        self.tids = [thread.tid for thread in prepared.manifest.threads]  # as we see them, once they have started
         self._status, self._index = ffi.new("int32_t *"), ffi.new("uint64_t *")
+        self._started = ffi.new("int32_t[]", len(self.tids) - 1)
         self._why, self._result = ffi.new("uint64_t *"), ffi.new("int64_t *")
 
     def start(self, program: int) -> None:
@@ -395,7 +344,11 @@ class _Child:
             spawn.enter(self.pid, linked, self.compiled.layout.program)
             # The end of a leader is not to be seen until its other threads are collected. With TRACEEXIT it stops
             # first, so a process that is killed by somebody else is noticed by who waits for any of its threads.
-            lib.lr_set_options(self.pid, lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD | lib.PTRACE_O_TRACEEXIT)
+            # TRACECLONE tells the threads' ids. /proc/PID/task would, too: but who collects the ended process then takes
+            # what was looked up there out of the kernel's cache, and is in the way of the last thread, which does the
+            # same: one spins while the other is kept from running, for milliseconds.
+            options = lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD | lib.PTRACE_O_TRACEEXIT
+            lib.lr_set_options(self.pid, options | lib.PTRACE_O_TRACECLONE)
         except OSError as error:
             raise RestoreError(f"process {self.pid}", "enter program", errno=error.errno) from error
         self._must(lib.lr_continue(self.pid, 0), "start program")
@@ -406,24 +359,12 @@ class _Child:
     def run_to_end(self) -> None:
         """The rest of the leader's list, then each thread's list."""
         self._next(self.pid, 0, lib.LR_STOP_END)
-        self._find_threads()
+        self.tids = [self.pid, *self._started]
         for tid in self.tids[1:]:
             self._must(lib.lr_wait(tid, self._status), f"wait for thread {tid}")
             self._must(lib.lr_continue(tid, 0), f"start thread {tid}")
         for number, tid in enumerate(self.tids[1:], 1):
             self._next(tid, number, lib.LR_STOP_END, resume=False)
-
-    def _find_threads(self) -> None:
-        """In a PID namespace of its own, its threads have other ids for us."""
-        if self.pid == self.tids[0]:
-            return
-        inside = {}
-        for tid in procfs.threads(self.pid):
-            status = procfs.parse_status(procfs.read(self.pid, f"task/{tid}/status"))
-            inside[int(status["NSpid"].split()[-1])] = tid
-        if not inside.keys() >= set(self.tids):
-            raise self._ended("find threads")
-        self.tids = [inside[tid] for tid in self.tids]
 
     def take(self, pidfd: int, number: int) -> int:
         return self._must(lib.lr_pidfd_getfd(pidfd, number), "pidfd_getfd")
@@ -485,7 +426,8 @@ class _Child:
     # -- underneath ----------------------------------------------------------------------------------------------------
 
     def _next(self, tid: int, number: int, want: int, *, resume: bool = True) -> None:
-        error = lib.lr_next_stop(tid, resume, self._status, self._index, self._why, self._result)
+        stop = self._status, self._index, self._why, self._result
+        error = lib.lr_next_stop(tid, resume, *stop, self._started, len(self._started))
         if error:
             status = self._status[0]
             if status >> 16 or not os.WIFSTOPPED(status):

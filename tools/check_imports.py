@@ -41,7 +41,11 @@ MAY_IMPORT: dict[str, set[str]] = {
         "kernel",
         "_native",
     },
+    "memory_files": {"restore_checks", "resources", "store"},
+    "own_pages": {"manifest", "program", "store"},
     "restore": {
+        "memory_files",
+        "own_pages",
         "restore_checks",
         "restore_options",
         "restore_program",

@@ -151,19 +151,28 @@ lr_syscall_stop(int32_t tid, int32_t *status)
 }
 
 int
-lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint64_t *why, int64_t *result)
+lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint64_t *why, int64_t *result, int32_t *started,
+	     int32_t room)
 {
 	struct lr_registers registers;
-	*status = 0;
-	if (resume && was_killed(tid)) {
-		*status = PTRACE_EVENT_EXIT << 16;
-		return -ESRCH;
+	for (;; resume = true) {
+		unsigned long thread;
+		*status = 0;
+		if (resume && was_killed(tid)) {
+			*status = PTRACE_EVENT_EXIT << 16;
+			return -ESRCH;
+		}
+		if (resume && ptrace(PTRACE_CONT, tid, 0, 0) < 0)
+			return -errno;
+		int got = lr_wait(tid, status);
+		if (got < 0)
+			return got;
+		if (!WIFSTOPPED(*status) || *status >> 16 != PTRACE_EVENT_CLONE || room-- <= 0)
+			break;
+		if (ptrace(PTRACE_GETEVENTMSG, tid, 0, &thread) < 0)
+			return -errno;
+		*started++ = (int32_t)thread;
 	}
-	if (resume && ptrace(PTRACE_CONT, tid, 0, 0) < 0)
-		return -errno;
-	int got = lr_wait(tid, status);
-	if (got < 0)
-		return got;
 	if (!WIFSTOPPED(*status) || WSTOPSIG(*status) != SIGTRAP || *status >> 16)
 		return -ECHILD;
 	int error = lr_get_registers(tid, &registers);

@@ -34,8 +34,10 @@ int lr_pidfd_send_signal(int32_t pidfd, int32_t signal);
 int lr_syscall_stop(int32_t tid, int32_t *status); /* PTRACE_SYSCALL and wait for the next stop */
 
 /* Let the executor go on to its next stop: 0, or -errno; index, why (enum lr_stop) and result as it left them in its
- * registers. A stop that is not the executor's own: -ECHILD with status set. */
-int lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint64_t *why, int64_t *result);
+ * registers. A stop that is not the executor's own: -ECHILD with status set. With PTRACE_O_TRACECLONE, `started` gets the ids, as
+ * we see them, of the threads that it starts meanwhile, `room` of them at most. */
+int lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint64_t *why, int64_t *result, int32_t *started,
+		 int32_t room);
 
 /* One system call by a stopped thread, through the stub at `stub` (a syscall instruction at its first byte). The thread
  * must be in a ptrace stop; afterwards it is in a syscall-exit stop at the stub, and the caller sets its registers. 1: done, and a SIGSTOP that came

@@ -4,10 +4,10 @@ Facts. A clone costs milliseconds to restore and microseconds to continue. A pro
 the *thread* that made it ends; an init of a PID namespace gets even that one if it is SIGKILL, and takes everything in
 its namespace along (pid_namespaces(7)).
 
-Choice. Background threads that live as long as the pool restore all clones, so all of them are killed by the kernel when
-this process ends, in whatever way; another thread collects the ended ones, so that giving back waits for nothing. Two of
-them: half of a restore is waiting for the new process and the pager, and a busy pool needs both CPUs for it. Who takes a clone gets it
-from a queue, and leaves a Future in another one if there is none; an asyncio caller awaits the same Future.
+Choice. Two background threads that live as long as the pool restore all clones, so all of them are killed by the kernel
+when this process ends, in whatever way. Two, since half of a restore is waiting for the new process and the pager.
+Another thread collects the ended ones, so that giving back waits for nothing. Who takes a clone gets it from a queue,
+and leaves a Future in another one if there is none; an asyncio caller awaits the same Future.
 
 Cost. Restoring takes Python's global lock for about half of its time: a busy pool slows down its own process.
 """

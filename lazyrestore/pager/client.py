@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Self
 
 from msgspec import Struct
@@ -228,12 +229,13 @@ class PagerClient:
         return self._ask_for_file(_request(wire.WORKING_SET, wire.WORKING_SET_END if end else 0), "working set")
 
     def filled_working_set(self) -> bytes:
-        """The same of a set that is known, and in the template, whose chunks are filled first; empty if there is none.
+        """The same of a set that is known, all of it in the template now; empty if there is none, or the pager is gone.
 
-        Asked for until there is one. Raises PagerGone, PagerError.
+        Asked for until there is one. Raises PagerError.
         """
         if not self._filled:
-            self._filled = self._ask_for_file(_request(wire.WORKING_SET, wire.WORKING_SET_FILLED), "working set")
+            with suppress(PagerGone):
+                self._filled = self._ask_for_file(_request(wire.WORKING_SET, wire.WORKING_SET_FILLED), "working set")
         return self._filled
 
     def stop(self) -> None:

@@ -1,0 +1,40 @@
+"""Memory files that are made for one new process: its program, its shared memory."""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+
+from lazyrestore.resources import vma
+from lazyrestore.restore_checks import reserve_huge_pages
+from lazyrestore.store import StoredImage
+
+
+def new(name: str, owned: ExitStack, flags: int = 0) -> int:
+    """An empty one, closed with `owned`."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC | flags)
+    owned.callback(os.close, descriptor)
+    return descriptor
+
+
+def shared(snapshot: str, about: vma.SharedObject, image: StoredImage, owned: ExitStack) -> int:
+    """The memory file of one shared object.
+
+    A memfd can be read by descriptor, which never faults, so it is filled here.
+    """
+    name = vma.ANONYMOUS_SHARED_NAME if about.anonymous else about.name
+    flags = 0 if about.anonymous else os.MFD_ALLOW_SEALING
+    if about.huge:
+        flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
+    descriptor = new(name.removeprefix("/memfd:"), owned, flags)
+    os.ftruncate(descriptor, about.size)
+    if about.anonymous:
+        return descriptor
+    room = reserve_huge_pages(snapshot, descriptor, owned) if about.huge else None
+    for start, data in image.contents(about.image, about.image + -(-about.size // 4096) * 4096):
+        at = start - about.image
+        if room is None:
+            os.pwrite(descriptor, data[: about.size - at], at)
+        else:  # huge pages take no write(2)
+            room[at : at + len(data)] = data
+    return descriptor

@@ -1,0 +1,45 @@
+"""Which pages a new process is about to write, by the working set of those before it.
+
+Facts. A process's own copy of a page costs a fault, a copy and a page, whoever makes it: the first write, a pager
+(UFFDIO_COPY), or madvise(MADV_POPULATE_WRITE), which is the cheapest for many pages, but can only be called by the
+process itself, before its memory is registered with a userfaultfd. It takes the page from the template, where it makes
+one of zeros if there is none.
+
+Consequence. Only of chunks that the pager says are filled.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from lazyrestore.program import PAGE, lib
+from lazyrestore.store import format
+
+if TYPE_CHECKING:
+    from lazyrestore.manifest import Manifest
+    from lazyrestore.store import StoredImage
+
+Run = tuple[int, int]  # addresses of pages, end exclusive
+_BITS = 32  # pages of a chunk of which a working set tells whether they were written
+
+
+def own_pages_of(manifest: Manifest, image: StoredImage, working_set: bytes) -> tuple[Run, ...]:
+    """Where the working set says that the process writes, in its lazy memory that can be written; sorted."""
+    lazy = [v for v in manifest.vmas if v.kind == "lazy" and v.protection & lib.PROT_WRITE]
+    runs: list[Run] = []
+    for start in sorted(_written(image, working_set)):
+        number = bisect(lazy, start, key=lambda v: v.start) - 1
+        if number >= 0 and start < lazy[number].end:
+            first = runs.pop()[0] if runs and runs[-1][1] == start else start
+            runs.append((first, start + PAGE))
+    return tuple(runs)
+
+
+def _written(image: StoredImage, working_set: bytes) -> Iterator[int]:
+    """The addresses of the pages that a working set calls written. Raises ChunkInvalid."""
+    for number, written in format.TOUCHED.iter_unpack(working_set):
+        if written:
+            address, length, *_ = image.entry(number)
+            yield from (address + i * PAGE for i in range(min(length // PAGE, _BITS)) if written >> i & 1)
