@@ -344,9 +344,9 @@ class _Child:
             spawn.enter(self.pid, linked, self.compiled.layout.program)
             # The end of a leader is not to be seen until its other threads are collected. With TRACEEXIT it stops
             # first, so a process that is killed by somebody else is noticed by who waits for any of its threads.
-            # TRACECLONE tells the threads' ids. /proc/PID/task would, too: but who collects the ended process then takes
-            # what was looked up there out of the kernel's cache, and is in the way of the last thread, which does the
-            # same: one spins while the other is kept from running, for milliseconds.
+            # TRACECLONE tells the threads' ids. /proc/PID/task would, too, but who collects the ended process takes
+            # what was looked up there out of the kernel's cache, as its last thread does: while that one is kept
+            # from running, the other spins, for milliseconds.
             options = lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD | lib.PTRACE_O_TRACEEXIT
             lib.lr_set_options(self.pid, options | lib.PTRACE_O_TRACECLONE)
         except OSError as error:
