@@ -13,8 +13,13 @@ from collections.abc import Generator
 from functools import cache
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 REQUIRE_ALL = "LAZYRESTORE_REQUIRE_ALL"
+
+# How long an example takes is a matter of how busy the machine is.
+settings.register_profile("patient", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 
 @cache

@@ -18,7 +18,7 @@ from helpers_threads import Threads64
 
 from lazyrestore.pager.launch import connect_existing
 
-ROUNDS = 40
+ROUNDS = 24
 # A snapshotter that says so when it holds `number` threads of its target, and then goes on, or not if it `stays`.
 HOLDING = """
 import sys

@@ -31,7 +31,9 @@ def bytes_of(image: list[int]) -> bytes:
 PAGES = st.lists(st.one_of(st.just(0), st.integers(1, 250)), min_size=1, max_size=60)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(image=PAGES, written=st.sets(st.integers(0, 59)), dropped=st.sets(st.integers(0, 59)), shift=st.integers(0, 9))
 def test_any_mixture_comes_back(
     store: ImageStore, image: list[int], written: set[int], dropped: set[int], shift: int

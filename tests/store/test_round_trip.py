@@ -27,7 +27,9 @@ def store(tmp_path: Path) -> Iterator[ImageStore]:
 PAGES = st.lists(st.one_of(st.none(), st.just(0), st.integers(1, 3), st.integers(4, 250)), max_size=120)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 @given(image=PAGES, offset=st.integers(0, 40), chunk=st.sampled_from([PAGE, CHUNK, HUGE_CHUNK]), shuffled=st.randoms())
 def test_any_runs_come_back(
     store: ImageStore, image: list[int | None], offset: int, chunk: int, shuffled: object
