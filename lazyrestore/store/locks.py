@@ -8,7 +8,8 @@ lock.mdb.
 Consequence. A reader that must never wait for a writer cannot hold LMDB's read transaction for days: that would keep
 every page from being reused. It needs only the values of one snapshot, and LMDB never moves a value's overflow pages
 while the value exists.
-Choice. `writer.lock` is flock()ed by whoever writes packs or frees them, and tells its PID. In `pins`, byte number
+Choice. `writer.lock` is flock()ed by whoever writes packs or frees them. Who writes has locked its first byte before,
+and tells its PID: while that byte is not locked, the flock() is held for a moment only. In `pins`, byte number
 (snapshot id) is locked shared by each user of that snapshot, and exclusively by the one who frees it, until the
 transaction that does so is over; what is in the byte tells the last user, if that is a pager, that the snapshot
 was removed, so that the pager has it freed. Names may be removed without the writer lock: that frees nothing.
@@ -28,8 +29,6 @@ from types import TracebackType
 from lazyrestore.errors import StoreBusy, StoreError, StoreFull, StoreReadOnly
 
 FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid; native alignment
-
-BRIEF = b"brief\n"  # in writer.lock, in place of a PID
 
 _held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
 
@@ -81,8 +80,7 @@ def os_error(resource: str, step: str, error: OSError) -> StoreError:
 class WriterLock:
     """The exclusive right to add and free packs. Raises StoreBusy if another has it and `wait` is False.
 
-    brief: it is held just to free something, so whoever comes meanwhile waits. Whoever comes between the lock and the
-    word about it takes us for the last holder, and waits, or not, as for that one.
+    brief: it is held just to free something, so whoever comes meanwhile waits.
     """
 
     def __init__(self, directory: str, *, wait: bool = False, brief: bool = False) -> None:
@@ -90,10 +88,14 @@ class WriterLock:
         self._fd = -1
         try:
             self._fd = os.open(os.path.join(directory, "writer.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._take(wait)
-            with contextlib.suppress(OSError):  # the PID is for the error message; on a full disk `rm` must still work
-                os.ftruncate(self._fd, 0)
-                os.pwrite(self._fd, BRIEF if brief else f"{os.getpid()}\n".encode(), 0)
+            if brief:
+                self._take_briefly(wait)
+            else:
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _first_byte(fcntl.F_WRLCK))
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
+                with contextlib.suppress(OSError):  # the PID is for the error message
+                    os.ftruncate(self._fd, 0)
+                    os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
         except BlockingIOError as error:
             pid = os.pread(self._fd, 20, 0).decode(errors="replace").strip()
             self.close()
@@ -109,11 +111,12 @@ class WriterLock:
             raise os_error(resource, "lock", error) from error
         _held.add(self)
 
-    def _take(self, wait: bool) -> None:
+    def _take_briefly(self, wait: bool) -> None:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            if os.pread(self._fd, 20, 0) != BRIEF:
+            answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _first_byte(fcntl.F_WRLCK))
+            if FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
                 raise
             fcntl.flock(self._fd, fcntl.LOCK_EX)
 
@@ -121,6 +124,7 @@ class WriterLock:
         """Release the lock, also for forked children; harmless when it is released already."""
         if self in _held:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _first_byte(fcntl.F_UNLCK))
         self.forget()
 
     def forget(self) -> None:
@@ -137,6 +141,10 @@ class WriterLock:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _first_byte(kind: int) -> bytes:
+    return FLOCK.pack(kind, os.SEEK_SET, 0, 1, 0)
 
 
 def pin(directory: str, snapshot: int) -> int:

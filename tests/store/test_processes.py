@@ -14,6 +14,7 @@ from helpers_store import BASE, PAGE, child, get, pages, put
 
 from lazyrestore.errors import SnapshotNotFound, StoreBusy
 from lazyrestore.store import ImageStore
+from lazyrestore.store.locks import WriterLock
 
 # Packs of 1 MiB, one per transaction: a small image then takes many.
 WRITER = """
@@ -57,6 +58,7 @@ def store(path: Path) -> Iterator[ImageStore]:
         yield opened
 
 
+FCNTL = "72 "  # the number of the system call
 FREER = """
 from lazyrestore.store.locks import WriterLock
 with WriterLock(store.path, brief=True):
@@ -77,6 +79,30 @@ def test_writer_waits_for_one_who_only_frees(store: ImageStore, path: Path) -> N
         freer.say()
         writing.join()
     assert done
+
+
+@pytest.mark.parametrize("left", ["", "1\n", "brief\n"])
+def test_what_the_lock_file_says_matters_to_nobody(store: ImageStore, path: Path, left: str) -> None:
+    """Who only frees something has the lock without a word about it; who was killed left one."""
+    done = []
+    lock = WriterLock(os.fspath(path), brief=True)
+    (path / "writer.lock").write_text(left)
+    writing = threading.Thread(target=lambda: done.append(put(store, "x", pages(10))))
+    writing.start()
+    waiting = f"-> FLOCK  ADVISORY  WRITE {os.getpid()} "
+    until(lambda: waiting in Path("/proc/locks").read_text(), "the writer in the queue for the lock")
+    assert not done
+    lock.close()
+    writing.join()
+    assert done
+
+
+def test_who_frees_does_not_wait_for_who_writes(store: ImageStore, path: Path) -> None:
+    with WriterLock(os.fspath(path)):
+        (path / "writer.lock").write_text("")
+        with pytest.raises(StoreBusy):
+            store.gc()
+    store.gc()
 
 
 def test_readers_during_a_writer_and_only_one_writer(store: ImageStore, path: Path) -> None:
@@ -106,13 +132,13 @@ def test_readers_during_a_writer_and_only_one_writer(store: ImageStore, path: Pa
 
 
 def test_waiting_for_the_writer(store: ImageStore, path: Path) -> None:
-    """`wait` blocks in flock() until the other has closed, and no longer."""
+    """`wait` blocks in fcntl() until the other has closed, and no longer."""
     with child(path, "with store.writer('a'):\n say('has it'); hear()\nsay('gave it back'); hear()") as first:
         assert first.hear() == "has it"
         with child(path, "say('waiting')\nwith store.writer('b', wait=True): say('has it'); hear()") as second:
             assert second.hear() == "waiting"
-            waiting_in = Path(f"/proc/{second.process.pid}/wchan")
-            while "lock" not in waiting_in.read_text():
+            waiting_in = Path(f"/proc/{second.process.pid}/syscall")
+            while not waiting_in.read_text().startswith(FCNTL):
                 assert second.process.poll() is None
             first.say()
             assert first.hear() == "gave it back"
