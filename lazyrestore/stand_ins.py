@@ -1,9 +1,10 @@
-"""click and msgspec without what they import and the command line never uses, which is half of their time.
+"""click, msgspec and socket without what they import and the command line never uses, which is half of their time.
 
 Facts: both import parts of the standard library for types and services that no command here uses, 8 ms beside 12 for
 the bare interpreter. click wants inspect (with ast, dis and tokenize) for two small functions, gettext for messages
 that nobody has translated; both want uuid, which asks platform for the name of the system, and the Python half of
-datetime, whose classes are all in `_datetime`. msgspec tries typing_extensions, and is content without.
+datetime, whose classes are all in `_datetime`. msgspec tries typing_extensions, and is content without. socket wants
+selectors and array for functions that nobody calls.
 
 Choice: while one of them is imported, stand-ins take the places of these modules. A stand-in answers what is asked at
 import; whatever else it is asked for, then or later, it takes from the real module. So a click or msgspec that wants
@@ -34,7 +35,7 @@ class StandIn(ModuleType):
 
 
 def bring(library: str) -> None:
-    """Import `library` (click, msgspec) with stand-ins for what is not imported yet. Raises ImportError."""
+    """Import `library` (click, msgspec, socket) with stand-ins for what is not imported yet. Raises ImportError."""
     names = [name for name in _NAMES if name not in sys.modules]
     standing = {name: _made(name) for name in names}
     sys.modules.update(standing)  # type: ignore[arg-type]  # None: it is not there
@@ -100,6 +101,8 @@ _NAMES = (
     *_ANSWERS,
     "datetime",
     "typing_extensions",
+    "selectors",
+    "array",
     "msgspec.inspect",
     "msgspec.json",
     "msgspec.toml",

@@ -12,7 +12,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-HEADERS = ["executor.h", "spawn.h", "trace.h", "memory.h", "features.h", "compress.h"]
+HEADERS = ["executor.h", "spawn.h", "trace.h", "memory.h", "features.h", "compress.h", "decompress.h"]
 SOURCES = sorted(path.name for path in HERE.glob("*.c") if not path.name.startswith("_"))
 
 SYSCALLS = """

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypedDict
 import click
 
 from lazyrestore.cli.words import Command, complete_name, end_like_ctrl_c, to_json
+from lazyrestore.stand_ins import bring
 
 if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot
@@ -115,6 +116,7 @@ def restore_command(
     lazyrestore restore worker --pid new --listen 8000:9000
     lazyrestore restore worker --explain | less
     """
+    bring("socket")
     from lazyrestore.api import Store
 
     if count is not None and pid_choice == "same":

@@ -167,27 +167,11 @@ def fault_in(entry: tuple[int, int, int, int, int], end: int, packs: Sequence[in
 
 def decompress(payload: bytes | memoryview, length: int) -> bytes:
     """The raw bytes of a chunk. Raises ValueError saying what is wrong with it."""
-    import zstandard
+    from lazyrestore._native import _core
 
-    in_planes = payload[: len(PLANES_MARK)] == PLANES_MARK
-    if in_planes:
-        payload = payload[len(PLANES_MARK) :]
-    try:
-        frame = zstandard.get_frame_parameters(payload)
-        if frame.content_size != length or not frame.has_checksum:
-            raise ValueError(f"a frame of {frame.content_size} bytes where {length} with a checksum are due")
-        raw = zstandard.ZstdDecompressor().decompress(payload, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise ValueError(str(error)) from error
-    if len(raw) != length:
-        raise ValueError(f"{len(raw)} bytes instead of {length}")
-    return join_planes(raw) if in_planes else raw
-
-
-def join_planes(planes: bytes) -> bytes:
-    """Memory from its planes: the first bytes of its 8-byte words, then their second bytes, and so on."""
-    length = len(planes) // PLANES
-    memory = bytearray(len(planes))
-    for plane in range(PLANES):
-        memory[plane::PLANES] = planes[plane * length : (plane + 1) * length]
-    return bytes(memory)
+    raw = bytearray(length)
+    with _core.ffi.from_buffer(payload) as stored, _core.ffi.from_buffer(raw) as memory:
+        wrong = _core.lib.lr_decompress(stored, len(payload), memory, length)
+    if wrong:
+        raise ValueError(_core.ffi.string(wrong).decode())
+    return bytes(raw)
