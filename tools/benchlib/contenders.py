@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from benchlib.product import finish, stop_pager
 from benchlib.victims import WORKER, Kind, Victim, end, reap, running
 from lazyrestore import restore
 from lazyrestore.api import RestoredProcess
-from lazyrestore.pager.client import BACKING_SHARED, PagerClient, Range
+from lazyrestore.pager import wire
+from lazyrestore.pager.client import BACKING_SHARED, PagerClient
 from lazyrestore.store import StoredImage
 
 BIG = 1 << 30  # bytes of a victim's memory, above which only the last contender of a round has all of it compared
@@ -180,14 +181,14 @@ class _Template(PagerClient):
     template_fd = property(lambda self: self._descriptor)
     hugetlb_fd = property(lambda self: None)
 
-    def attach(
-        self, userfaultfd: int, pidfd: int, ranges: Iterable[Range], shared: dict[int, int], **_: object
-    ) -> None:  # type: ignore[override]
+    def attach(  # type: ignore[override]
+        self, userfaultfd: int, pidfd: int, ranges: bytes, shared: dict[int, int], **options: object
+    ) -> None:
         """Shared memory is each process's own, so it is filled each time."""
-        for part in ranges:
-            if part.backing >= BACKING_SHARED:
-                for at, data in self._image.contents(part.image, part.image + part.end - part.start):
-                    os.pwrite(shared[part.backing - BACKING_SHARED], data, at & ((1 << 47) - 1))
+        for start, stop, image, backing, _flags in wire.RANGE.iter_unpack(ranges):
+            if backing >= BACKING_SHARED:
+                for at, data in self._image.contents(image, image + stop - start):
+                    os.pwrite(shared[backing - BACKING_SHARED], data, at & ((1 << 47) - 1))
 
 
 @contextmanager
