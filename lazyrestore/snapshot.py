@@ -48,8 +48,10 @@ from lazyrestore.store import HUGE_CHUNK, ImageStore, ImageWriter, Parent, Refer
 lib, ffi = _core.lib, _core.ffi
 
 PIECE = 256 << 10  # bytes copied by one call: small enough that all cores get their share
-# Bytes copied at a time when the whole does not fit, or need not: with kill=True nobody waits for the thaw.
-STREAM = 32 << 20
+# Bytes copied at a time, and 2 MiB more, when the whole does not fit, or need not: with kill=True nobody waits for the
+# thaw. While one half of the buffer is compressed, the other is filled.
+STREAM = 16 << 20
+HALF = STREAM + (4 << 20)
 XFEATURES_AT = 464  # offset of XCR0 in the software part of the XSAVE area that ptrace gives
 
 Progress = Callable[[int, int], None]
@@ -98,7 +100,7 @@ def take(
                     for batch in [capture.plan.runs] if fits else _batches(capture.plan.runs):
                         runs = buffer.fill(pid, frozen.memory, batch)
                         if not fits:
-                            buffer.store(writer, runs)
+                            buffer.store_soon(writer, runs)
                 finally:
                     capture.planner.close()
                 if kill:
@@ -375,6 +377,8 @@ class _Buffer:
 
     def __init__(self, expected: int) -> None:
         self._map: mmap.mmap | None = None
+        self._start = 0  # of the half to be filled
+        self._other = 0  # the writer's number for the other half
         self.limit = _available_memory() // 2
         if 0 < expected <= self.limit:
             self._allocate(expected + (4 << 20))
@@ -397,21 +401,21 @@ class _Buffer:
     def make_room(self, needed: int, *, all_at_once: bool) -> bool:
         """Whether `needed` bytes fit at once, if that is wanted.
 
-        If not, there is room for STREAM bytes and a little more.
+        If not, there is room for two batches.
         """
         if all_at_once and self._map is not None and len(self._map) >= needed:
             return True
         self._map = None
         fits = (all_at_once and needed <= self.limit) or needed <= STREAM
-        self._allocate(max(needed, 1) if fits else STREAM + (4 << 20))
+        self._allocate(max(needed, 1) if fits else 2 * HALF)
         return fits
 
     def fill(self, pid: int, memory: int, runs: list[Run]) -> list[_Placed]:
         """Copy the runs; returns where each lies in the buffer."""
         placed = []
         pieces = array("Q")
-        offset = 0
-        assert self._map is not None and sum(run.length for run in runs) <= len(self._map)
+        offset = self._start
+        assert self._map is not None and offset + sum(run.length for run in runs) <= len(self._map)
         view = memoryview(self._map)
         for run in runs:
             placed.append(((run.image, offset, run.length), run.huge))
@@ -440,10 +444,21 @@ class _Buffer:
         return placed
 
     def store(self, writer: ImageWriter, placed: list[_Placed]) -> None:
-        """Hand the copies to the store: huge pages in chunks of their size."""
-        writer.add(self.memory, [run for run, huge in placed if not huge])
+        """Hand the copies to the store."""
+        writer.settle(self._hand_over(writer, placed))
+
+    def store_soon(self, writer: ImageWriter, placed: list[_Placed]) -> None:
+        """The same while the next fill() goes on, to the other half of the buffer."""
+        mine = self._hand_over(writer, placed)
+        writer.settle(self._other)
+        self._start, self._other = HALF - self._start, mine
+
+    def _hand_over(self, writer: ImageWriter, placed: list[_Placed]) -> int:
+        """Huge pages in chunks of their size."""
+        number = writer.add_soon(self.memory, [run for run, huge in placed if not huge])
         if any(huge for _, huge in placed):
-            writer.add(self.memory, [run for run, huge in placed if huge], chunk_size=HUGE_CHUNK)
+            number = writer.add_soon(self.memory, [run for run, huge in placed if huge], chunk_size=HUGE_CHUNK)
+        return number
 
 
 def _read_fully(descriptor: int, target: memoryview, address: int) -> None:

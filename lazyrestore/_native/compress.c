@@ -14,7 +14,7 @@
 
 #include "planes.h"
 
-enum { MAX_CHUNK = 2 << 20, EVERY = 16 };
+enum { PAGE = 4096, MAX_CHUNK = 2 << 20, EVERY = 64 };
 
 /* Of a chunk's length: */
 static const double LITTLE = 0.1;   /* what is left of one that needs no other way */
@@ -113,6 +113,27 @@ as_planes(struct lr_compressor *compressor, const void *content, size_t length, 
 	return to.pos;
 }
 
+static bool
+is_zero(const char *page)
+{
+	static const char zeros[PAGE];
+	return !memcmp(page, zeros, PAGE);
+}
+
+void
+lr_trim_zeros(struct lr_content *contents, size_t count)
+{
+	for (size_t i = 0; i < count; i++) {
+		uint64_t first = contents[i].address, end = first + contents[i].length;
+		while (first < end && is_zero((const char *)(uintptr_t)first))
+			first += PAGE;
+		while (first < end && is_zero((const char *)(uintptr_t)(end - PAGE)))
+			end -= PAGE;
+		if (first == end || contents[i].length != MAX_CHUNK)
+			contents[i] = (struct lr_content){first, end - first};
+	}
+}
+
 struct preference {
 	bool planes;	  /* the way to be tried first */
 	unsigned decided; /* chunks since both were */
@@ -158,7 +179,7 @@ compress_one(struct lr_compressor *compressor, struct preference *prefer, const 
 int
 lr_compress(struct lr_compressor *compressor, const struct lr_content *contents, size_t count, void *out, uint32_t *sizes)
 {
-	struct preference prefer = {0};
+	struct preference prefer = {.decided = EVERY}; /* the first chunk is tried both ways */
 	unsigned char *at = out;
 	for (size_t i = 0; i < count; i++) {
 		if (!contents[i].length || contents[i].length > MAX_CHUNK || contents[i].length % LR_PLANES_BLOCK)

@@ -3,20 +3,18 @@ ends."""
 
 from __future__ import annotations
 
-import ctypes
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from lazyrestore._native import _core
 from lazyrestore.store.address import address_of
-from lazyrestore.store.format import HUGE_CHUNK, PAGE
+from lazyrestore.store.format import PAGE
+
+lib, ffi = _core.lib, _core.ffi
 
 Run = tuple[int, int, int]  # image address, offset in the buffer, length; bytes, multiples of PAGE
-
-_memcmp = ctypes.CDLL(None).memcmp  # CDLL lets other threads run meanwhile
-_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
-_ZEROS = ctypes.create_string_buffer(HUGE_CHUNK)
-_ZEROS_AT = ctypes.addressof(_ZEROS)
 
 
 class Span(NamedTuple):
@@ -81,50 +79,40 @@ def _between(places: Sequence[int], low: int, high: int) -> bool:
 
 
 class Source:
-    """The buffer that the runs point into. Held until close(); a context manager."""
+    """The buffer that the runs point into. Held until close()."""
 
     def __init__(self, buffer: memoryview) -> None:
         self._view = buffer.cast("B") if buffer.format != "B" or buffer.ndim != 1 else buffer[:]
-        self._address = address_of(self._view)
 
-    def content(self, span: Span) -> tuple[int, memoryview | bytes]:
-        """(image address, bytes) of a chunk without zero pages at its ends; no bytes if it is all zero.
+    def contents(self, batch: Sequence[Span]) -> list[tuple[int, memoryview]]:
+        """(image address, bytes) of each chunk without zero pages at its ends, except those that are all zero.
 
         A huge page stays whole: it can only arrive in one piece.
         """
+        views = [self._whole(span) for span in batch]
+        pieces = array("Q")
+        for view in views:
+            pieces.extend((address_of(view), len(view)))
+        before = pieces[::2]
+        with ffi.from_buffer("struct lr_content[]", pieces) as found:
+            lib.lr_trim_zeros(found, len(batch))
+        result = []
+        for number, (span, view) in enumerate(zip(batch, views, strict=True)):
+            first, length = pieces[2 * number] - before[number], pieces[2 * number + 1]
+            if length:
+                result.append((span.start + first, view[first : first + length]))
+        return result
+
+    def _whole(self, span: Span) -> memoryview:
+        """A chunk's bytes, with zeros where no run is."""
         if len(span.runs) == 1:
-            address, offset, length = span.runs[0]
-            first, last = self._nonzero(offset, length)
-            if last and length == HUGE_CHUNK:
-                first, last = 0, length
-            return address + first, self._view[offset + first : offset + last]
+            _, offset, length = span.runs[0]
+            return self._view[offset : offset + length]
         start = span.start
         gathered = bytearray(span.end - start)
         for address, offset, length in span.runs:
             gathered[address - start : address - start + length] = self._view[offset : offset + length]
-        content = bytes(gathered)
-        first = (len(content) - len(content.lstrip(b"\0"))) // PAGE * PAGE
-        last = -(-len(content.rstrip(b"\0")) // PAGE) * PAGE
-        if last and len(content) == HUGE_CHUNK:
-            first, last = 0, len(content)
-        return start + first, content[first:last]
+        return memoryview(gathered)
 
-    def _nonzero(self, offset: int, length: int) -> tuple[int, int]:
-        """Where the first and behind the last page that is not zero lie, from `offset`; (0, 0) if there is none."""
-        at = self._address + offset
-        first, last = 0, length
-        if not _memcmp(at, _ZEROS_AT, PAGE):
-            if not _memcmp(at, _ZEROS_AT, length):
-                return 0, 0
-            first = PAGE
-            while not _memcmp(at + first, _ZEROS_AT, PAGE):
-                first += PAGE
-        while not _memcmp(at + last - PAGE, _ZEROS_AT, PAGE):
-            last -= PAGE
-        return first, last
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._view.release()

@@ -38,7 +38,7 @@ Result = tuple[int, int, bytes, bytes | None, memoryview | None]
 
 BATCH = 2 << 20  # raw bytes that a worker takes at once: some milliseconds
 WAITING = 3  # batches in the queue per worker: they have work while the calling thread fills packs
-PACKS_PER_TRANSACTION = 4
+PACKS_PER_TRANSACTION = 4  # at most, while the one before is being written
 
 
 class ImageWriter:
@@ -83,6 +83,9 @@ class ImageWriter:
         self._packer = ThreadPoolExecutor(1, "lazyrestore-pack")
         self._writing: deque[Future[None]] = deque()
         self._local = threading.local()
+        self._pending: deque[tuple[int, Future[list[Result]]]] = deque()  # raw bytes, results
+        self._sources: deque[tuple[int, Source]] = deque()  # with what add_soon() returned
+        self._submitted = 0  # batches
         self._done = self._total = 0
 
         self._frames: list[memoryview] = []  # of the pack being filled
@@ -120,26 +123,43 @@ class ImageWriter:
         chunk_size: a power of two, 2 MiB for memory in huge pages. No byte may be added twice. Raises StoreFull,
         StoreError, ValueError.
         """
+        self.settle(self.add_soon(buffer, runs, chunk_size=chunk_size))
+
+    def add_soon(self, buffer: memoryview, runs: Sequence[Run], *, chunk_size: int = format.CHUNK) -> int:
+        """As add(), but the buffer must stay as it is until settle() has returned for the number that this returns."""
         if chunk_size % format.PAGE or not 0 < chunk_size <= format.HUGE_CHUNK:
             raise ValueError(f"chunk size {chunk_size}")
         self._total += check_runs(runs, memoryview(buffer).nbytes)
         self._hugetlb |= bool(runs) and chunk_size == format.HUGE_CHUNK
-        pending: deque[tuple[int, Future[list[Result]]]] = deque()
-        with Source(memoryview(buffer)) as source:
-            try:
-                for batch in _batches(runs, chunk_size, self._apart):
-                    if len(pending) >= self._waiting:
-                        self._take(*pending.popleft())
-                    size = sum(length for span in batch for _, _, length in span.runs)
-                    pending.append((size, self._workers.submit(self._compress, source, batch)))
-                while pending:
-                    self._take(*pending.popleft())
-            finally:
-                for _, future in pending:
-                    future.cancel()
-                for _, future in pending:
-                    if not future.cancelled():
-                        future.exception()  # wait: the buffer is the caller's again
+        source = Source(memoryview(buffer))
+        for batch in _batches(runs, chunk_size, self._apart):
+            self.settle(self._submitted - self._waiting + 1)
+            size = sum(length for span in batch for _, _, length in span.runs)
+            self._pending.append((size, self._workers.submit(self._compress, source, batch)))
+            self._submitted += 1
+        self._sources.append((self._submitted, source))
+        return self._submitted
+
+    def settle(self, number: int) -> None:
+        """Wait for what add_soon() has begun: buffers up to that `number` are the caller's again, all if this raises
+        what add() raises."""
+        try:
+            while self._pending and self._submitted - len(self._pending) < number:
+                self._take(*self._pending.popleft())
+        except BaseException:
+            self._abandon()
+            raise
+        while self._sources and self._sources[0][0] <= self._submitted - len(self._pending):
+            self._sources.popleft()[1].close()
+
+    def _abandon(self) -> None:
+        """No buffer is used any more."""
+        for _, future in self._pending:
+            future.cancel()
+        for _, future in self._pending:
+            if not future.cancelled():
+                future.exception()  # wait
+        self._pending.clear()
 
     def commit(self, manifest: bytes) -> int:
         """Make the snapshot visible, on disk, with `manifest`; returns its id.
@@ -148,6 +168,7 @@ class ImageWriter:
         then.
         """
         environment = self._environment
+        self.settle(self._submitted)
         self._end_pack()
         self._write_full()
         self._take_references()
@@ -206,14 +227,12 @@ class ImageWriter:
         from blake3 import blake3
 
         new = self._new
+        contents = source.contents(batch)
         results: list[Result] = []
-        unknown: dict[bytes, tuple[int, memoryview | bytes]] = {}  # hash: position in results, content
+        unknown: dict[bytes, tuple[int, memoryview]] = {}  # hash: position in results, content
         with self._environment.read() as txn:
-            for span in batch:
-                address, content = source.content(span)
+            for address, content in contents:
                 length = len(content)
-                if not length:
-                    continue
                 digest = blake3(content).digest()
                 location = new.get(digest)
                 if location is None:
@@ -283,7 +302,7 @@ class ImageWriter:
             self._full.append((self._pack, self._frames, bytes(self._contents)))
             self._pack += 1
             self._frames, self._fill, self._contents = [], 0, bytearray()
-        if len(self._full) >= PACKS_PER_TRANSACTION:
+        if len(self._full) >= PACKS_PER_TRANSACTION or all(each.done() for each in self._writing):
             self._write_full()
 
     def _write_full(self) -> None:
@@ -309,13 +328,16 @@ class ImageWriter:
     def _sorted(self) -> tuple[bytes, bytes]:
         """Index and hashes by image address. Raises ValueError if chunks overlap."""
         entries = list(format.entries(self._index))
-        order = sorted(range(len(entries)), key=entries.__getitem__)
+        in_order = range(len(entries))
+        order = sorted(in_order, key=entries.__getitem__)
         end = 0
         for number in order:
             address, length = entries[number][:2]
             if address < end:
                 raise ValueError(f"image address {address:#x} was added twice")
             end = address + length
+        if order == list(in_order):  # the usual case
+            return bytes(self._index), bytes(self._hashes)
         hashes = bytes(self._hashes)
         return (
             b"".join(format.ENTRY.pack(*entries[number]) for number in order),
@@ -329,6 +351,7 @@ class ImageWriter:
         if not self._open:
             return
         self._open = False
+        self._abandon()
         try:
             self._workers.shutdown(cancel_futures=True)
             self._packer.shutdown(cancel_futures=True)

@@ -233,3 +233,23 @@ def test_no_descriptor_is_left(tmp_path: Path) -> None:
         store.totals()
         store.rm("one")
     assert open_descriptors() == before
+
+
+def test_two_buffers_in_turn(store: ImageStore) -> None:
+    """A buffer is the caller's again once settle() has returned for it."""
+    data = [pages(1500, seed=number) for number in range(5)]
+    buffers = [bytearray(len(data[0])), bytearray(len(data[0]))]
+    numbers = [0, 0]
+    with store.writer("turns") as writer:
+        for turn, content in enumerate(data):
+            writer.settle(numbers[turn % 2])
+            buffer = buffers[turn % 2]
+            buffer.extend(b"more than it could be")  # nobody holds it
+            buffer[:] = content
+            base = BASE + turn * len(content)
+            numbers[turn % 2] = writer.add_soon(memoryview(buffer), [(base, 0, len(content))])
+        writer.commit(b"")
+    same = get(store, "turns", sum(map(len, data))) == b"".join(data)
+    assert same
+    for buffer in buffers:
+        buffer.clear()
