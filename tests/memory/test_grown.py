@@ -15,7 +15,9 @@ import lazyrestore
 numbers = itertools.count()
 
 
-@pytest.mark.parametrize(("what", "threads"), [("fork", []), ("moved", []), ("moved", ["two"])])
+@pytest.mark.parametrize(
+    ("what", "threads"), [("fork", []), ("fork", ["two"]), ("moved", []), ("moved", ["two"]), ("beside", [])]
+)
 def test_what_a_mapping_grew_by_reads_zero(
     victims: Victims, build: Builder, store: lazyrestore.Store, run: Path, what: str, threads: list[str]
 ) -> None:

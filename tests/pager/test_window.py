@@ -37,7 +37,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("window") / "window"
     sources = [
         HERE / "window.c",
-        *(NATIVE / "pager" / f"{name}.c" for name in ("window", "pieces", "interval_map", "uffd", "proc")),
+        *(NATIVE / "pager" / f"{name}.c" for name in ("window", "apply", "pieces", "interval_map", "uffd", "proc")),
     ]
     flags = ["-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-pthread"]
     subprocess.run(["cc", *flags, "-iquote", NATIVE, *sources, "-o", path], check=True)
@@ -106,36 +106,51 @@ def test_moved_and_unmapped_by_one_thread(program: Path) -> None:
     assert run(program, "usu", "0123") == set()
 
 
+def knows(scenario: str, order: str) -> bool:
+    """Whether the child can know: a call that is first told on the other side of the fork ran beside it."""
+    first = {call: sum(EVENTS[step] for step in scenario[:call]) for call in range(len(scenario))}
+    fork = scenario.index("f")
+    told = {call: order.index(str(event)) for call, event in first.items()}
+    return all((told[call] < told[fork]) == (call < fork) for call in told if call != fork)
+
+
 @pytest.mark.parametrize("scenario", ["uf", "fu"])
 @pytest.mark.parametrize("order", orders("uf"))
 def test_fork_beside_unmap(program: Path, scenario: str, order: str) -> None:
-    child = {at("child", X, X)} | ({at("child", S, S)} if scenario == "fu" else set())
-    assert run(program, scenario, order) == {at("self", X, X)} | child
+    lines = run(program, scenario, order)
+    assert {line for line in lines if line.startswith("self")} == {at("self", X, X)}
+    assert at("child", X, X) in lines
+    if knows(scenario, order):
+        assert (at("child", S, S) in lines) == (scenario == "fu")
 
 
 @pytest.mark.parametrize("scenario", ["hf", "fh"])
 @pytest.mark.parametrize("order", orders("hf"))
 def test_fork_beside_unmap_of_a_part(program: Path, scenario: str, order: str) -> None:
-    size = SIZE if scenario == "fh" else "8000"
-    expected = {at("self", X, X), f"self {S}+8000 {S}", at("child", X, X), f"child {S}+{size} {S}"}
-    assert run(program, scenario, order) == expected
+    lines = run(program, scenario, order)
+    assert {line for line in lines if line.startswith("self")} == {at("self", X, X), f"self {S}+8000 {S}"}
+    assert at("child", X, X) in lines
+    if knows(scenario, order):
+        size = SIZE if scenario == "fh" else "8000"
+        assert f"child {S}+{size} {S}" in lines
 
 
 @pytest.mark.parametrize(("scenario", "order"), [(s, o) for s in ("df", "fd") for o in orders(s)])
 def test_fork_beside_move(program: Path, scenario: str, order: str) -> None:
-    place = D if scenario == "df" else X
-    expected = {at("self", D, X), at("self", S, S), at("child", place, X), at("child", S, S)}
-    assert run(program, scenario, order) == expected
+    lines = run(program, scenario, order)
+    assert {line for line in lines if line.startswith("self")} == {at("self", D, X), at("self", S, S)}
+    assert at("child", S, S) in lines
+    if knows(scenario, order):
+        assert at("child", D if scenario == "df" else X, X) in lines
 
 
 @pytest.mark.parametrize(("scenario", "order"), [(s, o) for s in ("kf", "fk") for o in orders(s)])
 def test_fork_beside_dontunmap(program: Path, scenario: str, order: str) -> None:
     """MREMAP_DONTUNMAP leaves empty memory behind, and tells no UNMAP."""
-    mine = {at("self", D, X), at("self", X, "zero 0"), at("self", S, S)}
     lines = run(program, scenario, order)
+    mine = {at("self", D, X), at("self", X, "zero 0"), at("self", S, S)}
     assert {line for line in lines if line.startswith("self")} == mine
     assert at("child", S, S) in lines
-    if scenario == "kf":
-        assert at("child", D, X) in lines
-    else:
-        assert not any(f" {D}+" in line for line in lines if line.startswith("child"))
+    if knows(scenario, order):
+        assert at("child", D if scenario == "kf" else X, X) in lines
+        assert (at("child", X, "zero 0") in lines) == (scenario == "kf")

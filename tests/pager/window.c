@@ -35,6 +35,9 @@ enum { SIZE = 16 * LR_PAGE, MAX_EVENTS = 8 };
 	} while (0)
 
 static struct uffd_msg events[MAX_EVENTS];
+static struct origin shown[MAX_EVENTS]; /* at a REMAP's destination, when it was read */
+static struct space space;
+static const struct origin *answer; /* to be given in place of what is there now */
 static unsigned n_events;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t more = PTHREAD_COND_INITIALIZER;
@@ -66,6 +69,8 @@ struct backing *space_backing(struct space *space, uint32_t kind) {
 
 struct origin space_origin(struct space *space, uint64_t address) {
 	struct proc_place place;
+	if (answer)
+		return *answer;
 	if (!proc_place(space, address, &place) || place.device != template.device || place.inode != template.inode)
 		return (struct origin){0};
 	return (struct origin){true, LR_BACKING_TEMPLATE, place.offset};
@@ -113,6 +118,8 @@ static void *read_events(void *unused) {
 	while (read(uffd, &message, sizeof message) == sizeof message) {
 		pthread_mutex_lock(&lock);
 		CHECK(n_events < MAX_EVENTS);
+		if (message.event == UFFD_EVENT_REMAP)
+			shown[n_events] = space_origin(&space, message.arg.remap.to);
 		events[n_events++] = message;
 		pthread_cond_signal(&more);
 		pthread_mutex_unlock(&lock);
@@ -128,12 +135,13 @@ static void await_events(unsigned n) {
 }
 
 static void apply(struct space *space, const struct uffd_msg *event) {
+	answer = &shown[event - events];
 	switch (event->event) {
 	case UFFD_EVENT_UNMAP:
 		CHECK(!window_unmap(space, event->arg.remove.start, event->arg.remove.end));
 		break;
 	case UFFD_EVENT_REMAP:
-		CHECK(!window_remap(space, event->arg.remap.from, event->arg.remap.to, event->arg.remap.len));
+		CHECK(!window_remap(space, event->arg.remap.from, event->arg.remap.to, event->arg.remap.len, true));
 		break;
 	case UFFD_EVENT_FORK: {
 		struct space *child = calloc(1, sizeof *child);
@@ -142,13 +150,13 @@ static void apply(struct space *space, const struct uffd_msg *event) {
 		window_init(&child->window);
 		child->uffd = (int)event->arg.fork.ufd;
 		child->maps = child->task = child->pidfd = -1;
-		CHECK(!interval_map_copy(&space->map, &child->map));
 		CHECK(!window_fork(space, child));
 		break;
 	}
 	default:
 		CHECK(!"an expected event");
 	}
+	answer = NULL;
 }
 
 /* -- scenarios --------------------------------------------------------------------------------------------------------- */
@@ -173,7 +181,6 @@ static pid_t fork_child(void) {
 }
 
 int main(int argc, char **argv) {
-	struct space space = {0};
 	bool poison, hugetlb;
 	pthread_t reader;
 	pid_t child = 0;

@@ -4,10 +4,7 @@
 
 /* [start, end) of an interval. */
 struct interval piece_cut(struct interval whole, uint64_t start, uint64_t end) {
-	if (!(whole.flags & INTERVAL_ZERO))
-		whole.image += start - whole.start;
-	else
-		whole.image = start;
+	whole.image += start - whole.start;
 	whole.start = start;
 	whole.end = end;
 	return whole;
@@ -59,11 +56,7 @@ int piece_empty(struct interval_map *map, const struct interval_map *before, uin
 	struct interval piece;
 	for (uint64_t at = start; piece_next(before, at, end, &piece);) {
 		at = piece.end;
-		if (piece.backing < LR_BACKING_SHARED) {
-			piece.flags |= INTERVAL_ZERO;
-			piece.image = piece.start;
-		}
-		piece.flags |= flags;
+		piece.flags |= flags | (piece.backing < LR_BACKING_SHARED ? INTERVAL_ZERO : 0);
 		int error = interval_map_insert(map, piece);
 		if (error)
 			return error;

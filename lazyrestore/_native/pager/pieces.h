@@ -1,4 +1,5 @@
-/* Parts of intervals, and maps made of parts of other maps. What an interval of zeros has as its image is its own start. */
+/* Parts of intervals, and maps made of parts of other maps. An interval of zeros keeps its
+ * image: that is what the kernel shows there, and how it is known again. */
 #pragma once
 #include "interval_map.h"
 

@@ -100,6 +100,8 @@ static enum verdict install(struct space *space, struct job job) {
 		case EEXIST:
 			stats_add(&space->stats, LR_COUNT_EEXIST, 1);
 			if (job.start == job.at) {
+				if (job.what == INSTALL_ZERO) /* or the file's, if it is shared and the map has lost it */
+					uffd_continue(space->uffd, job.at, job.at + job.page);
 				uffd_wake(space->uffd, job.at, job.at + job.page);
 				served = true;
 			} else if (served && job.what != INSTALL_CONTINUE) {
@@ -144,38 +146,47 @@ static enum verdict poison(struct space *space, struct job job) {
 	return verdict;
 }
 
-/* The interval that decides about `address`; what no interval holds belongs to a mapping that grew. */
-static struct interval locate(struct space *space, uint64_t address) {
-	struct interval found, next;
-	if (interval_map_find(&space->map, address, &found))
-		return found;
-	uint64_t end = interval_map_next(&space->map, address, &next) ? next.start : LR_ADDRESS_END;
-	struct origin origin = space->n_shared ? space_origin(space, address) : (struct origin){0};
-	if (origin.known && origin.backing >= LR_BACKING_SHARED) {
-		uint64_t page = space_backing(space, origin.backing)->page, start = address & ~(page - 1);
-		return (struct interval){.start = start,
-					 .end = start + page < end ? start + page : end,
-					 .image = origin.image - (address - start),
-					 .backing = origin.backing};
-	}
-	struct interval grown = {.end = end, .backing = LR_BACKING_TEMPLATE, .flags = INTERVAL_ZERO};
-	if (interval_map_before(&space->map, address, &found)) {
-		grown.start = found.end;
-		grown.backing = found.backing;
-		if (found.backing >= LR_BACKING_SHARED) {
-			grown.image = found.image + (found.end - found.start);
-			grown.flags = 0;
-		}
-	}
-	return grown;
-}
-
 static uint64_t later(uint64_t a, uint64_t b) {
 	return a > b ? a : b;
 }
 
 static uint64_t earlier(uint64_t a, uint64_t b) {
 	return a < b ? a : b;
+}
+
+/* What the kernel shows at an address that no interval holds. A forked child's cannot be asked about: there it goes on from the interval
+ * before it, if one VMA holds both. */
+static struct origin origin_beyond(struct space *space, const struct interval *before, uint64_t address) {
+	struct origin origin = space_origin(space, address);
+	uint64_t page = space_backing(space, before->backing)->page;
+	if (origin.known || uffd_probe(space->uffd, before->end - page, (address & ~(page - 1)) + page) != PROBE_REGISTERED)
+		return origin;
+	return (struct origin){true, before->backing, before->image + (address - before->start)};
+}
+
+/* The interval that decides about `address`. What no interval holds belongs to a mapping that grew: where it is shared, its file
+ * goes on, one page at a time, since others may have grown beyond it; else it is zero. */
+static struct interval locate(struct space *space, uint64_t address) {
+	struct interval found, next, before = {.backing = LR_BACKING_TEMPLATE};
+	if (interval_map_find(&space->map, address, &found))
+		return found;
+	uint64_t end = interval_map_next(&space->map, address, &next) ? next.start : LR_ADDRESS_END;
+	struct interval grown = {.end = end, .backing = LR_BACKING_TEMPLATE, .flags = INTERVAL_ZERO};
+	if (interval_map_before(&space->map, address, &before))
+		grown.start = before.end;
+	if (!space->n_shared && before.backing == LR_BACKING_TEMPLATE)
+		return grown; /* what all of it is */
+	struct origin origin = before.end ? origin_beyond(space, &before, address) : space_origin(space, address);
+	if (origin.known && origin.backing >= LR_BACKING_SHARED) {
+		uint64_t page = space_backing(space, origin.backing)->page;
+		grown.start = address & ~(page - 1);
+		grown.end = earlier(grown.start + page, end);
+		grown.image = origin.image - (address - grown.start);
+		grown.flags = 0;
+	}
+	if (origin.known)
+		grown.backing = origin.backing;
+	return grown;
 }
 
 /* Narrows the job to what to fill for this fault: twice as much as the last time, in the direction of a stream that goes

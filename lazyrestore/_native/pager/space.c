@@ -3,7 +3,6 @@
 
 #include "array.h"
 #include "log.h"
-#include "pieces.h"
 #include "proc.h"
 #include "replay.h"
 #include "uffd.h"
@@ -105,8 +104,8 @@ static struct lr_error adopt_child(struct space *parent, struct space *child) {
 	child->records = parent->records;
 	child->bytes_registered = parent->bytes_registered;
 	child->shared = calloc(parent->n_shared ? parent->n_shared : 1, sizeof *child->shared);
-	if (!child->shared || interval_map_copy(&parent->map, &child->map))
-		return lr_fail("copy of the interval map", ENOMEM, 0);
+	if (!child->shared)
+		return lr_fail("calloc", ENOMEM, 0);
 	pthread_mutex_lock(&parent->pager->lock);
 	for (; child->n_shared < parent->n_shared; child->n_shared++) {
 		child->shared[child->n_shared] = parent->shared[child->n_shared];
@@ -152,8 +151,20 @@ static int on_fault(struct space *space, const struct uffd_msg *message, uint64_
 	return 0;
 }
 
-static int on_message(struct space *space, const struct uffd_msg *message, uint64_t now) {
+/* `rest`: how many more were read with it; the caller of this one may have been woken before the last of them was queued. */
+static int on_remap(struct space *space, const struct uffd_msg *message, uint32_t rest) {
 	uint64_t from = message->arg.remap.from, to = message->arg.remap.to, length = message->arg.remap.len;
+	bool sleeps = true;
+	for (uint32_t i = 1; i <= rest; i++)
+		if (message[i].event == UFFD_EVENT_UNMAP && message[i].arg.remove.start == from &&
+		    message[i].arg.remove.end == from + length)
+			sleeps = false;
+	if (from == to)
+		return 0;
+	return window_remap(space, from, to, length, sleeps);
+}
+
+static int on_message(struct space *space, const struct uffd_msg *message, uint32_t rest, uint64_t now) {
 	switch (message->event) {
 	case UFFD_EVENT_PAGEFAULT:
 		return on_fault(space, message, now);
@@ -163,10 +174,10 @@ static int on_message(struct space *space, const struct uffd_msg *message, uint6
 		return 0;
 	case UFFD_EVENT_REMAP:
 		stats_add(&space->stats, LR_COUNT_REMAP, 1);
-		return from == to ? 0 : window_remap(space, from, to, length);
+		return on_remap(space, message, rest);
 	case UFFD_EVENT_REMOVE:
 		stats_add(&space->stats, LR_COUNT_REMOVE, 1);
-		return piece_empty(&space->map, &space->map, message->arg.remove.start, message->arg.remove.end, 0);
+		return window_remove(space, message->arg.remove.start, message->arg.remove.end);
 	case UFFD_EVENT_UNMAP:
 		stats_add(&space->stats, LR_COUNT_UNMAP, 1);
 		return window_unmap(space, message->arg.remove.start, message->arg.remove.end);
@@ -181,7 +192,8 @@ bool space_drain(struct space *space, uint32_t *n_read) {
 	*n_read = 0;
 	SCOPED_LOCK(&space->map_lock);
 	for (;;) {
-		ssize_t n = read(space->uffd, messages, sizeof messages);
+		size_t wanted = space->window.open ? 1 : BATCH; /* in a window, what a caller does before it is woken matters */
+		ssize_t n = read(space->uffd, messages, wanted * sizeof *messages);
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n < 0 && errno == EAGAIN)
@@ -197,15 +209,16 @@ bool space_drain(struct space *space, uint32_t *n_read) {
 			return false;
 		}
 		uint64_t now = now_ns();
-		for (uint32_t i = 0; i < (size_t)n / sizeof *messages; i++) {
-			int error = on_message(space, &messages[i], now);
+		uint32_t n_messages = (uint32_t)((size_t)n / sizeof *messages);
+		for (uint32_t i = 0; i < n_messages; i++) {
+			int error = on_message(space, &messages[i], n_messages - 1 - i, now);
 			if (error) {
 				space_kill(space, strerror(error));
 				return false;
 			}
 		}
-		*n_read += (uint32_t)((size_t)n / sizeof *messages);
-		if ((size_t)n < sizeof messages)
+		*n_read += n_messages;
+		if (n_messages < wanted)
 			break; /* there were no more */
 	}
 	atomic_store_explicit(&space->intervals, space->map.count, memory_order_relaxed);
@@ -220,7 +233,7 @@ bool space_drain(struct space *space, uint32_t *n_read) {
  * after the other: then only a look in between, at random, ends a window. True: there is an event to read. */
 bool space_await_event(struct space *space, unsigned round) {
 	enum { MANY_EVENTS = 32, PATIENT_NS = 100000, SHORT_NS = 5000, MAX_DOUBLINGS = 4 };
-	bool awaited = space->first_fault < space->n_faults || space->window.unborn || space->window_events > MANY_EVENTS;
+	bool awaited = space->first_fault < space->n_faults || space->window.forked || space->window_events > MANY_EVENTS;
 	unsigned doublings = round < MAX_DOUBLINGS ? round : MAX_DOUBLINGS;
 	const struct timespec pause = {.tv_nsec = awaited ? SHORT_NS << doublings : PATIENT_NS};
 	struct pollfd readable = {.fd = space->uffd, .events = POLLIN};

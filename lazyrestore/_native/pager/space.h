@@ -97,11 +97,6 @@ void space_leave(struct space *space);
 int32_t pid_behind(int pidfd);
 
 /* What is mapped at an address, told by the kernel. */
-struct origin {
-	bool known;
-	uint32_t backing;
-	uint64_t image; /* of that byte */
-};
 struct origin space_origin(struct space *space, uint64_t address);
 
 /* Adds it to the pager's list and starts its thread, which owns it from then on. On failure it stays the caller's. */

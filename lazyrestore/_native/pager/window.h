@@ -4,47 +4,59 @@
  * mmap_changing, drop the lock, and only then queue their event and sleep until it is read; mmap_changing falls when
  * the sleeper has run. While it is not zero, every install answers EAGAIN. So events of one thread, or of threads that wait for one another, are
  * queued in the order of what happened, but those of calls that ran side by side may not be: A unmaps R, B's mremap is given R by the kernel,
- * and B's event comes first. A mremap that moves tells REMAP, then UNMAP of its source, unless it was MREMAP_DONTUNMAP.
+ * and B's event comes first. A mremap that moves tells REMAP, then UNMAP of just its source, unless it was MREMAP_DONTUNMAP.
  * REMOVE is queued before memory is dropped, and changes no mapping.
  * Consequence: a window is open from the first such event read until an ioctl does not answer EAGAIN: then every call that the window's
- * events tell of is over. Nothing can be installed meanwhile. Only these orders matter to a program that does not itself race for an address:
- *   UNMAP over what a REMAP of the window moved there      may be older than it: the interval stays, as a suspect
+ * events tell of is over, and none of its events is missing. Nothing can be installed meanwhile.
+ * Choice: the events are kept, in the order in which they were read, and the map is changed when the window closes (apply.h). So it is known
+ * of each REMAP whether its UNMAP came, that is, whether its caller slept until then. If so, what the kernel shows at its destination when
+ * the REMAP is read is what was moved. If not, the source is still mapped, nobody can have been given it, and the map is right about it.
+ * Only these orders matter to a program that does not itself race for an address:
+ *   UNMAP over what a REMAP of the window moved there      may be older than it, if something was displaced there, which it explains, or
+ *                                                          if it hits other things, too: the interval stays, as a suspect. Else
+ *                                                          it is by whom it was moved there
  *   REMAP to where the map holds something                 that has left, by a call whose event comes later: it is kept, displaced
- *   REMAP from where something was moved or displaced      may be older than that move: the kernel is asked what it moved. It is
- *                                                          still there, since its mover sleeps until its UNMAP is read
- *   UNMAP or REMAP read beside a FORK, before or after     the child may have been copied on either side of it: its map is made of
- *                                                          all that was there at some time of the window, each of it a suspect;
- *                                                          a move happened before if its destination is registered in the child
+ *   REMAP from where something was moved or displaced      may be older than that move: what the kernel showed decides
+ *   UNMAP or REMAP read after a FORK                       may be older than it: what lay there is a suspect in the child
+ * What is read before a FORK is over when the child first runs, for none of its callers can have waited for the fork's return: so it
+ * was before the fork, or beside it, when no program can know which.
  * While the process has one thread (and nobody shares its memory by a bare CLONE_VM), events come as calls happened, and
- * none of this is needed.
- * Choice: when the window closes, each suspect is held against the kernel: a UFFDIO_COPY from where nothing can be read ends
+ * none of this is needed: they change the map at once.
+ * Then each suspect is held against the kernel: a UFFDIO_COPY from where nothing can be read ends
  * in ENOENT where nothing is registered and in EFAULT where something is, and changes nothing. What is not registered is erased,
  * and what is, but is another part of the file (a neighbour grew over it, which no event tells).
  * Cost: two or three short system calls of the pager after each munmap, mremap and fork, none of which their caller waits for; and a
  * forked child's first fault waits for the end of calls that its parent's other threads had begun. A forked child's pid is
- * not known, so it cannot be asked about: there the oldest that was displaced is taken. What stays open: a program
- * that races for an address itself (one thread reads in a forked child what another was unmapping or dropping at the moment of the fork) may
- * see a mix of before and after; and if one of several threads unmaps, grows a neighbour over it, and forks, all within one window, the
- * child reads there what was unmapped. */
+ * not known, so the kernel cannot be asked what it shows there, only whether it is registered: of its own moves told in another order,
+ * the oldest that was displaced is taken; and where one of several threads unmaps, another grows a neighbour over it and forks before the
+ * first call is told, the child reads there what was unmapped. A program that races itself (one thread reads in a forked child
+ * what another was unmapping, moving or dropping at the moment of the fork) may read zeros there. */
 #pragma once
 #include "interval_map.h"
 
 struct space;
+struct event;
 struct move;
+
+/* What the kernel shows at an address: a byte of one of the backings. */
+struct origin {
+	bool known;
+	uint32_t backing;
+	uint64_t image; /* of that byte */
+};
 
 struct window {
 	bool open;
-	bool in_order;             /* at each of its events so far the process had one thread */
-	bool changed;              /* an UNMAP or REMAP was among its events */
-	struct interval_map taken; /* what these took away, wherever it was */
-	struct move *moves;        /* its REMAPs, from the first that may not be in order */
+	bool in_order;        /* at each of its events so far the process had one thread */
+	bool changed;         /* an UNMAP or REMAP was among those applied */
+	bool forked;          /* a FORK was among its events: a child waits */
+	struct event *events; /* read, not yet applied */
+	uint32_t n_events, events_capacity;
+	struct move *moves; /* its REMAPs, from the first that may not be in order */
 	uint32_t n_moves, moves_capacity;
 	struct interval *displaced; /* overwritten by REMAPs, the oldest first */
 	uint32_t n_displaced, displaced_capacity;
-	struct move *inherited; /* a child's: the moves of the parent's window in which it was forked, */
-	uint32_t n_inherited;
-	uint32_t n_before; /* so many of them read before the fork; `taken` is the parent's of then */
-	struct space *unborn; /* chained: children that wait for the window to close */
+	struct space *unborn; /* chained: children whose map is made */
 };
 
 void window_init(struct window *window);
@@ -55,11 +67,14 @@ void window_abandon(struct space *space);
 /* No child may be unborn. */
 void window_deinit(struct window *window);
 
-/* The events. 0 or an errno: the map can no longer be trusted. */
+/* The events, as they are read. 0 or an errno: the map can no longer be trusted. */
 int window_unmap(struct space *space, uint64_t start, uint64_t end);
-int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t length);
+int window_remove(struct space *space, uint64_t start, uint64_t end);
 
-/* Takes `child`, whose map is a copy of the parent's, when it succeeds; it is started when the window closes. */
+/* `sleeps`: if an UNMAP is to follow, its caller cannot have been woken yet. */
+int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t length, bool sleeps);
+
+/* Takes `child`, whose map is still empty, when it succeeds; it is started when the window closes. */
 int window_fork(struct space *space, struct space *child);
 
 enum closing { WINDOW_CLOSED, WINDOW_OPEN, WINDOW_GONE };

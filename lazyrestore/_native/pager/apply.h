@@ -1,0 +1,28 @@
+/* What the events of a window do to the map of their address space; see window.h for why it is not simple. */
+#pragma once
+#include "window.h"
+
+struct event {
+	uint64_t start, end; /* a REMAP's: its source */
+	uint64_t to;
+	struct origin shown; /* at `to`, when the REMAP was read */
+	struct space *child; /* a FORK's */
+	uint8_t kind;        /* UFFD_EVENT_… */
+	bool unmaps;         /* a REMAP: its source's UNMAP came */
+};
+
+struct move {
+	uint64_t from;
+	uint64_t to;
+	uint64_t length;
+	bool left; /* moved on, in the same window */
+};
+
+/* The next event of the window's. 0 or ENOMEM. */
+int apply_event(struct space *space, const struct event *event);
+
+/* Of an address space that is gone: events that nobody can read any more. */
+int apply_unread(struct space *space);
+
+/* Is `piece` a part of what lay at `from` and is `origin`? Where that is not known, of course. */
+bool belongs(struct interval piece, uint64_t from, struct origin origin);
