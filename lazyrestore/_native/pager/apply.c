@@ -40,15 +40,15 @@ int apply_unread(struct space *space) {
 
 /* -- UNMAP ------------------------------------------------------------------------------------------------------------- */
 
-/* The longest piece of [at, end) that lies wholly in what was moved there, or wholly outside. */
-static uint64_t moved_piece(const struct window *window, uint64_t at, uint64_t end, bool *inside) {
-	*inside = false;
+/* The longest piece of [at, end) that lies wholly in what a move put there, or wholly outside: then `inside` is NULL. */
+static uint64_t moved_piece(const struct window *window, uint64_t at, uint64_t end, const struct move **inside) {
+	*inside = NULL;
 	for (uint32_t i = 0; i < window->n_moves; i++) {
 		const struct move *move = &window->moves[i];
 		if (move->left)
 			continue;
 		if (move->to <= at && at < move->to + move->length) {
-			*inside = true;
+			*inside = move;
 			return move->to + move->length < end ? move->to + move->length : end;
 		}
 		if (move->to > at && move->to < end)
@@ -86,8 +86,8 @@ static int drop_displaced(struct window *window, uint64_t start, uint64_t end, b
 
 /* Does the map hold anything in [start, end) that was not moved there in this window? */
 static bool holds_other(struct space *space, uint64_t start, uint64_t end) {
+	const struct move *inside;
 	struct interval found;
-	bool inside;
 	for (uint64_t at = start, piece; at < end; at = piece) {
 		piece = moved_piece(&space->window, at, end, &inside);
 		if (!inside && piece_next(&space->map, at, piece, &found))
@@ -97,23 +97,23 @@ static bool holds_other(struct space *space, uint64_t start, uint64_t end) {
 }
 
 /* A munmap, the end of a mapping that shrinks, or what is mapped over: one call, and all of it was there when it was made. */
-static int unmap(struct space *space, uint64_t start, uint64_t end) {
+static int unmap(struct space *space, const struct event *event) {
 	struct window *window = &space->window;
-	bool older;
+	uint64_t start = event->start, end = event->end;
+	bool displaced = false;
 	window->changed = true;
 	if (window->in_order)
 		return interval_map_erase(&space->map, start, end);
 	int error = doubt_children(space, start, end);
 	if (!error)
-		error = drop_displaced(window, start, end, &older);
-	if (!error && !older && !holds_other(space, start, end))
-		return interval_map_erase(&space->map, start, end);
+		error = drop_displaced(window, start, end, &displaced);
+	bool perhaps_older = displaced || holds_other(space, start, end);
 	for (uint64_t at = start; !error && at < end;) {
-		bool inside;
+		const struct move *inside;
 		uint64_t piece = moved_piece(window, at, end, &inside);
-		if (!inside)
+		if (!inside || (inside->done < event->number && !perhaps_older))
 			error = interval_map_erase(&space->map, at, piece);
-		else
+		else if (inside->done < event->number)
 			error = piece_flag(&space->map, at, piece, 0, INTERVAL_SUSPECT);
 		at = piece;
 	}
@@ -237,7 +237,7 @@ static int remap(struct space *space, const struct event *event) {
 	__attribute__((cleanup(interval_map_deinit))) struct interval_map moved;
 	__attribute__((cleanup(interval_map_deinit))) struct interval_map before;
 	uint64_t from = event->start, end = event->end;
-	struct move move = {from, event->to, end - from, false};
+	struct move move = {from, event->to, end - from, event->done, false};
 	struct origin origin = {0};
 	struct interval piece;
 	int error = 0;
@@ -278,7 +278,7 @@ static int fork_map(struct space *parent, struct space *child) {
 int apply_event(struct space *space, const struct event *event) {
 	switch (event->kind) {
 	case UFFD_EVENT_UNMAP:
-		return unmap(space, event->start, event->end);
+		return unmap(space, event);
 	case UFFD_EVENT_REMAP:
 		return remap(space, event);
 	case UFFD_EVENT_REMOVE:

@@ -7,6 +7,8 @@ struct event {
 	uint64_t to;
 	struct origin shown; /* at `to`, when the REMAP was read */
 	struct space *child; /* a FORK's */
+	uint32_t number;     /* events are counted as they are read */
+	uint32_t done;       /* a REMAP's: until then its caller slept */
 	uint8_t kind;        /* UFFD_EVENT_… */
 	bool unmaps;         /* a REMAP: its source's UNMAP came */
 };
@@ -15,6 +17,7 @@ struct move {
 	uint64_t from;
 	uint64_t to;
 	uint64_t length;
+	uint32_t done; /* the event before which its caller cannot have made another call */
 	bool left; /* moved on, in the same window */
 };
 

@@ -2,7 +2,6 @@
 
 #include "apply.h"
 #include "array.h"
-#include "log.h"
 #include "pieces.h"
 #include "proc.h"
 #include "space.h"
@@ -16,7 +15,7 @@ void window_init(struct window *window) {
 }
 
 static void forget(struct window *window) {
-	window->n_events = window->n_moves = window->n_displaced = 0;
+	window->n_events = window->n_read = window->n_moves = window->n_displaced = 0;
 	window->open = window->changed = window->forked = false;
 }
 
@@ -42,6 +41,7 @@ static int take(struct space *space, struct event event) {
 	struct window *window = &space->window;
 	if (window->in_order || !window->open)
 		return apply_event(space, &event);
+	event.number = event.done = ++window->n_read;
 	struct event *events = array_room(window->events, window->n_events, &window->events_capacity, sizeof event);
 	if (!events)
 		return ENOMEM;
@@ -65,6 +65,7 @@ int window_unmap(struct space *space, uint64_t start, uint64_t end) {
 	if (!move)
 		return take(space, (struct event){.kind = UFFD_EVENT_UNMAP, .start = start, .end = end});
 	move->unmaps = true; /* that is all it tells */
+	move->done = ++space->window.n_read;
 	return 0;
 }
 

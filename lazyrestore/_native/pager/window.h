@@ -12,9 +12,10 @@
  * of each REMAP whether its UNMAP came, that is, whether its caller slept until then. If so, what the kernel shows at its destination when
  * the REMAP is read is what was moved. If not, the source is still mapped, nobody can have been given it, and the map is right about it.
  * Only these orders matter to a program that does not itself race for an address:
- *   UNMAP over what a REMAP of the window moved there      may be older than it, if something was displaced there, which it explains, or
- *                                                          if it hits other things, too: the interval stays, as a suspect. Else
- *                                                          it is by whom it was moved there
+ *   UNMAP over what a REMAP of the window moved there      is older, if it is read before that of the REMAP's source: its mover slept. It may be
+ *                                                          older if something was displaced there, which it explains, or if it hits
+ *                                                          other things, too: the interval stays, as a suspect. Else it is by whom
+ *                                                          it was moved there
  *   REMAP to where the map holds something                 that has left, by a call whose event comes later: it is kept, displaced
  *   REMAP from where something was moved or displaced      may be older than that move: what the kernel showed decides
  *   UNMAP or REMAP read after a FORK                       may be older than it: what lay there is a suspect in the child
@@ -52,6 +53,7 @@ struct window {
 	bool forked;          /* a FORK was among its events: a child waits */
 	struct event *events; /* read, not yet applied */
 	uint32_t n_events, events_capacity;
+	uint32_t n_read; /* of them */
 	struct move *moves; /* its REMAPs, from the first that may not be in order */
 	uint32_t n_moves, moves_capacity;
 	struct interval *displaced; /* overwritten by REMAPs, the oldest first */
