@@ -216,7 +216,7 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
                 os.close(userfaultfd)
             phases.done("attach")
             child.write(ahead if prepared.pieces else chain(ahead, contents))
-            if sum(len(data) for _, _, data in ahead) < AHEAD:
+            if not prepared.pieces and sum(len(data) for _, _, data in ahead) < AHEAD:
                 prepared.pieces = ahead
             phases.done("write")
             child.run_to_end()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+
 import _cffi_backend
 
 _ffi = _cffi_backend.FFI()
@@ -13,3 +16,11 @@ def address_of(view: memoryview | bytes) -> int:
         return 0
     with _ffi.from_buffer("char[]", view) as held:
         return int(_ffi.cast("uintptr_t", held))
+
+
+def contents_of(views: Sequence[memoryview | bytes]) -> array[int]:
+    """Address and length of each, one behind the other: struct lr_content[]."""
+    places = array("Q")
+    for view in views:
+        places.extend((address_of(view), len(view)))
+    return places

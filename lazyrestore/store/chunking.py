@@ -3,13 +3,12 @@ ends."""
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from lazyrestore._native import _core
-from lazyrestore.store.address import address_of
+from lazyrestore.store.address import contents_of
 from lazyrestore.store.format import PAGE
 
 lib, ffi = _core.lib, _core.ffi
@@ -90,9 +89,7 @@ class Source:
         A huge page stays whole: it can only arrive in one piece.
         """
         views = [self._whole(span) for span in batch]
-        pieces = array("Q")
-        for view in views:
-            pieces.extend((address_of(view), len(view)))
+        pieces = contents_of(views)
         before = pieces[::2]
         with ffi.from_buffer("struct lr_content[]", pieces) as found:
             lib.lr_trim_zeros(found, len(batch))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lazyrestore._native import _core
 from lazyrestore.store import format
-from lazyrestore.store.address import address_of
+from lazyrestore.store.address import contents_of
 
 lib, ffi = _core.lib, _core.ffi
 
@@ -28,9 +28,7 @@ class Compressor:
         """What to store of each: slices of one buffer, which they keep. Raises MemoryError."""
         if not contents:
             return []
-        pieces = array("Q")
-        for content in contents:
-            pieces.extend((address_of(content), len(content)))
+        pieces = contents_of(contents)
         room = sum(map(lib.lr_compress_bound, pieces[1::2]))
         if len(self._out) < room:
             self._out = bytearray(room)

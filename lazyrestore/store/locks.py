@@ -30,6 +30,8 @@ from lazyrestore.errors import StoreBusy, StoreError, StoreFull, StoreReadOnly
 
 FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid; native alignment
 
+_WRITES = 0  # the byte of writer.lock that who writes has locked
+
 _held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
 
 
@@ -91,7 +93,7 @@ class WriterLock:
             if brief:
                 self._take_briefly(wait)
             else:
-                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _first_byte(fcntl.F_WRLCK))
+                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _byte(fcntl.F_WRLCK, _WRITES))
                 fcntl.flock(self._fd, fcntl.LOCK_EX)
                 with contextlib.suppress(OSError):  # the PID is for the error message
                     os.ftruncate(self._fd, 0)
@@ -115,8 +117,7 @@ class WriterLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, _first_byte(fcntl.F_WRLCK))
-            if FLOCK.unpack(answer)[0] != fcntl.F_UNLCK:
+            if _is_locked(self._fd, _WRITES):
                 raise
             fcntl.flock(self._fd, fcntl.LOCK_EX)
 
@@ -124,7 +125,7 @@ class WriterLock:
         """Release the lock, also for forked children; harmless when it is released already."""
         if self in _held:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _first_byte(fcntl.F_UNLCK))
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _byte(fcntl.F_UNLCK, _WRITES))
         self.forget()
 
     def forget(self) -> None:
@@ -143,8 +144,15 @@ class WriterLock:
         self.close()
 
 
-def _first_byte(kind: int) -> bytes:
-    return FLOCK.pack(kind, os.SEEK_SET, 0, 1, 0)
+def _byte(kind: int, number: int) -> bytes:
+    """What fcntl() wants to be told of a lock on one byte."""
+    return FLOCK.pack(kind, os.SEEK_SET, number, 1, 0)
+
+
+def _is_locked(descriptor: int, number: int) -> bool:
+    """Whether another description has a lock on that byte, of whatever kind."""
+    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _byte(fcntl.F_WRLCK, number))
+    return bool(FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def pin(directory: str, snapshot: int) -> int:
@@ -154,7 +162,7 @@ def pin(directory: str, snapshot: int) -> int:
     """
     descriptor = _open_pins(directory, os.O_RDONLY)
     try:
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, snapshot, 1, 0))
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _byte(fcntl.F_RDLCK, snapshot))
     except OSError as error:
         os.close(descriptor)
         raise os_error(f"store {directory}", "pin", error) from error
@@ -170,7 +178,7 @@ class FreeingLock:
     def take(self, snapshot: int) -> bool:
         """Whether nobody uses snapshot `snapshot`; if so nobody can until close()."""
         try:
-            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, snapshot, 1, 0))
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, _byte(fcntl.F_WRLCK, snapshot))
         except (BlockingIOError, PermissionError):  # EAGAIN or EACCES, says fcntl(2)
             return False
         return True
@@ -204,11 +212,9 @@ def pinned(directory: str, snapshot: int) -> bool:
     """Whether anybody uses snapshot `snapshot` now."""
     descriptor = _open_pins(directory, os.O_RDONLY)
     try:
-        question = FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, snapshot, 1, 0)
-        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, question)
+        return _is_locked(descriptor, snapshot)
     finally:
         os.close(descriptor)
-    return bool(FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
 def create_pins(directory: str) -> None:

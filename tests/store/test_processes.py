@@ -6,6 +6,7 @@ import os
 import random
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,34 +68,34 @@ with WriterLock(store.path, brief=True):
 """
 
 
-def test_writer_waits_for_one_who_only_frees(store: ImageStore, path: Path) -> None:
-    done = []
-    with child(path, FREER) as freer:
-        assert freer.hear() == "freeing"
-        writing = threading.Thread(target=lambda: done.append(put(store, "x", pages(10))))
-        writing.start()
-        waiting = f"-> FLOCK  ADVISORY  WRITE {os.getpid()} "
-        until(lambda: waiting in Path("/proc/locks").read_text(), "the writer in the queue for the lock")
-        assert not done
-        freer.say()
-        writing.join()
-    assert done
-
-
-@pytest.mark.parametrize("left", ["", "1\n", "brief\n"])
-def test_what_the_lock_file_says_matters_to_nobody(store: ImageStore, path: Path, left: str) -> None:
-    """Who only frees something has the lock without a word about it; who was killed left one."""
-    done = []
-    lock = WriterLock(os.fspath(path), brief=True)
-    (path / "writer.lock").write_text(left)
+@contextmanager
+def writer_that_waits(store: ImageStore) -> Iterator[None]:
+    """A writer is in the queue for the lock, which must be free at the end; then it writes."""
+    done: list[object] = []
     writing = threading.Thread(target=lambda: done.append(put(store, "x", pages(10))))
     writing.start()
     waiting = f"-> FLOCK  ADVISORY  WRITE {os.getpid()} "
     until(lambda: waiting in Path("/proc/locks").read_text(), "the writer in the queue for the lock")
     assert not done
-    lock.close()
+    yield
     writing.join()
     assert done
+
+
+def test_writer_waits_for_one_who_only_frees(store: ImageStore, path: Path) -> None:
+    with child(path, FREER) as freer:
+        assert freer.hear() == "freeing"
+        with writer_that_waits(store):
+            freer.say()
+
+
+@pytest.mark.parametrize("left", ["", "1\n", "brief\n"])
+def test_what_the_lock_file_says_matters_to_nobody(store: ImageStore, path: Path, left: str) -> None:
+    """Who only frees something has the lock without a word about it; who was killed left one."""
+    lock = WriterLock(os.fspath(path), brief=True)
+    (path / "writer.lock").write_text(left)
+    with writer_that_waits(store):
+        lock.close()
 
 
 def test_who_frees_does_not_wait_for_who_writes(store: ImageStore, path: Path) -> None:

@@ -15,6 +15,20 @@ static int add_move(struct window *window, struct move move) {
 	return 0;
 }
 
+/* What left [start, end) may have left before the children were made of whom was told already. */
+static int doubt_children(struct space *space, uint64_t start, uint64_t end) {
+	int error = 0;
+	for (struct space *child = space->window.unborn; child && !error; child = child->next)
+		error = piece_flag(&child->map, start, end, 0, INTERVAL_SUSPECT);
+	return error;
+}
+
+int apply_unread(struct space *space) {
+	return doubt_children(space, 0, LR_ADDRESS_END);
+}
+
+/* -- what was displaced ------------------------------------------------------------------------------------------------ */
+
 static int add_displaced(struct window *window, struct interval piece) {
 	struct interval *displaced =
 		array_room(window->displaced, window->n_displaced, &window->displaced_capacity, sizeof piece);
@@ -25,17 +39,48 @@ static int add_displaced(struct window *window, struct interval piece) {
 	return 0;
 }
 
-/* What left [start, end) may have left before the children were made of whom was told already. */
-static int doubt_children(struct space *space, uint64_t start, uint64_t end) {
-	int error = 0;
-	for (struct space *child = space->window.unborn; child && !error && !space->window.in_order; child = child->next)
-		error = piece_flag(&child->map, start, end, 0, INTERVAL_SUSPECT);
-	return error;
+/* Something is about to be put where the map holds [start, end): that has left, as an event to come will tell. */
+static int displace(struct space *space, uint64_t start, uint64_t end) {
+	struct interval piece;
+	for (uint64_t at = start; piece_next(&space->map, at, end, &piece); at = piece.end) {
+		int error = add_displaced(&space->window, piece);
+		if (error)
+			return error;
+	}
+	return interval_map_erase(&space->map, start, end);
 }
 
-int apply_unread(struct space *space) {
-	space->window.in_order = false;
-	return doubt_children(space, 0, LR_ADDRESS_END);
+/* Takes [start, end) out of a displaced piece; one of which nothing is left stays, empty. */
+static int cut_displaced(struct window *window, uint32_t number, uint64_t start, uint64_t end) {
+	struct interval whole = window->displaced[number], rest[2] = {0};
+	unsigned n = 0;
+	if (whole.start < start)
+		rest[n++] = piece_cut(whole, whole.start, start);
+	if (end < whole.end)
+		rest[n++] = piece_cut(whole, end, whole.end);
+	window->displaced[number] = rest[0];
+	return n > 1 ? add_displaced(window, rest[1]) : 0;
+}
+
+bool belongs(struct interval piece, uint64_t from, struct origin origin) {
+	return !origin.known ||
+	       (piece.backing == origin.backing && piece.image - piece.start == origin.image - from);
+}
+
+/* Takes what lay in [from, end) before something else was put there: what belongs to `origin`, else what is oldest. */
+static int take_displaced(struct window *window, uint64_t from, uint64_t end, struct origin origin, struct interval_map *moved) {
+	uint32_t n = window->n_displaced;
+	int error = 0;
+	for (uint32_t i = 0; !error && i < n; i++) {
+		struct interval piece = window->displaced[i];
+		uint64_t start = piece.start > from ? piece.start : from, stop = piece.end < end ? piece.end : end;
+		if (start >= stop || !belongs(piece, from, origin))
+			continue;
+		error = piece_fill_gap(moved, piece_cut(piece, start, stop));
+		if (!error)
+			error = cut_displaced(window, i, start, stop);
+	}
+	return error;
 }
 
 /* -- UNMAP ------------------------------------------------------------------------------------------------------------- */
@@ -57,33 +102,6 @@ static uint64_t moved_piece(const struct window *window, uint64_t at, uint64_t e
 	return end;
 }
 
-/* Takes [start, end) out of a displaced piece; one of which nothing is left stays, empty. */
-static int cut_displaced(struct window *window, uint32_t number, uint64_t start, uint64_t end) {
-	struct interval whole = window->displaced[number], rest[2] = {0};
-	unsigned n = 0;
-	if (whole.start < start)
-		rest[n++] = piece_cut(whole, whole.start, start);
-	if (end < whole.end)
-		rest[n++] = piece_cut(whole, end, whole.end);
-	window->displaced[number] = rest[0];
-	return n > 1 ? add_displaced(window, rest[1]) : 0;
-}
-
-/* Forgets what was displaced in [start, end). */
-static int drop_displaced(struct window *window, uint64_t start, uint64_t end, bool *any) {
-	uint32_t n = window->n_displaced;
-	int error = 0;
-	*any = false;
-	for (uint32_t i = 0; i < n && !error; i++) {
-		const struct interval *piece = &window->displaced[i];
-		if (piece->start >= end || piece->end <= start)
-			continue;
-		*any = true;
-		error = cut_displaced(window, i, start, end);
-	}
-	return error;
-}
-
 /* Does the map hold anything in [start, end) that was not moved there in this window? */
 static bool holds_other(struct space *space, uint64_t start, uint64_t end) {
 	const struct move *inside;
@@ -100,14 +118,15 @@ static bool holds_other(struct space *space, uint64_t start, uint64_t end) {
 static int unmap(struct space *space, const struct event *event) {
 	struct window *window = &space->window;
 	uint64_t start = event->start, end = event->end;
-	bool displaced = false;
+	__attribute__((cleanup(interval_map_deinit))) struct interval_map explained;
+	interval_map_init(&explained);
 	window->changed = true;
 	if (window->in_order)
 		return interval_map_erase(&space->map, start, end);
 	int error = doubt_children(space, start, end);
 	if (!error)
-		error = drop_displaced(window, start, end, &displaced);
-	bool perhaps_older = displaced || holds_other(space, start, end);
+		error = take_displaced(window, start, end, (struct origin){0}, &explained);
+	bool perhaps_older = explained.count || holds_other(space, start, end);
 	for (uint64_t at = start; !error && at < end;) {
 		const struct move *inside;
 		uint64_t piece = moved_piece(window, at, end, &inside);
@@ -121,38 +140,6 @@ static int unmap(struct space *space, const struct event *event) {
 }
 
 /* -- REMAP ------------------------------------------------------------------------------------------------------------- */
-
-bool belongs(struct interval piece, uint64_t from, struct origin origin) {
-	return !origin.known ||
-	       (piece.backing == origin.backing && piece.image - piece.start == origin.image - from);
-}
-
-/* Something is about to be put where the map holds [start, end): that has left, as an event to come will tell. */
-static int displace(struct space *space, uint64_t start, uint64_t end) {
-	struct interval piece;
-	for (uint64_t at = start; piece_next(&space->map, at, end, &piece); at = piece.end) {
-		int error = add_displaced(&space->window, piece);
-		if (error)
-			return error;
-	}
-	return interval_map_erase(&space->map, start, end);
-}
-
-/* Takes what lay in [from, end) before something else was put there: what belongs to `origin`, else what is oldest. */
-static int take_displaced(struct window *window, uint64_t from, uint64_t end, struct origin origin, struct interval_map *moved) {
-	uint32_t n = window->n_displaced;
-	int error = 0;
-	for (uint32_t i = 0; !error && i < n; i++) {
-		struct interval piece = window->displaced[i];
-		uint64_t start = piece.start > from ? piece.start : from, stop = piece.end < end ? piece.end : end;
-		if (start >= stop || !belongs(piece, from, origin))
-			continue;
-		error = piece_fill_gap(moved, piece_cut(piece, start, stop));
-		if (!error)
-			error = cut_displaced(window, i, start, stop);
-	}
-	return error;
-}
 
 /* Takes what lies in [from, end) now and belongs to `origin`; `before`: what that is, to be left behind. */
 static int take_current(struct space *space, uint64_t from, uint64_t end, struct origin origin, struct interval_map *before) {
@@ -175,7 +162,7 @@ static int take_current(struct space *space, uint64_t from, uint64_t end, struct
 static int leave(struct space *space, const struct interval_map *before, const struct event *event) {
 	struct interval piece;
 	int error = 0;
-	if (!event->unmaps)
+	if (!event_unmaps(event))
 		return piece_empty(&space->map, before, event->start, event->end, 0);
 	for (uint64_t at = event->start; !error && piece_next(before, at, event->end, &piece); at = piece.end)
 		error = interval_map_erase(&space->map, piece.start, piece.end);
@@ -247,7 +234,7 @@ static int remap(struct space *space, const struct event *event) {
 	window->changed = true;
 	if (!move.length)
 		return duplicate(space, from, move.to);
-	if (!window->in_order && event->unmaps && (unknown || is_doubtful(window, from, end))) {
+	if (!window->in_order && event_unmaps(event) && (unknown || is_doubtful(window, from, end))) {
 		origin = event->shown;
 		error = take_displaced(window, from, end, origin, &moved);
 	}
@@ -255,7 +242,7 @@ static int remap(struct space *space, const struct event *event) {
 		error = take_current(space, from, end, origin, &before);
 	if (!error)
 		error = piece_fill_gaps(&moved, &before, from, end);
-	if (!error)
+	if (!error && !window->in_order)
 		error = doubt_children(space, from, end);
 	if (!error)
 		error = put(space, &moved, move, origin);

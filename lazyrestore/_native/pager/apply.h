@@ -8,17 +8,21 @@ struct event {
 	struct origin shown; /* at `to`, when the REMAP was read */
 	struct space *child; /* a FORK's */
 	uint32_t number;     /* events are counted as they are read */
-	uint32_t done;       /* a REMAP's: until then its caller slept */
+	uint32_t done;       /* a REMAP's: the number of its source's UNMAP, until which its caller slept; its own: none came */
 	uint8_t kind;        /* UFFD_EVENT_… */
-	bool unmaps;         /* a REMAP: its source's UNMAP came */
 };
+
+/* Of a REMAP: has the UNMAP of its source come? */
+static inline bool event_unmaps(const struct event *event) {
+	return event->done != event->number;
+}
 
 struct move {
 	uint64_t from;
 	uint64_t to;
 	uint64_t length;
 	uint32_t done; /* the event before which its caller cannot have made another call */
-	bool left; /* moved on, in the same window */
+	bool left;     /* moved on, in the same window */
 };
 
 /* The next event of the window's. 0 or ENOMEM. */

@@ -155,12 +155,12 @@ static int on_fault(struct space *space, const struct uffd_msg *message, uint64_
 static int on_remap(struct space *space, const struct uffd_msg *message, uint32_t rest) {
 	uint64_t from = message->arg.remap.from, to = message->arg.remap.to, length = message->arg.remap.len;
 	bool sleeps = true;
+	if (from == to)
+		return 0;
 	for (uint32_t i = 1; i <= rest; i++)
 		if (message[i].event == UFFD_EVENT_UNMAP && message[i].arg.remove.start == from &&
 		    message[i].arg.remove.end == from + length)
 			sleeps = false;
-	if (from == to)
-		return 0;
 	return window_remap(space, from, to, length, sleeps);
 }
 

@@ -54,7 +54,7 @@ static int take(struct space *space, struct event event) {
 static struct event *find_move(struct window *window, uint64_t start, uint64_t end) {
 	for (uint32_t i = window->n_events; i--;) {
 		struct event *event = &window->events[i];
-		if (event->kind == UFFD_EVENT_REMAP && event->start == start && event->end == end && !event->unmaps)
+		if (event->kind == UFFD_EVENT_REMAP && event->start == start && event->end == end && !event_unmaps(event))
 			return event;
 	}
 	return NULL;
@@ -64,8 +64,7 @@ int window_unmap(struct space *space, uint64_t start, uint64_t end) {
 	struct event *move = find_move(on_event(space), start, end);
 	if (!move)
 		return take(space, (struct event){.kind = UFFD_EVENT_UNMAP, .start = start, .end = end});
-	move->unmaps = true; /* that is all it tells */
-	move->done = ++space->window.n_read;
+	move->done = ++space->window.n_read; /* that is all it tells */
 	return 0;
 }
 
