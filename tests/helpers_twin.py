@@ -285,8 +285,6 @@ class Model:
         at, size = ARENA + start * PAGE, n * PAGE
         if kind == MEMFD_PRIVATE and name in DIFFERENT:
             return  # where it was written, it is anonymous in one and a file in the other
-        if kind == SHARED and name == "REMOVE":
-            self.pair.send("read", at, size)  # a known difference: what was not touched yet comes back
         different = DIFFERENT.get(name) if kind == ANONYMOUS else None
         self.pair.send("advise", at, size, ADVICE[name], different=different)
         if name == "FREE":  # may be zero from now on; an allocator writes before it reads

@@ -103,6 +103,62 @@ def test_punched_out_reads_zero(image: Image, victim: Victim) -> None:
     assert victim.ask("crc", AT, SIZE) == crc(raw[:CHUNK] + bytes(CHUNK) + raw[2 * CHUNK :])
 
 
+@pytest.mark.parametrize(("at", "length"), [(CHUNK, CHUNK), (CHUNK + PAGE, PAGE), (PAGE, 5 * CHUNK), (0, SIZE)])
+def test_punched_out_before_the_first_touch(image: Image, victim: Victim, at: int, length: int) -> None:
+    """Its event looks like that of MADV_DONTNEED, which keeps contents."""
+    assert victim.ask("punch", AT + at, length) == "ok"
+    raw = image.raw(SHARED, SIZE)
+    assert victim.ask("crc", AT, SIZE) == crc(raw[:at] + bytes(length) + raw[at + length :])
+
+
+def test_dontneed_before_the_first_touch(image: Image, victim: Victim) -> None:
+    assert victim.ask("dontneed", AT + CHUNK, 3 * CHUNK) == "ok"
+    assert victim.ask("crc", AT, SIZE) == crc(image.raw(SHARED, SIZE))
+
+
+def test_punched_out_after_a_move(image: Image, victim: Victim) -> None:
+    there = AT + 4 * SIZE
+    assert victim.ask("remap", AT, 2 * CHUNK, 2 * CHUNK, there) == "ok"
+    assert victim.ask("punch", there + CHUNK, CHUNK) == "ok"
+    raw = image.raw(SHARED, 2 * CHUNK)
+    assert victim.ask("crc", there, 2 * CHUNK) == crc(raw[:CHUNK] + bytes(CHUNK))
+
+
+def test_punched_out_where_the_mapping_grew(
+    image: Image, client: PagerClient, memfd: int, make_victim: Callable[[], Victim]
+) -> None:
+    victim = make_victim()
+    map_shared(victim, memfd, 2 * CHUNK)
+    victim.attach(client, ranges(2 * CHUNK), {NUMBER: memfd})
+    assert victim.ask("grow", AT, 2 * CHUNK, SIZE) == "ok"
+    assert victim.ask("punch", AT + 3 * CHUNK, PAGE) == "ok"
+    raw = image.raw(SHARED, SIZE)
+    assert victim.ask("crc", AT, SIZE) == crc(raw[: 3 * CHUNK] + bytes(PAGE) + raw[3 * CHUNK + PAGE :])
+
+
+def test_punched_out_by_a_forked_child(image: Image, victim: Victim) -> None:
+    victim.fork()
+    assert victim.ask_child("punch", AT + 3 * CHUNK + PAGE, PAGE) == "ok"
+    raw = image.raw(SHARED, SIZE)
+    expected = crc(raw[: 3 * CHUNK + PAGE] + bytes(PAGE) + raw[3 * CHUNK + 2 * PAGE :])
+    assert victim.ask("crc", AT, SIZE) == victim.ask_child("crc", AT, SIZE) == expected
+
+
+def test_punches_beside_faults(image: Image, client: PagerClient, make_victim: Callable[[], Victim]) -> None:
+    raw = image.raw(SHARED, SIZE)
+    kept = b"".join(bytes(PAGE) if i % 2 == 0 else raw[i * PAGE : (i + 1) * PAGE] for i in range(SIZE // PAGE))
+    for _ in range(30):
+        memfd = os.memfd_create("shared")
+        try:
+            os.ftruncate(memfd, SIZE)
+            victim = make_victim()
+            map_shared(victim, memfd)
+            victim.attach(client, ranges(), {NUMBER: memfd})
+        finally:
+            os.close(memfd)
+        assert victim.ask("punches", AT, SIZE) == f"{crc(kept)} {sum(kept[PAGE :: 2 * PAGE])}"
+
+
 def test_mapping_that_grows_shows_the_file(
     image: Image, client: PagerClient, memfd: int, make_victim: Callable[[], Victim]
 ) -> None:

@@ -113,6 +113,25 @@ static void read_beside_trim(word dropped, word dropped_length, word times, word
 	printf("%llu\n", w.sum);
 }
 
+/* One thread punches out every second page while this one reads those between; prints the CRC of it all. */
+static void *punch_every_second(void *argument) {
+	word *range = argument;
+	for (word i = 0; i < range[1] / PAGE; i += 2)
+		madvise(at(range[0] + i * PAGE), PAGE, MADV_REMOVE);
+	return NULL;
+}
+
+static void read_beside_punches(word start, word length) {
+	word range[] = {start, length}, sum = 0;
+	pthread_t thread;
+	pthread_create(&thread, NULL, punch_every_second, range);
+	for (word i = length / PAGE; i--;)
+		if (i % 2)
+			sum += *(volatile unsigned char *)at(start + i * PAGE);
+	pthread_join(thread, NULL);
+	printf("%u %llu\n", crc32_of(start, length), sum);
+}
+
 /* The sum of the bytes at `start`, `start` + step, …; with `apart`, of those `apart` bytes on too, in turns. */
 static void stride(word start, word step, word times, word apart) {
 	word sum = 0;
@@ -178,6 +197,8 @@ static void execute(const char *name, const word *a) {
 		status(madvise(at(a[0]), a[1], MADV_DONTNEED));
 	else if (!strcmp(name, "punch"))
 		status(madvise(at(a[0]), a[1], MADV_REMOVE));
+	else if (!strcmp(name, "punches")) /* address length */
+		read_beside_punches(a[0], a[1]);
 	else if (!strcmp(name, "munmap"))
 		status(munmap(at(a[0]), a[1]));
 	else if (!strcmp(name, "mprotect")) /* address length protection */

@@ -34,10 +34,12 @@ struct lr_error backing_init(const struct image *image, uint32_t kind, int fd, s
 		return lr_fail("mmap of chunk states", errno, 0);
 	made.fd = fd;
 	*backing = made;
+	hold_init(&backing->hold, fd);
 	return LR_OK;
 }
 
 void backing_deinit(struct backing *backing) {
+	hold_deinit(&backing->hold);
 	munmap((void *)backing->states, backing->states_length);
 	close(backing->fd);
 }
@@ -55,8 +57,21 @@ struct lr_error backing_create_template(const struct image *image, bool hugetlb,
 	return error;
 }
 
+static struct lr_error store_mapped(const struct backing *backing, off_t offset, uint64_t address, const void *raw, size_t length) {
+	void *at = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, backing->fd, offset);
+	if (at == MAP_FAILED)
+		return lr_fail("mmap of a memory file", errno, address);
+	int error = backing->page == LR_PAGE && madvise(at, length, MADV_POPULATE_WRITE) ? errno : 0; /* here, or SIGBUS below */
+	if (!error)
+		memcpy(at, raw, length);
+	munmap(at, length);
+	return error ? lr_fail("MADV_POPULATE_WRITE", error, address) : LR_OK;
+}
+
 static struct lr_error store(const struct backing *backing, uint64_t address, const void *raw, size_t length) {
 	off_t offset = (off_t)(address - backing->image);
+	if (backing->kind >= LR_BACKING_SHARED)
+		return store_mapped(backing, offset, address, raw, length);
 	if (backing->kind != LR_BACKING_HUGETLB) {
 		for (size_t done = 0; done < length;) {
 			ssize_t n = pwrite(backing->fd, (const char *)raw + done, length - done, offset + (off_t)done);
@@ -72,12 +87,7 @@ static struct lr_error store(const struct backing *backing, uint64_t address, co
 		return lr_fail("chunk: not a huge page", EBADMSG, address);
 	if (fallocate(backing->fd, 0, offset, LR_HUGE)) /* ENOSPC here, or SIGBUS below */
 		return lr_fail("fallocate of a huge page", errno, address);
-	void *page = mmap(NULL, LR_HUGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, backing->fd, offset);
-	if (page == MAP_FAILED)
-		return lr_fail("mmap of a huge page", errno, address);
-	memcpy(page, raw, LR_HUGE);
-	munmap(page, LR_HUGE);
-	return LR_OK;
+	return store_mapped(backing, offset, address, raw, LR_HUGE);
 }
 
 static uint32_t *futex_word(struct backing *backing, uint64_t slot) {
@@ -132,6 +142,8 @@ static enum chunk_state settle(struct backing *backing, const struct image *imag
 	uint64_t slot = chunk - backing->first;
 	enum chunk_state state = good ? CHUNK_FILLED : CHUNK_BAD;
 	count(image, chunk, good);
+	if (good)
+		atomic_fetch_add(&backing->n_filled, 1);
 	if (atomic_exchange(&backing->states[slot], (uint8_t)state) == CHUNK_AWAITED)
 		syscall(SYS_futex, futex_word(backing, slot), FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 	return state;
@@ -210,9 +222,30 @@ struct lr_error backing_fill_all(struct backing *backing, const struct image *im
 	return LR_OK;
 }
 
+/* The first of the backing's chunks that ends above `from`, and one more than the last that begins below `to`. */
+static void chunks_of(const struct backing *backing, const struct image *image, uint64_t from, uint64_t to, uint64_t *chunk,
+		      uint64_t *end) {
+	uint64_t above = image_first_at(image, from + 1), limit = image_first_at(image, to);
+	*chunk = above > backing->first ? above - 1 : backing->first;
+	*end = limit < backing->first + backing->n ? limit : backing->first + backing->n;
+}
+
+void backing_fill_range(struct backing *backing, const struct image *image, uint64_t from, uint64_t to, struct unpacker *unpacker) {
+	uint64_t chunk, end;
+	for (chunks_of(backing, image, from, to, &chunk, &end); chunk < end; chunk++)
+		backing_fill(backing, image, chunk, unpacker);
+}
+
+void backing_spoil_range(struct backing *backing, const struct image *image, uint64_t from, uint64_t to) {
+	uint64_t chunk, end;
+	for (chunks_of(backing, image, from, to, &chunk, &end); chunk < end; chunk++) {
+		uint8_t empty = CHUNK_EMPTY;
+		if (atomic_compare_exchange_strong(&backing->states[chunk - backing->first], &empty, CHUNK_BAD))
+			log_line("snapshot %s: image address %#llx of shared memory is lost: it may have been removed", image->name,
+				 (unsigned long long)image->chunks[chunk].address);
+	}
+}
+
 bool backing_is_complete(const struct backing *backing) {
-	for (uint64_t slot = 0; slot < backing->n; slot++)
-		if (atomic_load_explicit(&backing->states[slot], memory_order_acquire) != CHUNK_FILLED)
-			return false;
-	return true;
+	return atomic_load(&backing->n_filled) == backing->n;
 }

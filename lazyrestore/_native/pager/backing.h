@@ -6,8 +6,10 @@
  * mapped by nobody before it is FILLED. Choice: decompress into a buffer, then pwrite(2): measured here for 64 KiB it
  * costs 22 us on top of zstd, decompressing into a mapping of the file 40 us (a page fault and a cleared page each);
  * the file's pages are then in no page table but the processes' own, and a full disk or huge page pool is an errno, not
- * a SIGBUS. hugetlbfs has no write, so there each chunk is mapped for the moment. */
+ * a SIGBUS. hugetlbfs has no write, and pwrite to a shared file would wait for whoever holds its lock (hold.h): there each chunk is
+ * mapped for the moment. */
 #pragma once
+#include "hold.h"
 #include "image.h"
 #include <stdatomic.h>
 #include <sys/stat.h>
@@ -25,6 +27,8 @@ struct backing {
 	uint64_t n;
 	_Atomic uint8_t *states;
 	size_t states_length;
+	_Atomic uint64_t n_filled;
+	struct hold hold; /* of shared memory */
 	uint32_t references; /* guarded by the pager's lock */
 	uint32_t keeper_slot;
 	struct backing *next;
@@ -62,6 +66,11 @@ bool backing_is_complete(const struct backing *backing);
 
 /* Nobody can have touched a page of it: who reads one now gets the stored bytes, or SIGBUS where they are damaged. */
 bool backing_is_untouched(const struct backing *backing, uint64_t chunk);
+
+/* The chunks that overlap image addresses [from, to), and perhaps one beside them: filled, as far as they are sound; or, where they
+ * are still empty, declared bad. */
+void backing_fill_range(struct backing *backing, const struct image *image, uint64_t from, uint64_t to, struct unpacker *unpacker);
+void backing_spoil_range(struct backing *backing, const struct image *image, uint64_t from, uint64_t to);
 
 /* Every chunk of it; the first bad one is the error. */
 struct lr_error backing_fill_all(struct backing *backing, const struct image *image, struct unpacker *unpacker);

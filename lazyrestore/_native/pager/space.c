@@ -4,6 +4,7 @@
 #include "array.h"
 #include "log.h"
 #include "proc.h"
+#include "removal.h"
 #include "replay.h"
 #include "uffd.h"
 #include <errno.h>
@@ -164,7 +165,7 @@ static int on_remap(struct space *space, const struct uffd_msg *message, uint32_
 	return window_remap(space, from, to, length, sleeps);
 }
 
-static int on_message(struct space *space, const struct uffd_msg *message, uint32_t rest, uint64_t now) {
+static int on_message(struct space *space, const struct removal_guard *guard, const struct uffd_msg *message, uint32_t rest, uint64_t now) {
 	switch (message->event) {
 	case UFFD_EVENT_PAGEFAULT:
 		return on_fault(space, message, now);
@@ -177,6 +178,7 @@ static int on_message(struct space *space, const struct uffd_msg *message, uint3
 		return on_remap(space, message, rest);
 	case UFFD_EVENT_REMOVE:
 		stats_add(&space->stats, LR_COUNT_REMOVE, 1);
+		removal_fill(guard, message->arg.remove.start, message->arg.remove.end);
 		return window_remove(space, message->arg.remove.start, message->arg.remove.end);
 	case UFFD_EVENT_UNMAP:
 		stats_add(&space->stats, LR_COUNT_UNMAP, 1);
@@ -192,7 +194,10 @@ bool space_drain(struct space *space, uint32_t *n_read) {
 	*n_read = 0;
 	SCOPED_LOCK(&space->map_lock);
 	for (;;) {
-		size_t wanted = space->window.open ? 1 : BATCH; /* in a window, what a caller does before it is woken matters */
+		__attribute__((cleanup(removal_end))) struct removal_guard guard = removal_begin(space);
+		if (guard.read == REMOVAL_NOTHING)
+			break;
+		size_t wanted = space->window.open || guard.read == REMOVAL_ONE ? 1 : BATCH; /* in a window, what a caller does before it is woken matters */
 		ssize_t n = read(space->uffd, messages, wanted * sizeof *messages);
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -211,7 +216,7 @@ bool space_drain(struct space *space, uint32_t *n_read) {
 		uint64_t now = now_ns();
 		uint32_t n_messages = (uint32_t)((size_t)n / sizeof *messages);
 		for (uint32_t i = 0; i < n_messages; i++) {
-			int error = on_message(space, &messages[i], n_messages - 1 - i, now);
+			int error = on_message(space, &guard, &messages[i], n_messages - 1 - i, now);
 			if (error) {
 				space_kill(space, strerror(error));
 				return false;

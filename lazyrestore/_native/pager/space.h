@@ -14,8 +14,7 @@
  * Another thread may look at the map (space_visit): the space's own thread changes it under map_lock, from the read of events to
  * their end, so that what a call of the process has done is in the map, or its window is open, before the call returns. map_lock may be
  * held when the pager's lock is taken, never the other way round.
- * Cost: MADV_REMOVE and MADV_DONTNEED of shared memory look the same; the latter, which keeps contents, is assumed, so a
- * chunk that is punched out before its first touch comes back (LR_ATTACH_EAGER avoids it). */
+ * MADV_REMOVE and MADV_DONTNEED of shared memory look the same: removal.h. */
 #pragma once
 #include "interval_map.h"
 #include "pager.h"

@@ -102,9 +102,17 @@ enum probe uffd_probe(int uffd, uint64_t start, uint64_t end) {
 	}
 }
 
-bool uffd_alive(int uffd) {
-	/* The kernel looks for the address space (ESRCH) before it looks for the page, which is in no registered
-	 * range: the last page below 2^47 is never mapped. */
+/* The kernel looks for calls under way (EAGAIN), then for the address space (ESRCH), before it looks for the page, which is in no
+ * registered range: the last page below 2^47 is never mapped. */
+static int errno_of_nowhere(int uffd) {
 	const uint64_t nowhere = LR_ADDRESS_END - 2 * LR_PAGE;
-	return uffd_continue(uffd, nowhere, nowhere + LR_PAGE).code != ESRCH;
+	return uffd_continue(uffd, nowhere, nowhere + LR_PAGE).code;
+}
+
+bool uffd_changing(int uffd) {
+	return errno_of_nowhere(uffd) == EAGAIN;
+}
+
+bool uffd_alive(int uffd) {
+	return errno_of_nowhere(uffd) != ESRCH;
 }

@@ -31,5 +31,8 @@ void uffd_wake(int uffd, uint64_t start, uint64_t end);
 enum probe { PROBE_REGISTERED, PROBE_NOT_ONE, PROBE_BUSY /* EAGAIN */, PROBE_GONE };
 enum probe uffd_probe(int uffd, uint64_t start, uint64_t end);
 
+/* Is fork, mremap, munmap or madvise under way, so that installs answer EAGAIN? */
+bool uffd_changing(int uffd);
+
 /* Is there still an address space behind this descriptor? */
 bool uffd_alive(int uffd);
