@@ -257,19 +257,21 @@ class Snapshot:
     ) -> RestoredProcess:
         began = time.perf_counter()
         from lazyrestore import restore
+        from lazyrestore.kernel.cpu_latency import awake
         from lazyrestore.pager.client import PagerGone
 
-        checked, pager = self._get_ready(options, listen, reuseport)
-        try:
-            started = restore.run(checked, pager, streams)
-        except PagerGone:
-            # It exited for want of work just as we came; a connected one stays.
-            with self._lock:
-                if self._pager is pager:
-                    self._gone.append(pager)
-                    self._pager = None
+        with awake():
             checked, pager = self._get_ready(options, listen, reuseport)
-            started = restore.run(checked, pager, streams)
+            try:
+                started = restore.run(checked, pager, streams)
+            except PagerGone:
+                # It exited for want of work just as we came; a connected one stays.
+                with self._lock:
+                    if self._pager is pager:
+                        self._gone.append(pager)
+                        self._pager = None
+                checked, pager = self._get_ready(options, listen, reuseport)
+                started = restore.run(checked, pager, streams)
         restore_ms = (time.perf_counter() - began) * 1e3
         started.phases = {"prepare": restore_ms - started.restore_ms, **started.phases}
         started.restore_ms = restore_ms
@@ -349,7 +351,9 @@ class Snapshot:
 
     def pager_stats(self) -> PagerStats | None:
         """What the pager of this snapshot counted, None if there is none."""
-        return _pager_stats(self._image.key, self.name)
+        from lazyrestore.pager.launch import stats_of
+
+        return stats_of(self._image.key, self.name)
 
     def _prepare(self, listen: Mapping[int, int], reuseport: bool) -> Prepared:
         from lazyrestore import restore
@@ -466,7 +470,9 @@ class RestoredProcess:
 
         Raises PagerError if the pager is gone, as it is some time after the last process has ended.
         """
-        stats = _pager_stats(self._key, self.name)
+        from lazyrestore.pager.launch import stats_of
+
+        stats = stats_of(self._key, self.name)
         if stats is None:
             raise PagerError(f"pager of {self.name}", "stats", "there is none: no process of this snapshot runs")
         return stats
@@ -484,16 +490,6 @@ class RestoredProcess:
         self._pidfd = -1
         if self._namespace is not None:
             self._namespace.collect()
-
-
-def _pager_stats(key: str, name: str) -> PagerStats | None:
-    from lazyrestore.pager.launch import connect_existing
-
-    client = connect_existing(key, name)
-    if client is None:
-        return None
-    with client:
-        return client.stats()
 
 
 __all__ = ["LazyrestoreError", "RestoredProcess", "Snapshot", "Store"]

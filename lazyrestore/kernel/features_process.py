@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lazyrestore import _native
 from lazyrestore._native import _core
+from lazyrestore.kernel import cpu_latency
 from lazyrestore.kernel.features_record import Probe, native, trying
 
 STUB_ROOM = 256  # bytes: the stub takes about 200 (docs/architecture.md)
@@ -95,6 +96,16 @@ def _pagerd() -> str:
 
 def _tracing(what: str) -> Callable[[], str]:
     return trying("trace", getattr(_core.lib, f"LR_TRACE_{what}"), 0)
+
+
+def _cpu_latency() -> str:
+    device = cpu_latency.request()
+    try:
+        if int.from_bytes(os.read(device, 4), "little"):
+            raise OSError(0, "the kernel does not heed it", cpu_latency.DEVICE)
+    finally:
+        os.close(device)
+    return "" if cpu_latency.wanted() else f"switched off by {cpu_latency.SWITCH}"
 
 
 PROBES = (
@@ -259,6 +270,15 @@ PROBES = (
         "nothing; finding the pages of large processes takes longer",
         "Linux 6.7 or newer",
         trying("pagemap_scan"),
+    ),
+    Probe(
+        "cpu-latency",
+        "idle CPUs stay awake while a process is restored",
+        False,
+        "ask for wake-ups of 0 us by /dev/cpu_dma_latency, and read that back",
+        "nothing; faults take several times as long where idle CPUs sleep",
+        ROOT,
+        _cpu_latency,
     ),
     Probe(
         "pid-namespace",

@@ -22,8 +22,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol, Self
 
 from ..errors import PagerError
+from ..kernel import cpu_latency
 from . import wire
-from .client import PagerClient, PagerGone
+from .client import PagerClient, PagerGone, PagerStats
 
 PAGERD = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "_native", "pagerd")
 StrPath = str | os.PathLike[str]  # results are str: pathlib takes 4 ms to import, longer than most restores
@@ -222,6 +223,15 @@ def connect_existing(key: str, name: str, *, runtime_dir: StrPath | None = None)
             return None
 
 
+def stats_of(key: str, name: str, *, runtime_dir: StrPath | None = None) -> PagerStats | None:
+    """What the pager of that image counted; None: there is none. Raises PagerError, PagerGone."""
+    client = connect_existing(key, name, runtime_dir=runtime_dir)
+    if client is None:
+        return None
+    with client:
+        return client.stats()
+
+
 def connect_all(*, runtime_dir: StrPath | None = None) -> Iterator[tuple[str, PagerClient]]:
     """Every running pager of this user, with its socket's path; the caller closes the clients."""
     for path in _sockets(_directory(runtime_dir)):
@@ -364,11 +374,12 @@ def _start(image: StoredImage, directory: str, path: str, linger_ms: int) -> int
         duplicates = {k: owned(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)) for k, fd in fds.items() if fd < 3}
         fds |= duplicates
         arguments = [word for key, fd in fds.items() for word in (key, str(fd))]
+        numbers = ["--linger", str(linger_ms), "--pin-at", str(image.pin_at), "--awake", str(int(cpu_latency.wanted()))]
         recorder = ["--", *image.recorder, os.fspath(path)] if image.recorder else []
         try:
             return os.posix_spawn(
                 os.fspath(PAGERD),
-                ["pagerd", *arguments, "--linger", str(linger_ms), "--pin-at", str(image.pin_at), *recorder],
+                ["pagerd", *arguments, *numbers, *recorder],
                 {},
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, fd) for fd in fds.values()],
             )

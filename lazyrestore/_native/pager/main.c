@@ -32,6 +32,7 @@ enum { LISTEN, DATA, PIN, LOCK, LOG, IMAGE, N_FDS };
 struct options {
 	int fds[N_FDS];
 	uint64_t linger_ms, pin_at; /* pin_at: the byte of the pin's file that is not 0 if the snapshot was removed */
+	bool awake; /* idle CPUs, while processes fault */
 	char **recorder; /* what follows "--": the command that keeps a recorded working set */
 };
 
@@ -39,6 +40,7 @@ static struct lr_error parse(int argc, char **argv, struct options *options) {
 	static const char *const names[N_FDS] = {"--listen", "--data", "--pin", "--lock", "--log", "--image"};
 	unsigned seen = 0;
 	options->linger_ms = 1000;
+	options->awake = true;
 	for (int i = 1; i + 1 < argc; i += 2) {
 		if (!strcmp(argv[i], "--")) {
 			options->recorder = argv + i + 1;
@@ -47,12 +49,15 @@ static struct lr_error parse(int argc, char **argv, struct options *options) {
 		char *rest;
 		unsigned long value = strtoul(argv[i + 1], &rest, 10);
 		bool linger = !strcmp(argv[i], "--linger"), pin_at = !strcmp(argv[i], "--pin-at");
-		if (*rest || rest == argv[i + 1] || value > INT32_MAX || (!linger && !pin_at && value <= STDERR_FILENO))
+		bool awake = !strcmp(argv[i], "--awake"), number = linger || pin_at || awake;
+		if (*rest || rest == argv[i + 1] || value > INT32_MAX || (!number && value <= STDERR_FILENO))
 			return lr_fail(argv[i], EINVAL, 0);
 		if (linger)
 			options->linger_ms = value;
 		if (pin_at)
 			options->pin_at = value;
+		if (awake)
+			options->awake = value;
 		for (unsigned k = 0; k < N_FDS; k++)
 			if (!strcmp(argv[i], names[k])) {
 				options->fds[k] = (int)value;
@@ -122,6 +127,7 @@ static struct lr_error pager_init(struct pager *pager, const struct options *opt
 	pthread_mutex_init(&pager->lock, NULL);
 	pager->started_ns = now_ns();
 	pager->huge.fd = -1;
+	latency_init(&pager->latency, options->awake);
 	pager->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (pager->wake_fd < 0)
 		return lr_fail("eventfd", errno, 0);

@@ -2,6 +2,7 @@
 #pragma once
 #include "backing.h"
 #include "keeper.h"
+#include "latency.h"
 #include "stats.h"
 #include "working_set.h"
 #include <pthread.h>
@@ -18,6 +19,7 @@ struct pager {
 	_Atomic bool filling_all, all_filled; /* LR_ATTACH_FILL_IDLE: begun; done */
 	int recorder_pidfd; /* while it runs; -1: it does not */
 	struct keeper keeper;
+	struct latency latency;
 	uint64_t started_ns;
 	int wake_fd; /* eventfd: the main thread should look again */
 

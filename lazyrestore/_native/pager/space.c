@@ -307,6 +307,9 @@ bool space_serve_all(struct space *space) {
  * outlive it, and a forked child has none; hence a look from time to time. */
 static void serve_space(struct space *space) {
 	enum { UFFD, PID };
+	struct latency *latency = &space->pager->latency;
+	if (!space->generation)
+		latency_begin(latency, &space->latency, now_ns());
 	if (!space_serve_all(space)) /* a forked child may begin with an open window */
 		return;
 	if (space->replays && !replay(space))
@@ -320,7 +323,11 @@ static void serve_space(struct space *space) {
 			[UFFD] = {.fd = space->uffd, .events = POLLIN},
 			[PID] = {.fd = space->pidfd, .events = POLLIN},
 		};
-		int n = poll(fds, 2, space->pidfd >= 0 ? 1000 : 200);
+		int n = poll(fds, 2, space->latency.held ? LATENCY_QUIET_MS : space->pidfd >= 0 ? 1000 : 200);
+		if (!n && space->latency.held) {
+			latency_end(latency, &space->latency, now_ns());
+			continue;
+		}
 		if (!n && space->fill_idle && atomic_load(&space->pager->all_filled)) {
 			space->fill_idle = false;
 			if (!replay_all(space))
@@ -339,6 +346,7 @@ static void serve_space(struct space *space) {
 				return;
 		if (n > 0 && fds[UFFD].revents) {
 			uint32_t n_read;
+			latency_messages(latency, &space->latency, now_ns());
 			if (!space_drain(space, &n_read) || !space_serve_all(space))
 				return;
 		}
@@ -373,6 +381,7 @@ static void *space_main(void *argument) {
 	prctl(PR_SET_NAME, "lr-space");
 	hurry();
 	serve_space(space);
+	latency_end(&pager->latency, &space->latency, now_ns());
 	window_abandon(space);
 	await_end(space);
 	pthread_mutex_lock(&space->map_lock);

@@ -73,6 +73,7 @@ struct space {
 	uint32_t n_shared;
 	struct unpacker unpacker;
 	struct stats stats;
+	struct latency_share latency;
 	struct fault *faults; /* read, not yet served: [first, n_faults) */
 	uint32_t first_fault, n_faults, faults_capacity;
 	struct zero_stream streams[ZERO_STREAMS];
