@@ -181,8 +181,8 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
         pairs = [*handed.items(), *((shared[k], compiled.layout.shared[k]) for k in shared)]
         pairs += [(streams[k], compiled.layout.streams[k]) for k in range(3)]
         pairs += [(inherited[k], compiled.layout.inherited[k]) for k in inherited]
-        if hugetlb is not None:
-            pairs.append((hugetlb, compiled.layout.hugetlb))
+        # Where there is none, something else: the program takes the number for taken.
+        pairs.append((template if hugetlb is None else hugetlb, compiled.layout.hugetlb))
         namespace = None
         if options.new_pid:
             namespace = new_namespace(manifest.pid, ends_with_caller=options.ends_with_caller)

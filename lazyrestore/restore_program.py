@@ -136,6 +136,7 @@ def compile_program(
     )
     descriptors.compile(manifest.descriptors, ops, fds, context)
     attributes.restore_place(manifest.attributes, program, ops)
+    attributes.restore_membarriers(manifest.attributes, ops)
     signals.restore(manifest.signals, program, ops)
 
     with ops.serving("lazy memory"):

@@ -182,7 +182,8 @@ def _not_permitted(what: str, status: dict[str, str]) -> NotPermitted:
 def _refuse_unsupported(pid: int, pidfd: int) -> None:
     """UnsupportedResources with everything that cannot be restored."""
     items = _unsupported_attributes(pid)
-    items += vma.unsupported(procfs.parse_maps(procfs.read(pid, "smaps")))
+    mappings = procfs.parse_maps(procfs.read(pid, "smaps"))
+    items += vma.unsupported(mappings) + vma.out_of_reach(pid, mappings)
     items += descriptors.survey(pid, pidfd).unsupported
     if items:
         raise UnsupportedResources(f"process {pid}", items)
@@ -190,15 +191,12 @@ def _refuse_unsupported(pid: int, pidfd: int) -> None:
 
 def _unsupported_attributes(pid: int) -> list[str]:
     items = []
-    status = procfs.parse_status(procfs.read(pid, "status"))
     for child in procfs.children(pid):
         try:
             comm = procfs.read(child, "comm").decode(errors="replace").strip()
         except NoSuchProcess:
             continue
         items.append(f"child process {child} ({comm})")
-    if status.get("Seccomp", "0") != "0":
-        items.append("seccomp filters")
     for kind in ("mnt", "net", "ipc", "uts", "user", "cgroup", "time", "pid"):
         try:
             if os.readlink(f"/proc/{pid}/ns/{kind}") != os.readlink(f"/proc/self/ns/{kind}"):
@@ -207,15 +205,7 @@ def _unsupported_attributes(pid: int) -> list[str]:
             continue
     if procfs.read(pid, "timers").strip():
         items.append("POSIX timers (timer_create)")
-    items += attributes.out_of_place(pid)
-    leader = attributes.credentials_of(pid, pid)
-    for tid in procfs.threads(pid):
-        try:
-            if attributes.credentials_of(pid, tid) != leader:
-                items.append(f"thread {tid} has credentials of its own")
-        except NoSuchProcess:
-            continue
-    return items
+    return items + attributes.out_of_place(pid) + threads.unsupported(pid)
 
 
 def _identify_files(pid: int) -> dict[str, vma.FileIdentity]:
@@ -254,7 +244,7 @@ def _capture(
 ) -> _Capture:
     pid = frozen.pid
     mappings = procfs.parse_maps(procfs.read(pid, "smaps"))
-    items = _unsupported_attributes(pid) + vma.unsupported(mappings)
+    items = _unsupported_attributes(pid) + vma.unsupported(mappings) + vma.out_of_reach(pid, mappings)
     table = descriptors.survey(pid, pidfd)
     if items or table.unsupported:
         raise UnsupportedResources(f"process {pid}", items + table.unsupported)

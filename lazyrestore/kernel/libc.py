@@ -17,6 +17,7 @@ _libc.tee.restype = ctypes.c_ssize_t
 
 _SYS_KCMP = 312
 _KCMP_FILES = 2
+_KCMP_FS = 3
 _KCMP_EPOLL_TFD = 7
 _SPLICE_F_NONBLOCK = 2
 _SOL_SOCKET, _SO_GET_FILTER = 1, 26
@@ -46,6 +47,11 @@ def timerfd_gettime(number: int) -> tuple[int, int]:
 def same_file_table(pid: int, tid: int) -> bool:
     """Whether two threads share their descriptor table. OSError."""
     return _kcmp(pid, tid, _KCMP_FILES, 0, None) == 0
+
+
+def same_place(pid: int, tid: int) -> bool:
+    """Whether two threads share working directory, root and umask. OSError."""
+    return _kcmp(pid, tid, _KCMP_FS, 0, None) == 0
 
 
 def epoll_watches(pid: int, number: int, epoll: int, watched: int, occurrence: int = 0) -> bool:

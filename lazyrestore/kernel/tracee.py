@@ -291,7 +291,8 @@ class Frozen:
             result = call(lib.SYS_mmap, address, 4096, protection, flags, -1, 0)
         if result != address:
             self._scratch = 0
-            raise SnapshotFailed(f"process {self.pid}", "map a scratch page", errno=-result)
+            advice = "raise its RLIMIT_AS (prlimit --as --pid) or vm.max_map_count" if result == -errno.ENOMEM else ""
+            raise SnapshotFailed(f"process {self.pid}", "map a scratch page", advice=advice, errno=-result)
 
     def end_calls(self) -> None:
         """Unmap the scratch page and put back the padding."""

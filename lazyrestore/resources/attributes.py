@@ -16,12 +16,14 @@ import struct
 
 import msgspec
 
-from lazyrestore.errors import FileChanged
+from lazyrestore.errors import FileChanged, UnsupportedResources
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import Frozen, check
 from lazyrestore.program import Descriptors, OpList, Program, lib
 
 RLIMITS = range(16)
+MEMBARRIER_GET_REGISTRATIONS = 1 << 9  # linux/membarrier.h
+MEMBARRIER_REGISTER = 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8  # global, private, that of cores, that of rseq
 DROPPED_PRIVILEGES_LAST = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 
 
@@ -78,10 +80,15 @@ class Attributes(msgspec.Struct, frozen=True):
     group_leader: bool
     core_dump_filter: int
     stopped: bool
+    membarriers: int = 0  # MEMBARRIER_CMD_GET_REGISTRATIONS
 
 
 def credentials_of(pid: int, tid: int) -> Credentials:
-    status = procfs.parse_status(procfs.read(pid, f"task/{tid}/status"))
+    return credentials_in(procfs.parse_status(procfs.read(pid, f"task/{tid}/status")))
+
+
+def credentials_in(status: dict[str, str]) -> Credentials:
+    """Those of the thread whose /proc/PID/task/TID/status it is; without secure bits, which that does not tell."""
     uids = tuple(int(word) for word in status["Uid"].split())
     gids = tuple(int(word) for word in status["Gid"].split())
     return Credentials(
@@ -130,6 +137,11 @@ def capture(frozen: Frozen, *, stopped: bool) -> Attributes:
         deny = max(0, call(lib.SYS_prctl, lib.PR_GET_MDWE))  # before Linux 6.3: EINVAL
         merge = max(0, call(lib.SYS_prctl, lib.PR_GET_MEMORY_MERGE))
         thp = check(call(lib.SYS_prctl, lib.PR_GET_THP_DISABLE), pid, "PR_GET_THP_DISABLE")
+        if call(lib.SYS_modify_ldt, 0, frozen.scratch, 8) > 0:
+            raise UnsupportedResources(f"process {pid}", ["segments of its own (modify_ldt)"])
+        membarriers = call(lib.SYS_membarrier, MEMBARRIER_GET_REGISTRATIONS, 0, 0)
+        if membarriers < 0:  # before Linux 6.3 nothing tells; to be registered in vain does no harm
+            membarriers = call(lib.SYS_membarrier, 0, 0, 0) & MEMBARRIER_REGISTER
         check(call(lib.SYS_prctl, lib.PR_GET_PDEATHSIG, frozen.scratch), pid, "PR_GET_PDEATHSIG")
         check(call(lib.SYS_prctl, lib.PR_GET_CHILD_SUBREAPER, frozen.scratch + 8), pid, "PR_GET_CHILD_SUBREAPER")
         death, subreaper = struct.unpack("<i4xi4x", frozen.read(frozen.scratch, 16))
@@ -170,6 +182,7 @@ def capture(frozen: Frozen, *, stopped: bool) -> Attributes:
         group_leader=stat.pgrp == pid,
         stopped=stopped,
         core_dump_filter=int(procfs.read(pid, "coredump_filter") or b"0", 16),
+        membarriers=max(0, membarriers),
     )
 
 
@@ -210,6 +223,13 @@ def restore_place(attributes: Attributes, program: Program, ops: OpList) -> None
         with ops.serving(f"root directory {attributes.root}"):
             ops.call(lib.SYS_chroot, program.string(attributes.root))
     ops.call(lib.SYS_umask, attributes.umask)
+
+
+def restore_membarriers(attributes: Attributes, ops: OpList) -> None:
+    """While there is one thread: with more, the kernel waits until every CPU has been through its scheduler."""
+    for command in (1 << bit for bit in range(attributes.membarriers.bit_length())):
+        if attributes.membarriers & command:
+            ops.call(lib.SYS_membarrier, command, 0, 0)
 
 
 def restore_flags(attributes: Attributes, program: Program, ops: OpList) -> None:

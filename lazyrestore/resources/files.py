@@ -99,11 +99,15 @@ def reachable_path(view: View) -> bytes:
     except OSError:
         found = None
     if found is None or (found.st_dev, found.st_ino) != view.identity:
+        if path.startswith(b"/secretmem"):
+            raise Unsupported("secret memory (memfd_secret) cannot be read")
         if view.stat.st_nlink == 0:
             raise Unsupported("deleted: it has no path any more")
         if _is_message_queue(view):
             raise Unsupported("POSIX message queues are not restored")
         raise Unsupported("its path does not lead to it (replaced, mounted over, or of another mount namespace)")
+    if path.startswith(own + b"task/") and not path.startswith(own + b"task/%d/" % view.survey.pid):
+        raise Unsupported("in /proc it belongs to a thread, and threads are made after the descriptors")
     return b"/proc/self/" + path[len(own) :] if path.startswith(own) else path
 
 

@@ -29,6 +29,7 @@ from lazyrestore.resources.vma import (
     Vma,
     identify,
     is_template,
+    names_its_file,
     protection_of,
     shared_identity,
 )
@@ -124,9 +125,9 @@ class Planner:
         if is_template(m):
             return self._make(m, "lazy", self._add_lazy(m, m.start, m.end))
         memory_file = m.path.startswith("/memfd:") or (m.path == "/dev/zero" and m.shared)
-        if memory_file or (m.shared and not self._is_file(m)):
+        if memory_file or (m.shared and not names_its_file(m)):
             return self._shared(m)
-        if not self._is_file(m):
+        if not names_its_file(m):
             return self._make(m, "lazy", self._add(m, [(m.start, self._end_of_file(m))]))
         return self._file(m)
 
@@ -248,15 +249,6 @@ class Planner:
             self._files[path] = len(self.plan.files)
             self.plan.files.append(identity)
         return self._files[path]
-
-    def _is_file(self, m: Mapping) -> bool:
-        """Whether the mapping's path still names the file that is mapped."""
-        if m.deleted:
-            return False
-        try:
-            return os.stat(m.path).st_ino == m.inode
-        except OSError:
-            return False
 
     def _end_of_file(self, m: Mapping) -> int:
         """Where reading the mapping ends: its end, or the page after the file's last byte."""

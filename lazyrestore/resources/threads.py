@@ -19,13 +19,17 @@ import struct
 import msgspec
 
 from lazyrestore._native import _core
+from lazyrestore.errors import NoSuchProcess
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import ERESTART_RESTARTBLOCK, Frozen, Registers, call_again, check
 from lazyrestore.program import OpList, Pointer, Program, lib
+from lazyrestore.resources.attributes import credentials_in, credentials_of
 
 ffi = _core.ffi
 
 SIGINFO = 128  # bytes of a siginfo_t
+SCHED_DEADLINE = 6  # linux/sched.h
+SCHED_FLAG_RESET_ON_FORK = 1
 XSTATE_ROOM = 16384  # AMX tiles take 8 KiB
 THREAD_FLAGS = (
     lib.CLONE_VM
@@ -63,11 +67,45 @@ class Thread(msgspec.Struct, frozen=True):
     signal_stack: SignalStack
     pending: list[bytes]  # siginfo_t
     nice: int
-    policy: int
+    policy: int  # with SCHED_RESET_ON_FORK
     rt_priority: int
     affinity: list[int] | None  # None: all CPUs of the machine
     timer_slack: int
     io_priority: int
+
+
+def unsupported(pid: int) -> list[str]:
+    """What a thread of the process has that threads usually share, or that cannot be given to another; a line each."""
+    from lazyrestore.kernel import libc
+
+    lines = []
+    leader, spaces = credentials_of(pid, pid), _namespaces(pid, pid)
+    for tid in procfs.threads(pid):
+        try:
+            status = procfs.parse_status(procfs.read(pid, f"task/{tid}/status"))
+            if status.get("Seccomp", "0") != "0":
+                lines.append("seccomp filters" + (f" of thread {tid}" if tid != pid else ""))
+            if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == SCHED_DEADLINE:
+                lines.append(f"thread {tid} is scheduled by deadlines (SCHED_DEADLINE)")
+            if tid == pid:
+                continue
+            if credentials_in(status) != leader:
+                lines.append(f"thread {tid} has credentials of its own")
+            if _namespaces(pid, tid) != spaces:
+                lines.append(f"thread {tid} is in a namespace of its own")
+            if not libc.same_place(pid, tid):
+                lines.append(f"thread {tid} has a working directory, root and umask of its own (CLONE_FS)")
+        except (NoSuchProcess, ProcessLookupError):
+            continue
+    return lines
+
+
+def _namespaces(pid: int, tid: int) -> list[str]:
+    """Those that a single thread can leave."""
+    try:
+        return [os.readlink(f"/proc/{pid}/task/{tid}/ns/{kind}") for kind in ("mnt", "net", "ipc", "uts", "cgroup")]
+    except FileNotFoundError as error:
+        raise NoSuchProcess(f"thread {tid}", "read its namespaces", "no such thread") from error
 
 
 def capture(frozen: Frozen, tid: int) -> Thread:
@@ -101,7 +139,7 @@ def capture(frozen: Frozen, tid: int) -> Thread:
         signal_stack=SignalStack(address, flags & ~1, size),  # SS_ONSTACK tells where it is, it is not a setting
         pending=pending_signals(tid, shared=False),
         nice=stat.nice,
-        policy=stat.policy,
+        policy=os.sched_getscheduler(tid),
         rt_priority=stat.rt_priority,
         affinity=None if len(cpus) == os.cpu_count() else sorted(cpus),
         timer_slack=slack,
@@ -171,7 +209,9 @@ def restore_own(thread: Thread, program: Program, ops: OpList, *, leader: bool) 
                 mask[cpu // 8] |= 1 << cpu % 8
             ops.try_call(lib.SYS_sched_setaffinity, 0, 128, program.place(bytes(mask)))
         if thread.policy or os.sched_getscheduler(0):
-            attributes = struct.pack("<IIQiIQQQ", 48, thread.policy, 0, thread.nice, thread.rt_priority, 0, 0, 0)
+            policy = thread.policy & ~os.SCHED_RESET_ON_FORK
+            flags = SCHED_FLAG_RESET_ON_FORK if policy != thread.policy else 0
+            attributes = struct.pack("<IIQiIQQQ", 48, policy, flags, thread.nice, thread.rt_priority, 0, 0, 0)
             ops.call(lib.SYS_sched_setattr, 0, program.place(attributes), 0)
         elif thread.nice != os.getpriority(os.PRIO_PROCESS, 0):
             ops.call(lib.SYS_setpriority, lib.PRIO_PROCESS, 0, thread.nice)

@@ -149,6 +149,31 @@ def unsupported(mappings: Iterable[Mapping]) -> list[str]:
     return lines
 
 
+def names_its_file(mapping: Mapping) -> bool:
+    """Whether the mapping's path still leads to the file that is mapped."""
+    if mapping.deleted:
+        return False
+    try:
+        return os.stat(mapping.path).st_ino == mapping.inode
+    except OSError:
+        return False
+
+
+def out_of_reach(pid: int, mappings: Iterable[Mapping]) -> list[str]:
+    """The shared mappings of files that exist, but not under the path that maps tells; one line each. A name with
+    " (deleted)" at its end, or a backslash before 012, cannot be told there from a deleted file, or a newline."""
+    lines = []
+    for m in mappings:
+        if m.shared and m.path.startswith("/") and not names_its_file(m):
+            try:
+                linked = os.stat(f"/proc/{pid}/map_files/{m.start:x}-{m.end:x}").st_nlink
+            except FileNotFoundError:  # unmapped meanwhile
+                continue
+            if linked:
+                lines.append(f"mapping {m.start:x}-{m.end:x}: shared, of a file to which {m.path!r} does not lead")
+    return lines
+
+
 def identify(path: str, root: str) -> FileIdentity | None:
     """What the file at `path` is now, None if it cannot be read."""
     try:

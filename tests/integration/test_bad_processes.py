@@ -25,6 +25,12 @@ UNSUPPORTED = {
     "raw-socket": "socket",
     "lease": "lease",
     "perf-event": "descriptor",
+    "thread-seccomp": "seccomp filters of thread",
+    "thread-network": "namespace of its own",
+    "thread-place": "umask",
+    "thread-deadline": "SCHED_DEADLINE",
+    "thread-file": "threads are made after",
+    "odd-name": "shared, of a file",
     "deleted-cwd": "working directory",
 }
 

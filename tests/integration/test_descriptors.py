@@ -155,6 +155,24 @@ def test_more_in_each_others_way_than_the_soft_limit_has_room_for(run: Path, vic
     assert after == before
 
 
+def test_no_free_number_below_the_handed_over_ones(run: Path, victims: Victims, copies: Copies) -> None:
+    """From 0 to above 1000 each number is taken, as in a large server: what the restore opens lies above them."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip(f"at most {hard} descriptors are allowed")
+    code = (
+        "import os, resource, time; resource.setrlimit(7, (1500, resource.getrlimit(7)[1]))\n"
+        "while os.open('/dev/null', os.O_RDONLY) < 1200: pass\n"
+        "os.mkdir('ready'); time.sleep(1000000)"
+    )
+    victim = victims.start([sys.executable, "-c", code], cwd=run)
+    victim.until((run / "ready").exists, "its descriptors")
+    before = kinds_of(victim.pid)
+    assert len(before) == 1201
+    copy = copies.replace(victim)
+    assert kinds_of(copy.pid) == before
+
+
 def kinds_of(pid: int) -> dict[int, str]:
     """Descriptor → what it is, without inode numbers."""
     folder = Path(f"/proc/{pid}/fd")

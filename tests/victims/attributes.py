@@ -20,7 +20,7 @@ import control
 
 libc = ctypes.CDLL(None, use_errno=True)
 NOBODY = 65534
-SYS_RT_SIGACTION, SYS_CAPGET, SYS_CAPSET = 13, 125, 126
+SYS_RT_SIGACTION, SYS_CAPGET, SYS_CAPSET, SYS_MEMBARRIER = 13, 125, 126, 324
 PR_GET = {"dumpable": 3, "keepcaps": 7, "timerslack": 30, "securebits": 27, "no_new_privs": 39, "thp_disable": 42}
 PR_SET_NAME, PR_SET_KEEPCAPS, PR_SET_SECUREBITS, PR_SET_TIMERSLACK, PR_SET_NO_NEW_PRIVS = 15, 8, 28, 29, 38
 PR_SET_THP_DISABLE, PR_SET_CHILD_SUBREAPER, PR_GET_CHILD_SUBREAPER, PR_CAP_AMBIENT = 41, 36, 37, 47
@@ -50,6 +50,9 @@ def set_up(kind: str) -> None:
     resource.setrlimit(resource.RLIMIT_STACK, (9 << 20, 99 << 20))
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     check(libc.personality(ADDR_NO_RANDOMIZE | SHORT_INODE))
+    for command in (1 << 2, 1 << 4, 1 << 6):  # membarrier: registered for the global, the private, that of cores
+        check(libc.syscall(SYS_MEMBARRIER, command, 0, 0))
+    os.sched_setscheduler(0, os.SCHED_BATCH | os.SCHED_RESET_ON_FORK, os.sched_param(0))
     check(libc.prctl(PR_SET_NAME, b"odd) R 1 (name"))
     check(libc.prctl(PR_SET_TIMERSLACK, 123456))
     check(libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0))
@@ -107,6 +110,8 @@ def observe() -> str:
         "pid": os.getpid(),
         "cwd": os.getcwd(),
         "umask": umask,
+        "membarrier": [libc.syscall(SYS_MEMBARRIER, 1 << bit, 0, 0) for bit in (3, 5, 9)],
+        "scheduler": os.sched_getscheduler(0),
         "nice": os.getpriority(os.PRIO_PROCESS, 0),
         "limits": [resource.getrlimit(number) for number in range(16)],
         "uids": os.getresuid(),

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import mmap
 import os
 import signal
 import socket
+import struct
 import sys
+import threading
+from collections.abc import Callable
 
 import control
 
@@ -65,6 +69,57 @@ def perf_event() -> None:
     check(libc.syscall(298, attributes, 0, -1, -1, 0))
 
 
+def in_a_thread(change: Callable[[], object]) -> int:
+    """The id of a thread that has made the change to itself, and stays."""
+    changed = threading.Event()
+    failures: list[OSError] = []
+
+    def run() -> None:
+        try:
+            change()
+        except OSError as error:
+            failures.append(error)
+        changed.set()
+        threading.Event().wait()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    changed.wait()
+    if failures:
+        raise failures[0]
+    assert thread.native_id is not None
+    return thread.native_id
+
+
+def thread_seccomp() -> None:
+    allow = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, 0x7FFF0000))  # BPF_RET: SECCOMP_RET_ALLOW
+    program = struct.pack("=H6xQ", 1, ctypes.addressof(allow))
+    in_a_thread(lambda: check(libc.prctl(22, 2, program)))  # PR_SET_SECCOMP, SECCOMP_MODE_FILTER
+
+
+def thread_network() -> None:
+    in_a_thread(lambda: check(libc.unshare(0x40000000)))  # CLONE_NEWNET
+
+
+def thread_place() -> None:
+    in_a_thread(lambda: check(libc.unshare(0x200)))  # CLONE_FS
+
+
+def thread_deadline() -> None:
+    attributes = struct.pack("=IIQiIQQQ", 48, 6, 0, 0, 0, 1000000, 100000000, 100000000)  # SCHED_DEADLINE
+    in_a_thread(lambda: check(libc.syscall(314, 0, attributes, 0)))
+
+
+def thread_file() -> None:
+    keep.append(os.open(f"/proc/self/task/{in_a_thread(lambda: None)}/comm", os.O_RDWR))
+
+
+def odd_name() -> None:
+    with open("shared (deleted)", "wb+") as file:
+        file.truncate(4096)
+        keep.append(mmap.mmap(file.fileno(), 4096))
+
+
 def deleted_cwd() -> None:
     os.mkdir("gone")
     os.chdir("gone")
@@ -81,6 +136,12 @@ KINDS = {
     "raw-socket": raw_socket,
     "lease": lease,
     "perf-event": perf_event,
+    "thread-seccomp": thread_seccomp,
+    "thread-network": thread_network,
+    "thread-place": thread_place,
+    "thread-deadline": thread_deadline,
+    "thread-file": thread_file,
+    "odd-name": odd_name,
     "deleted-cwd": deleted_cwd,  # after those that make files in it
 }
 for kind in sys.argv[2:]:
