@@ -9,7 +9,12 @@ when this process ends, in whatever way. Two, since half of a restore is waiting
 Another thread collects the ended ones, so that giving back waits for nothing. Who takes a clone gets it from a queue,
 and leaves a Future in another one if there is none; an asyncio caller awaits the same Future.
 
-Cost. Restoring takes Python's global lock for about half of its time: a busy pool slows down its own process.
+A clone that was just handed out is about to answer. A restore beside it takes the CPU and Python's global lock that it
+and its caller need: with two CPUs it doubles the time to the first response. So its place stays empty for HOLD_SECONDS,
+unless it is given back earlier, or somebody waits.
+
+Cost. Restoring takes Python's global lock for about half of its time: a busy pool slows down its own process. A pool
+that is emptied within HOLD_SECONDS begins to refill by so much later.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ if TYPE_CHECKING:
     from lazyrestore.fleet.sockets import Address
 
 FILLERS = 2  # threads that restore
+HOLD_SECONDS = 0.005  # about what one restore takes: nobody comes much later to a clone than without it
 RETRY_SECONDS = 1.0  # after a restore that failed, unless somebody asks earlier
 
 
@@ -109,6 +115,7 @@ class Pool:
         self._parked: deque[Clone] = deque()
         self._idle: list[Clone] = []
         self._taken: set[Clone] = set()
+        self._held: deque[float] = deque()  # until when (time.monotonic()) a place stays empty; sorted
         self._waiting: deque[Future[Clone]] = deque()
         self._closing = threading.Event()
         self._started = self._retired = 0
@@ -210,9 +217,12 @@ class Pool:
     def _next(self) -> Clone | None:
         """A used clone that may serve again, else a parked one; handed out."""
         while self._idle or self._parked:
-            clone = self._idle.pop() if self._idle else self._parked.popleft()
+            was_parked = not self._idle
+            clone = self._parked.popleft() if was_parked else self._idle.pop()
             if clone.process.poll() is None and not self._is_too_old(clone):
                 self._hand_out(clone)
+                if was_parked:
+                    self._held.append(time.monotonic() + HOLD_SECONDS)
                 return clone
             self._retire(clone)
         return None
@@ -241,6 +251,9 @@ class Pool:
             if clone not in self._taken:  # the pool was closed meanwhile
                 return
             self._taken.remove(clone)
+            if self._held:  # it has answered: if not the one whose place this is, then one like it
+                self._held.popleft()
+                self._changed.notify_all()
             if not reuse:
                 self._retire(clone)
             elif not self._offer(clone):
@@ -269,7 +282,8 @@ class Pool:
     def _fill(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closing.is_set() or self._wanted() > self._starting)
+                while not self._closing.is_set() and self._wanted() <= self._starting:
+                    self._changed.wait(self._held[0] - time.monotonic() if self._held else None)
                 if self._closing.is_set():
                     return
                 self._starting += 1
@@ -288,8 +302,10 @@ class Pool:
                     self._changed.notify_all()
 
     def _wanted(self) -> int:
-        """How many clones are missing."""
-        return len(self._waiting) + self._size - len(self._parked)
+        """How many clones are to be restored by now."""
+        while self._held and self._held[0] <= time.monotonic():
+            self._held.popleft()
+        return len(self._waiting) + self._size - len(self._parked) - len(self._held)
 
     def _fail(self, error: Exception) -> None:
         """Tell the error to all who wait; with nobody waiting, the next one causes another try."""

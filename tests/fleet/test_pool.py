@@ -15,6 +15,7 @@ from helpers import Victims, alive, in_threads, until
 from helpers_fleet import descriptors, init_of, report, reporter
 
 import lazyrestore
+from lazyrestore import fleet
 from lazyrestore.errors import PoolClosed, RestoreError
 from lazyrestore.fleet.pool import Clone, Limits, Pool
 from lazyrestore.kernel import procfs
@@ -86,6 +87,30 @@ def test_every_clone_is_fresh_and_to_be_reached(
                     assert ask(clone) == f"2 {pid}"
         assert descriptors() == before
     assert set(victims.marked()) == {pid}
+
+
+def test_the_place_of_a_clone_handed_out_is_held(
+    run: Path, victims: Victims, store: lazyrestore.Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = listening(run, victims)
+    monkeypatch.setattr(fleet.pool, "HOLD_SECONDS", 1e6)
+    with store.snapshot(pid, name="x") as snapshot, snapshot.pool(2) as pool:
+
+        def restores() -> tuple[int, int]:
+            with pool._changed:
+                return pool._starting + pool._started, max(0, pool._wanted() - pool._starting)
+
+        assert pool.wait_until_full(60)
+        first, second = pool.take(), pool.take()
+        assert restores() == (2, 0)  # none begun, none due
+        with pool.take(60) as third:  # but somebody waits
+            assert ask(third) == f"1 {pid}"
+        first.give_back()
+        second.give_back()
+        assert pool.wait_until_full(60)
+        monkeypatch.setattr(fleet.pool, "HOLD_SECONDS", 0.001)
+        with pool.take():  # kept for longer than that
+            assert pool.wait_until_full(60)
 
 
 def test_from_many_threads(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
