@@ -136,10 +136,14 @@ def _contend(
 
 
 def _hand_outs(report: Report, victim_name: str, snapshot: lazyrestore.Snapshot, answer: str) -> None:
-    """Parked clones, each asked once and once again; refilling goes on meanwhile, as it does in use."""
+    """Parked clones, each asked once and once again, with a pool that refills itself as it does in use: taken in the
+    instant in which the pool is full, and IDLE_SECONDS later."""
     with snapshot.pool(2) as pool:
-        for _ in range(HAND_OUTS):
+        for number in range(2 * HAND_OUTS):
             pool.wait_until_full()
+            idle = number % 2
+            if idle:
+                time.sleep(IDLE_SECONDS)
             began = time.perf_counter()
             with pool.take() as clone:
                 handed = time.perf_counter()
@@ -148,8 +152,11 @@ def _hand_outs(report: Report, victim_name: str, snapshot: lazyrestore.Snapshot,
                 used = usage.of(clone.pid)
                 same(got, answer)
                 again = clock(lambda clone=clone: ask_clone(clone))[1]
-            report.contend(victim_name, POOL, (handed - began) * 1000, (responded - began) * 1000, used)
-            report.add(f"{victim_name}, {POOL}: response of the same clone again", again, "ms")
+            if idle:
+                report.contend(victim_name, POOL, (handed - began) * 1000, (responded - began) * 1000, used)
+                report.add(f"{victim_name}, {POOL}: response of the same clone again", again, "ms")
+            else:
+                report.add(f"{victim_name}, {POOL} as soon as the pool is full", (responded - began) * 1000, "ms")
 
 
 def _pager_cpu_ms(snapshot: lazyrestore.Snapshot) -> float:
