@@ -152,8 +152,10 @@ class Frozen:
 
     def __enter__(self) -> Frozen:
         try:
-            self.memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+            self._open_memory()
             self._freeze()
+            # Again: if it has exec'ed meanwhile, that was the memory of the program before, and its handlers.
+            self._open_memory()
         except BaseException:
             self.__exit__(None, None, None)
             raise
@@ -199,8 +201,17 @@ class Frozen:
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 
-    def _freeze(self) -> None:
+    def _open_memory(self) -> None:
+        if self.memory >= 0:
+            os.close(self.memory)
+            self.memory = -1
+        try:
+            self.memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
+        except (FileNotFoundError, ProcessLookupError) as error:
+            raise NoSuchProcess(f"process {self.pid}", "open its memory", "it ended") from error
         self._caught = int(procfs.parse_status(procfs.read(self.pid, "status"))["SigCgt"], 16)
+
+    def _freeze(self) -> None:
         while True:
             new = [tid for tid in procfs.threads(self.pid) if tid not in self._seized]
             if not new:

@@ -129,6 +129,27 @@ def test_no_signal(run: Path, victim: Victim, copies: Copies) -> None:
     copy.check()
 
 
+def test_an_exec_before_the_freeze(victims: Victims, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was opened of the process before belongs to the program that it no longer is."""
+    reader, writer = os.pipe()
+    victim = victims.start(["/bin/sh", "-c", "read line; exec sleep 1000000"], stdin=reader)
+    freeze = Frozen._freeze
+
+    def exec_first(frozen: Frozen) -> None:
+        os.write(writer, b"\n")
+        victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "the exec")
+        freeze(frozen)
+
+    monkeypatch.setattr(Frozen, "_freeze", exec_first)
+    with Frozen(victim.pid) as frozen:
+        frozen.begin_calls()
+        with frozen.calls(victim.pid) as call:
+            assert call(GETPID) == victim.pid
+    victim.check()
+    os.close(reader)
+    os.close(writer)
+
+
 # Diverts one thread, says so, and waits to be killed.
 DIVERT = """
 import sys
