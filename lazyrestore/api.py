@@ -6,23 +6,25 @@ A restored process is a child of the calling process. ptrace is used only inside
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Self
 
-from lazyrestore.errors import LazyrestoreError, PagerError
+from lazyrestore.errors import LazyrestoreError
+from lazyrestore.restored_process import RestoredProcess
 
 if TYPE_CHECKING:
     from lazyrestore.fleet.pool import Pool
     from lazyrestore.manifest import Manifest
     from lazyrestore.pager.client import PagerClient, PagerStats
     from lazyrestore.readiness import ReadySocket
-    from lazyrestore.restore import Checked, Prepared, Started
+    from lazyrestore.restore import Checked, Prepared
     from lazyrestore.restore_options import Options
+    from lazyrestore.restore_plan import RestorePlan
     from lazyrestore.store import ImageStore, Report, StoredImage, Summary
+    from lazyrestore.stored_plan import Settings
 
 Progress = Callable[[int, int], None]
 LINGER_MS = 2000  # how long a pager stays when its last process and connection are gone
@@ -81,7 +83,6 @@ class Store:
         taken = snapshot.take(self._images, pid, name, kill=kill, replace=replace, level=level, progress=progress)
         result = self.get(name)
         result.seconds = taken.seconds
-        result.pause_ms = taken.pause_ms
         return result
 
     def get(self, name: str) -> Snapshot:
@@ -112,13 +113,17 @@ class Snapshot:
     """
 
     def __init__(self, image: StoredImage) -> None:
-        from lazyrestore import manifest
-
         self._image = image
         self.name: str = image.name
-        self.manifest: Manifest = manifest.decode(image.manifest, image.name)
-        self.pause_ms: float = self.manifest.pause_ms
         self.seconds: float = 0.0
+        self._manifest: Manifest | None = None
+        self._stored: tuple[Settings, RestorePlan] | None = None
+        if image.plan:
+            from lazyrestore import stored_plan
+
+            self._stored = stored_plan.usable(image.plan, image.manifest)
+        if self._stored is None:  # else it was made of this manifest, which is what it was then
+            self._manifest = self.manifest
         self._prepared: dict[object, Prepared] = {}  # by how it shall listen
         self._pager: PagerClient | None = None
         self._gone: list[PagerClient] = []  # other threads may still be using their descriptors
@@ -134,9 +139,27 @@ class Snapshot:
         return f"<Snapshot {self.name!r} of process {self.pid} ({self.manifest.comm})>"
 
     @property
+    def manifest(self) -> Manifest:
+        """What it says of the process; decoded when it is first wanted."""
+        if self._manifest is None:
+            from lazyrestore import manifest
+
+            self._manifest = manifest.decode(self._image.manifest, self.name)
+        return self._manifest
+
+    @manifest.setter
+    def manifest(self, manifest: Manifest) -> None:
+        self._manifest, self._stored = manifest, None
+
+    @property
+    def pause_ms(self) -> float:
+        """How long the process was frozen, in ms."""
+        return self.manifest.pause_ms
+
+    @property
     def pid(self) -> int:
         """The process id that it had, and will have."""
-        return self.manifest.pid
+        return self._stored[1].pid if self._stored else self.manifest.pid
 
     @property
     def pages(self) -> int:
@@ -361,8 +384,12 @@ class Snapshot:
         key = (tuple(sorted(listen.items())), reuseport)
         with self._lock:
             if key not in self._prepared:
-                manifest = restore.listening_elsewhere(self.manifest, listen, reuseport)
-                self._prepared[key] = restore.prepare(self.name, manifest, self._image)
+                if listen or reuseport:
+                    manifest = restore.listening_elsewhere(self.manifest, listen, reuseport)
+                    self._prepared[key] = restore.prepare(self.name, self._image, lambda: manifest)
+                else:
+                    own = lambda: self.manifest  # noqa: E731
+                    self._prepared[key] = restore.prepare(self.name, self._image, own, stored=self._stored)
             return self._prepared[key]
 
     def _get_ready(self, options: Options, listen: Mapping[int, int], reuseport: bool) -> tuple[Checked, PagerClient]:
@@ -386,110 +413,6 @@ class Snapshot:
             if self._pager is None:
                 self._pager = connect_or_start(self._image, linger_ms=LINGER_MS)
             return self._pager
-
-
-class RestoredProcess:
-    """A restored process, with the interface of subprocess.Popen.
-
-    restore_ms is the time from the call to the running process; phases tells where it went, in ms.
-    """
-
-    def __init__(self, name: str, key: str, started: Started) -> None:
-        self.name = name
-        self._key = key
-        self.pid = started.pid
-        self.restore_ms = started.restore_ms
-        self.phases = started.phases
-        self.returncode: int | None = None
-        self._pidfd = started.pidfd
-        self._namespace = started.init
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Wait for the process to end, as Popen does."""
-        self.wait()
-
-    def __del__(self) -> None:
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
-
-    def __repr__(self) -> str:
-        return f"<RestoredProcess {self.name!r} pid={self.pid} returncode={self.returncode}>"
-
-    def poll(self) -> int | None:
-        """The exit status, None while it runs; -N if signal N ended it."""
-        with self._lock:
-            if self.returncode is None:
-                self._collect(os.WNOHANG)
-            return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end; returns the exit status. Raises subprocess.TimeoutExpired after `timeout` seconds."""
-        if self.poll() is None:
-            import select
-
-            poller = select.poll()
-            poller.register(self._pidfd, select.POLLIN)
-            if not poller.poll(None if timeout is None else max(0, int(timeout * 1000))):
-                import subprocess
-
-                raise subprocess.TimeoutExpired(["lazyrestore", self.name], timeout or 0.0)
-            with self._lock:
-                if self.returncode is None:
-                    self._collect(0)  # only this or another wait() ends it
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        """Send a signal; does nothing if the process has ended."""
-        if self.poll() is None:
-            with self._lock:
-                if self._pidfd >= 0:
-                    with suppress(ProcessLookupError):
-                        signal.pidfd_send_signal(self._pidfd, number)
-
-    def resume(self) -> None:
-        """Let a parked process run; one that was not parked does not notice, unless it is stopped."""
-        with self._lock:
-            if self._pidfd >= 0:
-                with suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
-
-    def terminate(self) -> None:
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def stats(self) -> PagerStats:
-        """The counts of this snapshot's pager: chunks filled, faults by kind, service times, per address space.
-
-        Raises PagerError if the pager is gone, as it is some time after the last process has ended.
-        """
-        from lazyrestore.pager.launch import stats_of
-
-        stats = stats_of(self._key, self.name)
-        if stats is None:
-            raise PagerError(f"pager of {self.name}", "stats", "there is none: no process of this snapshot runs")
-        return stats
-
-    def _collect(self, flags: int) -> None:
-        try:
-            result = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED | flags)
-        except ChildProcessError:
-            self.returncode = 0  # somebody else collected it, as with Popen
-        else:
-            if result is None:
-                return
-            self.returncode = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
-        os.close(self._pidfd)
-        self._pidfd = -1
-        if self._namespace is not None:
-            self._namespace.collect()
 
 
 __all__ = ["LazyrestoreError", "RestoredProcess", "Snapshot", "Store"]

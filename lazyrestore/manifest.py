@@ -15,23 +15,9 @@ from lazyrestore.resources.descriptors import FdTable
 from lazyrestore.resources.signals import Signals
 from lazyrestore.resources.threads import Thread
 from lazyrestore.resources.vma import FileIdentity, SharedObject, Vma
+from lazyrestore.restore_plan import Host
 
 VERSION = 1
-
-
-class Host(msgspec.Struct, frozen=True):
-    """What the process relied on.
-
-    The kernel's release (for people), the vdso's layout and contents, CPU features and XSAVE components.
-    """
-
-    kernel: str
-    machine: str
-    vdso: list[tuple[str, int, int]]  # name, start, length, in address order
-    vdso_hash: str
-    cpu_model: str
-    cpu_flags: list[str]
-    xfeatures: int
 
 
 class Manifest(msgspec.Struct, frozen=True):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 
-from lazyrestore.resources import vma
 from lazyrestore.restore_checks import reserve_huge_pages
+from lazyrestore.restore_plan import SharedFile
 from lazyrestore.store import StoredImage
 
 
@@ -17,16 +17,15 @@ def new(name: str, owned: ExitStack, flags: int = 0) -> int:
     return descriptor
 
 
-def shared(snapshot: str, about: vma.SharedObject, image: StoredImage, owned: ExitStack) -> int:
+def shared(snapshot: str, about: SharedFile, image: StoredImage, owned: ExitStack) -> int:
     """The memory file of one shared object.
 
     A memfd can be read by descriptor, which never faults, so it is filled here.
     """
-    name = vma.ANONYMOUS_SHARED_NAME if about.anonymous else about.name
     flags = 0 if about.anonymous else os.MFD_ALLOW_SEALING
     if about.huge:
         flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
-    descriptor = new(name.removeprefix("/memfd:"), owned, flags)
+    descriptor = new(about.name, owned, flags)
     os.ftruncate(descriptor, about.size)
     if about.anonymous:
         return descriptor

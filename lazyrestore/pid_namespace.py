@@ -29,7 +29,8 @@ import msgspec
 from lazyrestore import spawn
 from lazyrestore._native import _core
 from lazyrestore.errors import MissingFeature, RestoreError
-from lazyrestore.program import Linked, OpList, Program, Word, lib
+from lazyrestore.program import OpList, Program, Word, lib
+from lazyrestore.restore_plan import Linked
 
 ffi = _core.ffi
 

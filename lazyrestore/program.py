@@ -20,6 +20,7 @@ from typing import Protocol
 import msgspec
 
 from lazyrestore._native import _core
+from lazyrestore.restore_plan import Linked
 
 lib = _core.lib
 ffi = _core.ffi
@@ -194,18 +195,6 @@ class OpList:
         return index
 
 
-class Linked(msgspec.Struct, frozen=True):
-    """A program laid out for one address: `image` is to be mapped at `base`."""
-
-    base: int
-    image: bytearray
-    entry: int
-    lists: list[int]
-    stacks: list[int]  # the top of each list's stack
-    op_addresses: list[int]
-    data: int
-
-
 class Program(msgspec.Struct):
     """Lists of operations (the first is the leader's) and the data they point to."""
 
@@ -218,6 +207,11 @@ class Program(msgspec.Struct):
         ops = OpList(self, len(self.lists))
         self.lists.append(ops)
         return ops
+
+    def op(self, number: int, index: int) -> Op:
+        """Operation `index` of a list, for people, also of one behind its end."""
+        ops = self.lists[number]
+        return ops.op(index) if index < len(ops) else Op(0, (), 0, 0, "program", "")
 
     def place(self, content: bytes, align: int = 8) -> Pointer:
         """Put bytes into the data area."""

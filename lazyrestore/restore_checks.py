@@ -10,9 +10,8 @@ from contextlib import ExitStack
 
 from lazyrestore._native import _core
 from lazyrestore.errors import CpuMismatch, KernelMismatch, NoSuchProcess, OutOfMemory, PidTaken
-from lazyrestore.kernel import procfs
-from lazyrestore.kernel.tracee import vdso_hash
-from lazyrestore.manifest import Manifest
+from lazyrestore.kernel import host as this_host
+from lazyrestore.restore_plan import Host
 
 ffi = _core.ffi
 
@@ -27,12 +26,13 @@ def _this_host() -> tuple[str, list[tuple[str, int]], frozenset[str]]:
     """The vdso's hash, the kernel's mappings (name, length), the CPU's features: read once per process."""
     global _own_host
     if _own_host is None:
-        kernel = [m for m in procfs.parse_maps(procfs.read(os.getpid(), "maps")) if m.path in procfs.KERNEL_MAPPINGS]
-        vdso = next((m for m in kernel if m.path == "[vdso]"), None)
+        kernel = this_host.kernel_mappings(os.getpid())
+        vdso = next(((start, size) for path, start, size in kernel if path == "[vdso]"), None)
         if vdso is None:
             raise KernelMismatch("kernel", "check", "it gives processes no vdso", "boot without vdso=0")
-        content = bytes(ffi.buffer(ffi.cast("char *", vdso.start), vdso.size))
-        _own_host = (vdso_hash(content), [(m.path, m.size) for m in kernel], procfs.cpu_flags())
+        content = bytes(ffi.buffer(ffi.cast("char *", vdso[0]), vdso[1]))
+        layout = [(path, size) for path, _, size in kernel]
+        _own_host = (this_host.vdso_hash(content), layout, this_host.cpu_flags())
     return _own_host
 
 
@@ -70,10 +70,9 @@ def reserve_huge_pages(name: str, descriptor: int, owned: ExitStack) -> mmap.mma
         ) from error
 
 
-def check_host(name: str, manifest: Manifest) -> None:
+def check_host(name: str, host: Host) -> None:
     """Raises CpuMismatch or KernelMismatch unless a process of this snapshot can run here."""
     own_hash, layout, flags = _this_host()
-    host = manifest.host
     if host.vdso_hash != own_hash or [(entry[0], entry[2]) for entry in host.vdso] != layout:
         raise KernelMismatch(
             f"snapshot {name}",
@@ -97,6 +96,10 @@ def check_pid_free(pid: int) -> None:
     An original that was killed keeps its id until its parent has collected it, which may take a moment, so that is
     waited for.
     """
+    if not os.path.exists(f"/proc/{pid}"):
+        return
+    from lazyrestore.kernel import procfs  # few restores need it
+
     deadline = time.monotonic() + COLLECT_SECONDS
     while True:
         try:

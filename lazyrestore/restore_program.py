@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
@@ -19,52 +19,95 @@ from lazyrestore import network_namespace, pid_namespace
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import HOLE_GAP, find_hole
 from lazyrestore.manifest import Manifest
-from lazyrestore.program import Descriptors, Linked, Program, lib
+from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, Range, pack_ranges
+from lazyrestore.program import Descriptors, Program, lib
 from lazyrestore.resources import attributes, descriptors, signals, threads, vma
 from lazyrestore.resources.attributes import Credentials
 from lazyrestore.resources.descriptor import RestoreContext
 from lazyrestore.restore_options import AS_IT_WAS, Options
+from lazyrestore.restore_plan import Layout, Linked, RestorePlan, ThreadState, Written
 
 TASK_END = 0x7FFF_FFFF_F000  # the end of user space with four-level page tables
 FIRST_HIGH = 1000  # handed-over descriptors start here, or lower if the limit is low, or above the snapshot's highest
 ROOM_ABOVE = 16  # numbers above the handed-over ones, for descriptors that are moved out of the way
 
 
-class Layout(msgspec.Struct, frozen=True):
-    """Numbers of the handed-over descriptors in the new process."""
-
-    program: int
-    template: int
-    hugetlb: int
-    shared: dict[int, int]
-    streams: dict[int, int]
-    inherited: dict[int, int]  # number of a listening socket → that of the caller's socket
-
-    @property
-    def end(self) -> int:
-        others = (*self.shared.values(), *self.streams.values(), *self.inherited.values())
-        return max(self.program, self.hugetlb, *others) + 1
-
-
 class Compiled(msgspec.Struct, frozen=True):
-    """A program ready to run.
-
-    `kernel_moves` are the operations whose first argument is where the new process's vdso parts lie.
-    """
+    """A program ready to run; the fields are RestorePlan's."""
 
     program: Program
     linked: Linked
     layout: Layout
     kernel_moves: list[int]
     userfaultfd: int
-    end: int  # of the address range that is ours in the new process, from linked.base
-    trap_action: int  # address of SIGTRAP's struct sigaction in the linked program, 0: the default
+    end: int
+    trap_action: int
 
 
-def inherited_settings() -> tuple[object, ...]:
-    """What a new process gets from the calling thread: a program sets it only where the snapshot's differs."""
-    limits = tuple(map(resource.getrlimit, attributes.RLIMITS))
-    return limits, os.sched_getaffinity(0), os.sched_getscheduler(0), os.getpriority(os.PRIO_PROCESS, 0)
+def compile_for(
+    manifest: Manifest,
+    options: Options = AS_IT_WAS,
+    own_pages: Sequence[tuple[int, int]] = (),
+    layout: Layout | None = None,
+) -> Compiled:
+    """compile_program() for a process that the calling one starts."""
+    own = attributes.credentials_of(os.getpid(), os.getpid())
+    layout = layout or layout_for(manifest, 0, options.inherited_numbers)
+    return compile_program(manifest, layout, own, options, own_pages)
+
+
+def make_plan(
+    manifest: Manifest,
+    options: Options = AS_IT_WAS,
+    own_pages: Sequence[tuple[int, int]] = (),
+    minimum: int = 0,
+) -> RestorePlan:
+    """All that a restore with these options by the calling process needs; handed-over descriptors get numbers from
+    `minimum` on. Raises RestoreError if a kind refuses."""
+    layout = layout_for(manifest, minimum, options.inherited_numbers)
+    compiled = compile_for(manifest, options, own_pages, layout)
+    about, table = manifest.attributes, manifest.descriptors
+    return RestorePlan(
+        pid=manifest.pid,
+        session=1 if about.session_leader else 2 if about.group_leader else 0,
+        stopped=about.stopped,
+        oom_score_adjust=about.oom_score_adjust,
+        core_dump_filter=about.core_dump_filter,
+        host=manifest.host,
+        linked=compiled.linked,
+        layout=layout,
+        kernel_moves=compiled.kernel_moves,
+        userfaultfd=compiled.userfaultfd,
+        end=compiled.end,
+        trap_action=compiled.trap_action,
+        threads=[
+            ThreadState(t.tid, t.registers, t.xstate, t.signal_mask, threads.futex_words(t)) for t in manifest.threads
+        ],
+        shared=[vma.memory_file(shared) for shared in manifest.shared],
+        ranges=pack_ranges(_ranges(manifest)),
+        contents=[
+            Written(v.label, start, end, v.kind in ("file", "shared"))
+            for v in manifest.vmas
+            for start, end in v.written
+        ],
+        folders=[about.cwd, about.root],
+        files=[(identity.path, identity.seen) for identity in manifest.files],
+        opened=descriptors.opened_paths(table),
+        addresses=descriptors.addresses(table, options.inherited_numbers, own_network=options.new_net),
+        reusable=descriptors.is_reusable(table),
+    )
+
+
+def _ranges(manifest: Manifest) -> Iterator[Range]:
+    """What the pager serves of the address space."""
+    for v in manifest.vmas:
+        if v.kind == "lazy":
+            yield Range(v.start, v.end, v.start, BACKING_TEMPLATE)
+        elif v.kind == "hugetlb":
+            yield Range(v.start, v.end, v.start, BACKING_HUGETLB)
+        elif v.kind == "shared" and manifest.shared[v.shared_object].anonymous:
+            image = manifest.shared[v.shared_object].image + v.offset
+            yield Range(v.start, v.end, image, BACKING_SHARED + v.shared_object)
 
 
 def layout_for(manifest: Manifest, minimum: int = 0, inherited: Sequence[int] = ()) -> Layout:

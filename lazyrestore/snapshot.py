@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from lazyrestore import manifest as manifests
-from lazyrestore import origin
+from lazyrestore import origin, stored_plan
 from lazyrestore._native import _core
 from lazyrestore.errors import (
     AlreadyTraced,
@@ -37,12 +37,13 @@ from lazyrestore.errors import (
     WrongArchitecture,
     ZombieProcess,
 )
-from lazyrestore.kernel import capabilities, procfs
-from lazyrestore.kernel.tracee import Frozen, check, vdso_hash
-from lazyrestore.manifest import Host, Manifest
+from lazyrestore.kernel import capabilities, host, procfs
+from lazyrestore.kernel.tracee import Frozen, check
+from lazyrestore.manifest import Manifest
 from lazyrestore.resources import attributes, descriptors, signals, threads, vma
 from lazyrestore.resources.inherited import Origin
 from lazyrestore.resources.memory_plan import Plan, Planner, Run
+from lazyrestore.restore_plan import Host
 from lazyrestore.store import HUGE_CHUNK, ImageStore, ImageWriter, Parent, Reference
 
 lib, ffi = _core.lib, _core.ffi
@@ -107,13 +108,13 @@ def take(
                     if fits:
                         buffer.store(writer, runs)
                     pause = (time.monotonic() - paused) * 1e3
-                    writer.commit(manifests.encode(_finish(capture, pause)))
+                    _commit(writer, capture, pause)
                     frozen.kill()
             if not kill:
                 pause = (time.monotonic() - paused) * 1e3
                 if fits:
                     buffer.store(writer, runs)
-                writer.commit(manifests.encode(_finish(capture, pause)))
+                _commit(writer, capture, pause)
         return Taken(pause, time.monotonic() - began)
     finally:
         os.close(pidfd)
@@ -297,12 +298,14 @@ def _read_unreadable(frozen: Frozen, run: Run) -> Run:
     return replace(run, data=data)
 
 
-def _finish(capture: _Capture, pause: float) -> Manifest:
-    return msgspec.structs.replace(capture.manifest, pause_ms=pause)
+def _commit(writer: ImageWriter, capture: _Capture, pause: float) -> None:
+    manifest = msgspec.structs.replace(capture.manifest, pause_ms=pause)
+    encoded = manifests.encode(manifest)
+    writer.commit(encoded, stored_plan.made_of(manifest, encoded))
 
 
 def _host(frozen: Frozen, mappings: list[procfs.Mapping]) -> Host:
-    kernel = [mapping for mapping in mappings if mapping.path in procfs.KERNEL_MAPPINGS]
+    kernel = [mapping for mapping in mappings if mapping.path in host.KERNEL_MAPPINGS]
     vdso = next((mapping for mapping in kernel if mapping.path == "[vdso]"), None)
     if vdso is None:
         raise SnapshotFailed(f"process {frozen.pid}", "capture", "it has no vdso")
@@ -310,9 +313,9 @@ def _host(frozen: Frozen, mappings: list[procfs.Mapping]) -> Host:
         kernel=platform.release(),
         machine=platform.machine(),
         vdso=[(mapping.path, mapping.start, mapping.size) for mapping in kernel],
-        vdso_hash=vdso_hash(frozen.read(vdso.start, vdso.size)),
+        vdso_hash=host.vdso_hash(frozen.read(vdso.start, vdso.size)),
         cpu_model="",
-        cpu_flags=sorted(procfs.cpu_flags()),
+        cpu_flags=sorted(host.cpu_flags()),
         xfeatures=0,
     )
 

@@ -12,10 +12,9 @@ import struct
 import threading
 
 from lazyrestore._native import _core
-from lazyrestore.kernel.tracee import Registers
-from lazyrestore.program import Linked, lib
+from lazyrestore.restore_plan import Linked
 
-ffi = _core.ffi
+lib, ffi = _core.lib, _core.ffi
 
 ADDRESS = 0x0F_F000_0000  # where the executable is linked: 64 GiB less 256 MiB, below every hole that we choose
 SYSCALL = b"\x0f\x05"
@@ -71,24 +70,17 @@ def enter(pid: int, linked: Linked, descriptor: int) -> None:
 
     It maps `linked` from its descriptor number `descriptor` and runs the first list. OSError if ptrace refuses.
     """
-    current = ffi.new("struct lr_registers *")
+    registers = ffi.new("struct lr_registers *")
     _check(lib.lr_set_options(pid, lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD))
-    _check(lib.lr_get_registers(pid, current))
-    registers = Registers.unpack(bytes(ffi.buffer(current)))
-    registers.update(
-        rax=lib.SYS_mmap,
-        rdi=linked.base,
-        rsi=len(linked.image),
-        rdx=lib.PROT_READ | lib.PROT_WRITE | lib.PROT_EXEC,
-        r10=lib.MAP_SHARED | lib.MAP_FIXED_NOREPLACE,
-        r8=descriptor,
-        r9=0,
-        rbx=linked.entry,
-        r12=linked.lists[0],
-        rsp=linked.stacks[0],
-        orig_rax=(1 << 64) - 1,
-    )
-    _check(lib.lr_set_registers(pid, ffi.from_buffer("struct lr_registers *", registers.pack())))
+    _check(lib.lr_get_registers(pid, registers))
+    registers.rax = lib.SYS_mmap
+    registers.rdi, registers.rsi = linked.base, len(linked.image)
+    registers.rdx = lib.PROT_READ | lib.PROT_WRITE | lib.PROT_EXEC
+    registers.r10 = lib.MAP_SHARED | lib.MAP_FIXED_NOREPLACE
+    registers.r8, registers.r9 = descriptor, 0
+    registers.rbx, registers.r12, registers.rsp = linked.entry, linked.lists[0], linked.stacks[0]
+    registers.orig_rax = (1 << 64) - 1
+    _check(lib.lr_set_registers(pid, registers))
 
 
 def _check(result: int) -> None:

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
 from helpers import Victim, Victims, until
 from helpers_facts import differences, process_facts
 
@@ -39,6 +40,25 @@ class Copy:
         self.process.wait(60)
 
 
+def has_the_plan_of_its_manifest(snapshot: lazyrestore.Snapshot) -> None:
+    """What is stored with it is, byte for byte, what this process makes of its manifest. Raise if not."""
+    from lazyrestore import stored_plan
+    from lazyrestore.errors import RestoreError
+    from lazyrestore.restore_program import make_plan
+
+    image = snapshot._image
+    stored = stored_plan.usable(image.plan, image.manifest)
+    try:
+        made = make_plan(snapshot.manifest)
+    except RestoreError:
+        made = None
+    if made is None or not made.reusable:
+        assert not image.plan
+        return
+    encode = msgspec.msgpack.encode
+    assert (stored is not None and encode(stored[1]) == encode(made)) is True
+
+
 class Copies:
     """Makes copies and ends them."""
 
@@ -58,6 +78,7 @@ class Copies:
         """A snapshot that is closed at the end of the test."""
         snapshot = self.store.snapshot(pid, name=name, kill=kill)
         self._snapshots.append(snapshot)
+        has_the_plan_of_its_manifest(snapshot)
         return snapshot
 
     def replace(self, victim: Victim, name: str = "x", *, ignore: tuple[str, ...] = ()) -> Copy:

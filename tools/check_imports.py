@@ -13,9 +13,10 @@ from pathlib import Path
 PACKAGE = "lazyrestore"
 
 # Each part, and the parts it may import; every part may import itself and what is in EVERYBODY.
-EVERYBODY = {"errors"}
+EVERYBODY = {"errors", "restore_plan"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "restore_plan": set(),
     "_native": set(),
     "kernel": {"_native"},
     "program": {"_native", "kernel"},
@@ -24,13 +25,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pager": {"_native", "kernel"},
     "resources": {"program", "kernel", "_native", "manifest"},
     "origin": {"resources", "kernel", "pager", "store"},
-    "snapshot": {"origin", "manifest", "program", "resources", "kernel", "store", "_native"},
-    "spawn": {"_native", "kernel", "program"},
+    "snapshot": {"stored_plan", "origin", "manifest", "program", "resources", "kernel", "store", "_native"},
+    "spawn": {"_native"},
     "pid_namespace": {"_native", "kernel", "program", "spawn"},
     "network_namespace": {"_native", "program"},
     "restore_options": set(),
     "stand_ins": set(),
-    "restore_checks": {"manifest", "resources", "kernel", "_native"},
+    "restore_checks": {"kernel", "_native"},
     "restore_program": {
         "manifest",
         "restore_options",
@@ -38,14 +39,19 @@ MAY_IMPORT: dict[str, set[str]] = {
         "pid_namespace",
         "resources",
         "program",
+        "pager",
         "kernel",
         "_native",
     },
-    "memory_files": {"restore_checks", "resources", "store"},
+    "stored_plan": {"manifest", "restore_program"},
+    "memory_files": {"restore_checks", "store"},
+    "new_process": {"spawn", "program", "store", "kernel", "_native"},
     "own_pages": {"manifest", "program", "store"},
     "restore": {
         "memory_files",
+        "new_process",
         "own_pages",
+        "stored_plan",
         "restore_checks",
         "restore_options",
         "restore_program",
@@ -62,7 +68,20 @@ MAY_IMPORT: dict[str, set[str]] = {
     "working_set": {"pager", "store"},
     "readiness": {"manifest", "store"},
     "fleet": {"manifest", "resources", "kernel"},
-    "api": {"fleet", "readiness", "restore_options", "snapshot", "restore", "manifest", "store", "pager", "kernel"},
+    "restored_process": {"restore", "pager"},
+    "api": {
+        "restored_process",
+        "stored_plan",
+        "fleet",
+        "readiness",
+        "restore_options",
+        "snapshot",
+        "restore",
+        "manifest",
+        "store",
+        "pager",
+        "kernel",
+    },
     "__init__": {"api"},
     "cli": {
         "stand_ins",

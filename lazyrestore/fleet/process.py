@@ -6,7 +6,7 @@ from typing import Protocol
 
 
 class Process(Protocol):
-    """A restored process that is a child of ours; `api.RestoredProcess` is one."""
+    """A restored process that is a child of ours; `RestoredProcess` is one."""
 
     pid: int
     """As the caller sees it."""

@@ -16,9 +16,6 @@ import msgspec
 
 from lazyrestore.errors import NoSuchProcess
 
-KERNEL_MAPPINGS = ("[vdso]", "[vvar]", "[vvar_vclock]")
-"""The paths, in maps, of what the kernel maps into every process."""
-
 
 class Mapping(msgspec.Struct, frozen=True):
     """One line of maps; `flags` only from smaps. Addresses in bytes, `end` exclusive."""
@@ -177,13 +174,3 @@ def children(pid: int) -> list[int]:
 
 def auxv(pid: int) -> bytes:
     return read(pid, "auxv")
-
-
-def cpu_flags() -> frozenset[str]:
-    """The feature flags of this machine's CPUs (those that all have)."""
-    with open("/proc/cpuinfo", "rb") as file:
-        lines = re.findall(rb"^flags\s*:(.*)$", file.read(), re.MULTILINE)
-    common = set(lines[0].split()) if lines else set()
-    for line in set(lines[1:]):
-        common &= set(line.split())
-    return frozenset(flag.decode() for flag in common)

@@ -33,6 +33,7 @@ from typing import Any
 from lazyrestore._native import _core
 from lazyrestore.errors import AlreadyTraced, NoSuchProcess, NotPermitted, SnapshotFailed
 from lazyrestore.kernel import procfs
+from lazyrestore.kernel.host import STUB_LENGTH
 
 lib = _core.lib
 ffi = _core.ffi
@@ -46,7 +47,6 @@ _REGISTERS = struct.Struct(f"<{len(REGISTERS)}Q")
 ERESTARTSYS, ERESTARTNOINTR, ERESTARTNOHAND, ERESTART_RESTARTBLOCK = 512, 513, 514, 516
 RESTARTED = (-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND)
 SYSCALL_LENGTH = 2  # bytes of the syscall instruction
-STUB_LENGTH = 256
 STUB_PREFIX = b"\x0f\x05\x48\xbf"  # syscall; movabs …, %rdi
 FREEZE_MS = 10000
 
@@ -355,13 +355,6 @@ class Frozen:
         raise SnapshotFailed(
             f"process {self.pid}", "prepare", "no executable mapping has room behind its code", "see lazyrestore doctor"
         )
-
-
-def vdso_hash(content: bytes) -> str:
-    """Identifies a vdso: all of it but the padding at its end, where a stub may stand."""
-    from _blake2 import blake2b  # hashlib's own, without OpenSSL, which takes 3 ms to load
-
-    return blake2b(content[:-STUB_LENGTH], digest_size=16).hexdigest()
 
 
 class _Diverted:

@@ -11,7 +11,6 @@ kernel/sys.c.
 from __future__ import annotations
 
 import os
-import resource
 import struct
 
 import msgspec
@@ -239,12 +238,9 @@ def restore_flags(attributes: Attributes, program: Program, ops: OpList) -> None
             ops.call(lib.SYS_prctl, lib.PR_SET_THP_DISABLE, 1, 0, 0, 0)
         if attributes.child_subreaper:
             ops.call(lib.SYS_prctl, lib.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    own = [resource.getrlimit(which) for which in RLIMITS]
     with ops.serving("resource limits"):
+        # All of them, though most are the restorer's already: the program then does not depend on the restorer's.
         for which, limit in zip(RLIMITS, attributes.limits, strict=True):
-            # RLIMIT_NOFILE was raised for the handed-over descriptors, whatever it is here
-            if limit == own[which] and which != lib.RLIMIT_NOFILE:
-                continue
             words = struct.pack("<QQ", *(value & (1 << 64) - 1 for value in limit))
             ops.call(lib.SYS_prlimit64, 0, which, program.place(words), 0, note=f"limit {which}")
 
@@ -295,18 +291,6 @@ def restore_credentials(attributes: Attributes, own: Credentials, program: Progr
             ops.call(lib.SYS_prctl, lib.PR_SET_KEEPCAPS, attributes.keep_capabilities, 0, 0, 0)
         if want.no_new_privileges:
             ops.call(lib.SYS_prctl, lib.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-
-
-def restore_outside(attributes: Attributes, pid: int) -> None:
-    """What is set through /proc/PID by the restorer."""
-    for name, value in (
-        ("oom_score_adj", str(attributes.oom_score_adjust)),
-        ("coredump_filter", f"{attributes.core_dump_filter:#x}"),
-    ):
-        with open(f"/proc/{pid}/{name}", "r+") as file:
-            if int(file.read(), 10 if name == "oom_score_adj" else 16) != int(value, 0):
-                file.seek(0)
-                file.write(value)
 
 
 def restore_after_credentials(attributes: Attributes, ops: OpList) -> None:

@@ -54,6 +54,7 @@ from lazyrestore.resources.pipe import ExternalPipe, PipeEnd
 from lazyrestore.resources.signalfd import Signalfd
 from lazyrestore.resources.timerfd import Timerfd
 from lazyrestore.resources.unix_socket import UnixPair, UnixSocket
+from lazyrestore.restore_plan import Address, OpenedPath
 
 if TYPE_CHECKING:
     from lazyrestore.program import Descriptors, OpList
@@ -63,11 +64,12 @@ __all__ = [
     "Descriptor",
     "FdTable",
     "RestoreContext",
+    "addresses",
     "check_files",
     "compile",
     "highest_number",
     "is_reusable",
-    "prepare",
+    "opened_paths",
     "queued_bytes",
     "shared_object_key",
     "survey",
@@ -364,23 +366,38 @@ def _read(name: str, folder: int) -> bytes:
 # -- restore -----------------------------------------------------------------------------------------------------------
 
 
-def prepare(table: FdTable, inherited: Iterable[int] = (), *, own_network: bool = False) -> None:
-    """Before the new process starts: find addresses that are in use, unlink stale socket files. RestoreError.
+def addresses(table: FdTable, inherited: Iterable[int] = (), *, own_network: bool = False) -> list[Address]:
+    """What its sockets will be bound to, and `addresses.make_free` is to be asked of. RestoreError.
 
     inherited: numbers of listening sockets that the caller replaces; own_network: in a network namespace of its own.
     """
     left_out = replaced(table, inherited)
+    found: list[Address] = []
     for item in _items(table):
+        record, address = item.record, None
         if item.index in left_out:
             continue
-        if isinstance(item.record, TcpListener | TcpSocket | UdpSocket):
-            if own_network:
-                continue
-            inet_socket.prepare(item.title, item.record)
-        elif isinstance(item.record, UnixSocket | UnixPair):
-            if own_network and isinstance(item.record, UnixSocket) and item.record.file is None:
+        if isinstance(record, TcpListener | TcpSocket | UdpSocket):
+            address = None if own_network else inet_socket.address_of(item.title, record)
+        elif isinstance(record, UnixSocket | UnixPair):
+            address = unix_socket.address_of(item.title, record)
+            if own_network and address is not None and address.file is None:
                 continue  # abstract names are the network namespace's, as ports are
-            unix_socket.prepare(item.title, item.record)
+        if address is not None:
+            found.append(address)
+    return found
+
+
+def opened_paths(table: FdTable) -> list[OpenedPath]:
+    """Paths that are opened again, and what they must lead to at least: where one does not, check_files() decides."""
+    found: list[OpenedPath] = []
+    for record in table.descriptions:
+        if isinstance(record, RegularFile | Directory | Location):
+            if (path := files.opened_path(record)) is not None:
+                found.append(path)
+        elif isinstance(record, Fifo):
+            found.append(OpenedPath(record.path, modes.S_IFIFO))
+    return found
 
 
 def check_files(table: FdTable) -> None:

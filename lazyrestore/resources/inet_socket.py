@@ -23,16 +23,15 @@ import socket
 import struct
 import termios
 from collections.abc import Mapping
-from errno import EADDRINUSE, EADDRNOTAVAIL
 from fcntl import ioctl
 
 import msgspec
 
 from lazyrestore._native import _core
-from lazyrestore.errors import RestoreError
 from lazyrestore.resources import socket_options
 from lazyrestore.resources.descriptor import Build, Item, Unsupported, View
 from lazyrestore.resources.socket_options import Option
+from lazyrestore.restore_plan import Address
 
 lib = _core.lib
 
@@ -145,28 +144,14 @@ def restore(items: list[Item[InetRecord]], build: Build) -> None:
             _restore(item, build)
 
 
-def prepare(title: str, record: InetRecord) -> None:
-    """Find out whether the address can be had. RestoreError."""
+def address_of(title: str, record: InetRecord) -> Address | None:
+    """What it will be bound to; None: nothing."""
     if record.address is None:
-        return
+        return None
     kind = socket.SOCK_DGRAM if isinstance(record, UdpSocket) else socket.SOCK_STREAM
-    with socket.socket(record.family, kind, record.protocol) as probe:
-        for option in record.options:
-            if option.level == socket.IPPROTO_IPV6 or option.name in (socket.SO_REUSEPORT, socket.SO_REUSEADDR, 15, 78):
-                probe.setsockopt(option.level, option.name, option.value)
-        try:
-            probe.bind(_unpack(record.address))
-        except OSError as error:
-            advice = ""
-            if error.errno == EADDRINUSE:
-                advice = (
-                    "end the process that has it (the original, or another copy?), wait for its last connections, or "
-                    "restore with --listen, --reuseport, --inherit-fd or --net new (listen, reuseport, inherit_fd, "
-                    "new_net)"
-                )
-            elif error.errno == EADDRNOTAVAIL:
-                advice = "this machine has no such address"
-            raise RestoreError(title, "bind", errno=error.errno, advice=advice) from error
+    names = (socket.SO_REUSEPORT, socket.SO_REUSEADDR, 15, 78)
+    options = ((o.level, o.name, o.value) for o in record.options if o.level == socket.IPPROTO_IPV6 or o.name in names)
+    return Address(title, record.family, int(kind), record.protocol, _unpack(record.address), tuple(options))
 
 
 def _capture_tcp(view: View, sock: socket.socket) -> TcpListener | TcpSocket:

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 
 from lazyrestore._native import _core
 from lazyrestore.errors import SnapshotFailed
-from lazyrestore.kernel.procfs import KERNEL_MAPPINGS, Mapping
+from lazyrestore.kernel.host import KERNEL_MAPPINGS
+from lazyrestore.kernel.procfs import Mapping
 from lazyrestore.resources.inherited import OBJECT_SPAN, Origin, Piece, Ranges, settle, union
 from lazyrestore.resources.vma import (
     ANONYMOUS_HUGETLB_NAME,

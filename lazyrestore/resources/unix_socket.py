@@ -26,18 +26,17 @@ import socket
 import stat as modes
 import struct
 import termios
-from errno import EADDRINUSE, ECONNREFUSED
 from fcntl import ioctl
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from lazyrestore._native import _core
-from lazyrestore.errors import RestoreError
 from lazyrestore.resources import socket_options
 from lazyrestore.resources.descriptor import Build, Item, Unsupported, View
 from lazyrestore.resources.pipe import ExternalPipe
 from lazyrestore.resources.socket_options import Option
+from lazyrestore.restore_plan import Address
 
 if TYPE_CHECKING:
     from lazyrestore.kernel import unix_diag
@@ -144,43 +143,13 @@ def restore(items: list[Item[UnixRecord]], build: Build) -> None:
             _restore_pair(ends, build)
 
 
-def prepare(title: str, record: UnixRecord) -> None:
-    """Make the address free: unlink a stale socket file. RestoreError if somebody has it."""
+def address_of(title: str, record: UnixRecord) -> Address | None:
+    """What it will be bound to; None: nothing."""
     if isinstance(record, UnixPair) or not record.address:
-        return
-    advice = "end the process that has it (the original, or another copy?) and try again"
-    taken = RestoreError(title, "bind", errno=EADDRINUSE, advice=advice)
+        return None
     if record.file is None:
-        with socket.socket(socket.AF_UNIX, record.kind) as probe:
-            try:
-                probe.bind(record.address)
-            except OSError as error:
-                if error.errno == EADDRINUSE:
-                    raise taken from error
-                raise RestoreError(title, "bind", errno=error.errno) from error
-        return
-    path = os.fsdecode(record.file.path)
-    try:
-        found = os.lstat(path)
-    except FileNotFoundError:
-        if not os.path.isdir(os.path.dirname(path)):
-            raise RestoreError(title, "bind", f"no directory {os.path.dirname(path)}", "create it") from None
-        return
-    if not modes.S_ISSOCK(found.st_mode):
-        raise RestoreError(title, "bind", f"{path} is no socket now", "move it away and try again")
-    if _is_bound(path):
-        raise taken
-    os.unlink(path)
-
-
-def _is_bound(path: str) -> bool:
-    """Whether a socket of any kind is bound to the file, in whatever network namespace."""
-    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as probe:
-            return probe.connect_ex(f"/proc/self/fd/{descriptor}") != ECONNREFUSED
-    finally:
-        os.close(descriptor)
+        return Address(title, int(socket.AF_UNIX), record.kind, name=record.address)
+    return Address(title, int(socket.AF_UNIX), record.kind, file=record.file.path)
 
 
 def _capture_single(view: View, sock: socket.socket, state: unix_diag.UnixSocket) -> UnixSocket:

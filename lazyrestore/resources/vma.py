@@ -22,6 +22,7 @@ import msgspec
 from lazyrestore.errors import FileChanged
 from lazyrestore.kernel.procfs import Mapping
 from lazyrestore.program import Descriptors, OpList, Program, lib
+from lazyrestore.restore_plan import SharedFile, Signature, signature_of
 
 PAGE = 4096
 LARGE_FILE_MAPPING = 64 << 20  # bytes; a larger file mapping of which less than 1/8 was written stays a file mapping
@@ -36,10 +37,6 @@ Kind = Literal["lazy", "anonymous", "eager", "file", "shared", "hugetlb", "kerne
 """lazy: template, MAP_PRIVATE. anonymous: no content, of huge pages if "ht" is in the flags. eager: anonymous, contents
 written before the process runs. file: the file itself, contents (if any) written over it. shared: a memory file of the
 tree. hugetlb: hugetlb template. kernel: vdso and vvar."""
-
-
-Signature = tuple[int, int, int, int, int]
-"""What stat() says of a file: device, inode, size, mtime and ctime in ns. Who changes the file changes that."""
 
 
 class FileIdentity(msgspec.Struct, frozen=True):
@@ -103,6 +100,12 @@ class SharedObject(msgspec.Struct, frozen=True):
     key: tuple[int, int]
     anonymous: bool
     huge: bool = False
+
+
+def memory_file(shared: SharedObject) -> SharedFile:
+    """What stands for it in a restored process."""
+    name = ANONYMOUS_SHARED_NAME if shared.anonymous else shared.name
+    return SharedFile(name.removeprefix("/memfd:"), shared.size, shared.image, shared.anonymous, shared.huge)
 
 
 def protection_of(mapping: Mapping) -> int:
@@ -181,19 +184,7 @@ def identify(path: str, root: str) -> FileIdentity | None:
     except OSError:
         return None
     build_id = _build_id(root + path)
-    return FileIdentity(path, status.st_size, status.st_mtime_ns, build_id, seen=_signature(status))
-
-
-def file_signature(identity: FileIdentity) -> Signature | None:
-    """The file's signature now. None if it is gone."""
-    try:
-        return _signature(os.stat(identity.path))
-    except OSError:
-        return None
-
-
-def _signature(status: os.stat_result) -> Signature:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return FileIdentity(path, status.st_size, status.st_mtime_ns, build_id, seen=signature_of(status))
 
 
 def check_file(identity: FileIdentity) -> None:
@@ -337,8 +328,8 @@ def restore(
 
 
 def _advise(vma: Vma, ops: OpList) -> None:
-    for name in ADVICE.keys() & vma.flags:
-        if name != "wf" or vma.kind in ("eager", "anonymous"):
-            ops.try_call(lib.SYS_madvise, vma.start, vma.size, ADVICE[name], note=f"VmFlags {name}")
+    for name, advice in ADVICE.items():  # in an order of ours: two compilations give the same
+        if name in vma.flags and (name != "wf" or vma.kind in ("eager", "anonymous")):
+            ops.try_call(lib.SYS_madvise, vma.start, vma.size, advice, note=f"VmFlags {name}")
     if LOCKED in vma.flags:
         ops.call(lib.SYS_mlock2, vma.start, vma.size, lib.MLOCK_ONFAULT)

@@ -51,10 +51,11 @@ HASHES = b"H"  # + id: 32 bytes for each chunk
 MANIFESTS = b"M"  # + id: opaque here
 WORKING_SETS = b"W"  # + id: TOUCHEDs, in the order of first touch; may be absent
 WORKING_SET_PACKS = b"R"  # + id: FRAMES, FRAMEs, zstd frames of the working set's chunks, then zeros; may be absent
+PLANS = b"L"  # + id: what a restore would make of the manifest, opaque here; may be absent
 PACKS = b"P"  # + id: zstd frames, then zeros
 CONTENTS = b"C"  # + id of a pack: 32 bytes for each chunk in it
 CHUNKS = b"D"  # + hash: LOCATION
-TABLES_OF_A_SNAPSHOT = (SNAPSHOTS, INDEXES, HASHES, MANIFESTS, WORKING_SETS, WORKING_SET_PACKS)
+TABLES_OF_A_SNAPSHOT = (SNAPSHOTS, INDEXES, HASHES, MANIFESTS, PLANS, WORKING_SETS, WORKING_SET_PACKS)
 
 
 class Head(msgspec.Struct, frozen=True):

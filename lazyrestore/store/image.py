@@ -35,7 +35,8 @@ class StoredImage(msgspec.Struct, eq=False):
     compressed bytes that the snapshot refers to; hugetlb: whether it has chunks for huge pages; sums: whether the index
     is followed by checksums; directory: the store's; working_set: format.TOUCHED each, in the order of first touch;
     empty if none was recorded; frames: format.FRAME each, of the working set's pack; frames_offset: bytes into data_fd,
-    of the first of them. That pack may be replaced by another recording in spite of the pin: checksums tell.
+    of the first of them. That pack may be replaced by another recording in spite of the pin: checksums tell. plan: what
+    was committed beside the manifest, as opaque here; empty if nothing was.
     """
 
     name: str
@@ -55,6 +56,7 @@ class StoredImage(msgspec.Struct, eq=False):
     working_set: bytes = b""
     frames: bytes = b""
     frames_offset: int = 0
+    plan: bytes = b""
     _lengths: list[int] = msgspec.field(default_factory=list)
     _map: mmap.mmap | None = None
     _skip: int = 0  # bytes of the map before the index
@@ -314,5 +316,6 @@ def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int
         working_set=working_set,
         frames=frames,
         frames_offset=frames_offset,
+        plan=bytes(txn.get(format.key(format.PLANS, snapshot), b"")),
         _lengths=[length for _, length in packs],
     )

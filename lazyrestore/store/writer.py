@@ -161,8 +161,8 @@ class ImageWriter:
                 future.exception()  # wait
         self._pending.clear()
 
-    def commit(self, manifest: bytes) -> int:
-        """Make the snapshot visible, on disk, with `manifest`; returns its id.
+    def commit(self, manifest: bytes, plan: bytes = b"") -> int:
+        """Make the snapshot visible, on disk, with `manifest` and the plan derived from it, if any; returns its id.
 
         Raises SnapshotExists (another came first, and `replace` is off), StoreFull, StoreError; nothing is visible
         then.
@@ -198,12 +198,14 @@ class ImageWriter:
             txn.put(format.key(format.INDEXES, self._snapshot), environment.lengthen(index + sums))
             txn.put(format.key(format.HASHES, self._snapshot), hashes)
             txn.put(format.key(format.MANIFESTS, self._snapshot), manifest)
+            if plan:
+                txn.put(format.key(format.PLANS, self._snapshot), plan)
             txn.put(format.key(format.SNAPSHOTS, self._snapshot), format.encode(record))
             txn.put(self._key, format.KEY.pack(self._snapshot))
             txn.put(format.COUNTERS, counters)
 
         # 128 bytes per new chunk: a node of 61, doubled by half-full pages.
-        room = len(index) + len(sums) + len(hashes) + len(manifest) + 128 * len(chunks) + (1 << 20)
+        room = len(index) + len(sums) + len(hashes) + len(manifest) + len(plan) + 128 * len(chunks) + (1 << 20)
         environment.update(show, room=room)
         environment.sync()
         self._finish()

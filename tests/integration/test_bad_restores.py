@@ -18,8 +18,9 @@ from helpers_cli import command, run_cli
 from helpers_copies import Copies
 
 import lazyrestore
-from lazyrestore import errors, restore
-from lazyrestore.resources import vma
+from lazyrestore import errors
+from lazyrestore.new_process import NewProcess
+from lazyrestore.restore_plan import signature_of
 
 Start = Callable[..., Victim]
 
@@ -64,14 +65,14 @@ def test_failure_when_threads_are_there(
     victim.until(lambda: len(os.listdir(f"/proc/{victim.pid}/task")) == 5, "its threads")
     victim.quiet()
     snapshot = end(victim, copies)
-    original = getattr(restore._Child, step)
+    original = getattr(NewProcess, step)
 
     def fails(child: object, **options: bool) -> None:
         if step == "run_to_end":
             original(child)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(restore._Child, step, fails)
+    monkeypatch.setattr(NewProcess, step, fails)
     raised: list[BaseException] = []
 
     def attempt() -> None:
@@ -133,7 +134,7 @@ def test_unchanged_files_are_known_by_their_signature(copies: Copies, start: Sta
     """So that a first restore need not read them."""
     snapshot = copies.snapshot(start().pid, "x")
     files = snapshot.manifest.files
-    assert files and all(identity.seen == vma.file_signature(identity) for identity in files)
+    assert files and all(identity.seen == signature_of(os.stat(identity.path)) for identity in files)
 
 
 def test_vanished_open_file(run: Path, victims: Victims, copies: Copies) -> None:

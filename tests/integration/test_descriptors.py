@@ -16,7 +16,7 @@ from helpers import Victim, Victims, alive, ask, open_descriptors, until
 from helpers_cli import command
 from helpers_copies import Copies
 
-from lazyrestore import restore
+from lazyrestore import restore_program
 
 
 def start(victims: Victims, directory: Path, *oddities: str) -> Victim:
@@ -93,13 +93,13 @@ def test_what_runs_once_is_compiled_once(
     snapshot = copies.snapshot(victim.pid, "x", kill=True)
     victim.gone()
     compiled = []
-    compile_program = restore.compile_program
+    make_plan = restore_program.make_plan
 
     def counted(*arguments: Any) -> Any:
         compiled.append(arguments)
-        return compile_program(*arguments)
+        return make_plan(*arguments)
 
-    monkeypatch.setattr(restore, "compile_program", counted)
+    monkeypatch.setattr(restore_program, "make_plan", counted)
     for number in range(2):
         copy = copies.restore(snapshot)
         assert len(compiled) == number + 1

@@ -22,7 +22,7 @@ import msgspec
 
 from lazyrestore._native import _core
 from lazyrestore.program import Descriptors, ListAddress, OpList, Pointer, Program, Result, Word
-from lazyrestore.resources import descriptors
+from lazyrestore.resources import addresses, descriptors
 from lazyrestore.resources.descriptors import FdTable, RestoreContext
 
 lib = _core.lib
@@ -99,6 +99,12 @@ def child(body: Callable[[], None], check: Callable[[], None] | None = None) -> 
         process.close()
 
 
+def make_addresses_free(table: FdTable) -> None:
+    """What a restore does with a table before it starts a process. RestoreError if an address is taken."""
+    for address in descriptors.addresses(table):
+        addresses.make_free(address)
+
+
 @contextmanager
 def restored(
     table: FdTable,
@@ -110,7 +116,7 @@ def restored(
 ) -> Iterator[Child]:
     """A child that ran what compile() made of the table. streams: 0, 1, 2 → a descriptor of the test's to hand over."""
     descriptors.check_files(table)
-    descriptors.prepare(table)
+    make_addresses_free(table)
     handed: dict[int, int] = {}
     numbers = iter(range(FIRST_RESERVED, FIRST_RESERVED + 100))
     std, memory = {}, {}

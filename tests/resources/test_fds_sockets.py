@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from resources.interpreter import child, record, restored, round_trip, shape
+from resources.interpreter import child, make_addresses_free, record, restored, round_trip, shape
 
 from lazyrestore._native import _core
 from lazyrestore.errors import RestoreError
-from lazyrestore.resources import descriptors
 from lazyrestore.resources.inet_socket import TcpListener, TcpSocket, UdpSocket, format_address
 from lazyrestore.resources.pipe import ExternalPipe
 from lazyrestore.resources.unix_socket import UnixPair, UnixSocket
@@ -81,10 +80,10 @@ def test_a_listener_whose_address_is_taken_says_so() -> None:
         table = original.survey()
         address = format_address(record(table, 3).address)
         with pytest.raises(RestoreError) as caught:
-            descriptors.prepare(table)
+            make_addresses_free(table)
         assert str(caught.value).startswith(f"fd 3 (TCP listener {address}): bind: Address already in use; ")
         assert caught.value.errno == errno.EADDRINUSE
-    descriptors.prepare(table)
+    make_addresses_free(table)
 
 
 def test_a_listener_survives_the_rest_of_its_connections() -> None:
@@ -186,7 +185,7 @@ def test_a_unix_listener(name: str, kind: socket.SocketKind, tmp_path: Path) -> 
     with child(body) as original:
         table = original.survey()
         with pytest.raises(RestoreError, match=r"fd 3 \(Unix listener .*\): bind: Address already in use; "):
-            descriptors.prepare(table)
+            make_addresses_free(table)
     with restored(table, check, cwd=str(tmp_path)) as copy:
         again = copy.survey()
         assert shape(again) == shape(table)
@@ -207,16 +206,16 @@ def test_what_lies_in_a_unix_listeners_place(tmp_path: Path) -> None:
     with child(body) as original:
         table = original.survey()
     assert path.is_socket()  # stale now
-    descriptors.prepare(table)
+    make_addresses_free(table)
     assert not path.exists()
     path.write_text("a file")
     with pytest.raises(RestoreError, match="is no socket now; move it away"):
-        descriptors.prepare(table)
+        make_addresses_free(table)
     assert path.read_text() == "a file"
     path.unlink()
     path.parent.rmdir()
     with pytest.raises(RestoreError, match="no directory"):
-        descriptors.prepare(table)
+        make_addresses_free(table)
 
 
 @pytest.mark.requires("root")
@@ -264,10 +263,10 @@ def test_who_has_a_unix_address_is_seen_and_notices_nothing(
     path.unlink()
     with child(take, nothing_came) as holder:
         with pytest.raises(RestoreError, match="bind: Address already in use; "):
-            descriptors.prepare(table)
+            make_addresses_free(table)
         holder.go()
     assert path.is_socket()
-    descriptors.prepare(table)
+    make_addresses_free(table)
     assert not path.exists()
 
 

@@ -1,0 +1,200 @@
+"""A new process while it becomes the old one: under its program, then under ptrace alone, until it is let go."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from lazyrestore import spawn
+from lazyrestore._native import _core
+from lazyrestore.errors import NoSuchProcess, RestoreError
+from lazyrestore.kernel import host
+from lazyrestore.restore_plan import RestorePlan, Written
+
+if TYPE_CHECKING:
+    from lazyrestore.program import Program
+    from lazyrestore.store import StoredImage
+
+lib, ffi = _core.lib, _core.ffi
+
+STOPPED = 0x7F  # a wait status
+OP, FIRST_ARGUMENT = ffi.sizeof("struct lr_op"), ffi.offsetof("struct lr_op", "arg")
+Piece = tuple[Written, int, bytes]  # address, contents
+
+
+class NewProcess:
+    """The new process under its program; the calling thread is its tracer."""
+
+    def __init__(self, plan: RestorePlan, image: StoredImage, named: Callable[[], Program], pid: int) -> None:
+        """named: makes the plan's program again, with the names of what its operations serve."""
+        self.plan = plan
+        self._image = image
+        self._named = named
+        self.pid = pid
+        self.tids = [thread.tid for thread in plan.threads]  # as we see them, once they have started
+        self._status, self._index = ffi.new("int32_t *"), ffi.new("uint64_t *")
+        self._started = ffi.new("int32_t[]", len(self.tids) - 1)
+        self._why, self._result = ffi.new("uint64_t *"), ffi.new("int64_t *")
+
+    def start(self, program: int) -> None:
+        """Tell the program where the vdso is, and let the first instruction map it and jump to the executor."""
+        try:
+            kernel = {path: start for path, start, _ in host.kernel_mappings(self.pid)}
+        except NoSuchProcess:
+            kernel = {}
+        if not kernel:
+            raise self._ended("map program")
+        linked = self.plan.linked
+        first = linked.op_addresses[0] - linked.base + FIRST_ARGUMENT
+        for index, (name, _, _) in zip(self.plan.kernel_moves, self.plan.host.vdso, strict=True):
+            os.pwrite(program, struct.pack("<Q", kernel[name]), first + index * OP)
+        try:
+            spawn.enter(self.pid, linked, self.plan.layout.program)
+            # The end of a leader is not to be seen until its other threads are collected. With TRACEEXIT it stops
+            # first, so a process that is killed by somebody else is noticed by who waits for any of its threads.
+            # TRACECLONE tells the threads' ids. /proc/PID/task would, too, but who collects the ended process takes
+            # what was looked up there out of the kernel's cache, as its last thread does: while that one is kept
+            # from running, the other spins, for milliseconds.
+            options = lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD | lib.PTRACE_O_TRACEEXIT
+            lib.lr_set_options(self.pid, options | lib.PTRACE_O_TRACECLONE)
+        except OSError as error:
+            raise RestoreError(f"process {self.pid}", "enter program", errno=error.errno) from error
+        self._must(lib.lr_continue(self.pid, 0), "start program")
+
+    def reach_stop(self) -> None:
+        self._next(self.pid, 0, lib.LR_STOP_ASKED, resume=False)
+
+    def run_to_end(self) -> None:
+        """The rest of the leader's list, then each thread's list."""
+        self._next(self.pid, 0, lib.LR_STOP_END)
+        self.tids = [self.pid, *self._started]
+        for tid in self.tids[1:]:
+            self._must(lib.lr_wait(tid, self._status), f"wait for thread {tid}")
+            self._must(lib.lr_continue(tid, 0), f"start thread {tid}")
+        for number, tid in enumerate(self.tids[1:], 1):
+            self._next(tid, number, lib.LR_STOP_END, resume=False)
+
+    def take(self, pidfd: int, number: int) -> int:
+        return self._must(lib.lr_pidfd_getfd(pidfd, number), "pidfd_getfd")
+
+    def contents(self) -> Iterator[Piece]:
+        """What cannot be lazy: the main stack and its like."""
+        try:
+            for written in self.plan.contents:
+                if written.zeros:  # these are not stored, and a file would show through
+                    yield written, written.start, bytes(written.end - written.start)
+                for at, data in self._image.contents(written.start, written.end):
+                    yield written, at, data
+        except OSError as error:
+            raise RestoreError(f"process {self.pid}", "read contents", errno=error.errno) from error
+
+    def write(self, contents: Iterable[Piece]) -> None:
+        try:
+            memory = os.open(f"/proc/{self.pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
+            try:
+                for written, at, data in contents:
+                    if os.pwrite(memory, data, at) != len(data):
+                        raise RestoreError(written.label, "write contents", "short write")
+            finally:
+                os.close(memory)
+        except OSError as error:
+            raise RestoreError(f"process {self.pid}", "write contents", errno=error.errno) from error
+        self._set("oom_score_adj", str(self.plan.oom_score_adjust), 10)
+        self._set("coredump_filter", f"{self.plan.core_dump_filter:#x}", 16)
+
+    def _set(self, name: str, value: str, base: int) -> None:
+        """What is set through /proc/PID by the restorer."""
+        with open(f"/proc/{self.pid}/{name}", "r+") as file:
+            if int(file.read(), base) != int(value, 0):
+                file.seek(0)
+                file.write(value)
+
+    def let_go(self, *, parked: bool) -> None:
+        """Remove what is ours from the address space, set every thread's state, detach."""
+        self._fetch_futex_words()
+        linked = self.plan.linked
+        here = self._registers(self.pid)
+        syscall = linked.base + linked.image.index(spawn.SYSCALL)
+        if self.plan.trap_action:
+            self._remote(here, syscall, lib.SYS_rt_sigaction, lib.SIGTRAP, self.plan.trap_action, 0, 8)
+        self._remote(here, syscall, lib.SYS_munmap, linked.base, self.plan.end - linked.base)
+        leader, *others = self.plan.threads
+        order = [*self.tids[1:], self.tids[0]]
+        for tid, thread in zip(order, [*others, leader], strict=True):
+            registers = ffi.from_buffer("struct lr_registers *", thread.registers)
+            self._must(lib.lr_set_registers(tid, registers), f"set registers of thread {tid}")
+            error = lib.lr_set_xstate(tid, ffi.from_buffer(thread.xstate), len(thread.xstate))
+            self._must(error, f"set extended state of thread {tid}")
+            self._must(lib.lr_set_signal_mask(tid, thread.signal_mask), f"set signal mask of thread {tid}")
+        if parked or self.plan.stopped:  # it takes effect before any of its own instructions
+            os.kill(self.pid, signal.SIGSTOP)
+        for tid in order:
+            self._must(lib.lr_detach(tid, 0), f"detach thread {tid}")
+
+    def _fetch_futex_words(self) -> None:
+        """The kernel changes some futex words in a way that cannot wait for a pager: bring their pages first."""
+        buffer, failed = ffi.new("char[4]"), ffi.new("uint64_t *")
+        for thread in self.plan.threads:
+            for address in thread.futex_words:
+                lib.lr_copy_runs(self.pid, ffi.new("struct lr_run *", (address, 0, 4)), 1, buffer, 1, failed)
+
+    # -- underneath ----------------------------------------------------------------------------------------------------
+
+    def _next(self, tid: int, number: int, want: int, *, resume: bool = True) -> None:
+        stop = self._status, self._index, self._why, self._result
+        error = lib.lr_next_stop(tid, resume, *stop, self._started, len(self._started))
+        if error:
+            status = self._status[0]
+            if status >> 16 or not os.WIFSTOPPED(status):
+                raise self._ended("run program")
+            raise RestoreError(f"thread {tid}", "run program", f"unexpected stop (status {status:#x})", errno=-error)
+        if self._why[0] != want:
+            self._surprise(number, self._index[0], self._result[0])
+
+    def _surprise(self, number: int, index: int, result: int) -> None:
+        op = self._named().op(number, index)
+        step = op.name + (f" ({op.note})" if op.note else "")
+        if -4096 < result < 0:
+            advice = "`lazyrestore doctor` tells which privilege is missing" if result == -errno.EPERM else ""
+            raise RestoreError(op.resource, step, advice=advice, errno=-result)
+        raise RestoreError(op.resource, step, f"returned {result:#x} and not {op.want:#x}")
+
+    def _remote(self, base: Any, syscall: int, number: int, *values: int) -> None:
+        arguments = ffi.new("uint64_t[6]", [*values, *[0] * (6 - len(values))])
+        self._must(lib.lr_remote_syscall(self.pid, base, syscall, number, arguments, self._result), "finish")
+        if self._result[0] < 0:
+            raise RestoreError(f"process {self.pid}", "finish", errno=-self._result[0])
+
+    def _registers(self, tid: int) -> Any:
+        registers = ffi.new("struct lr_registers *")
+        self._must(lib.lr_get_registers(tid, registers), "read registers")
+        return registers
+
+    def _ended(self, step: str) -> RestoreError:
+        return RestoreError(f"process {self.pid}", step, "somebody ended it")
+
+    def _must(self, result: int, step: str) -> int:
+        if result < 0:
+            raise RestoreError(f"process {self.pid}", step, errno=-result)
+        return int(result)
+
+
+def kill(pid: int, pidfd: int) -> None:
+    """End a process that did not come up, and collect it: its other threads first, which we trace too."""
+    from lazyrestore.kernel import procfs
+
+    lib.lr_pidfd_send_signal(pidfd, lib.SIGKILL)
+    with suppress(ChildProcessError, NoSuchProcess):  # a failed step has collected it, or the kernel (SIGCHLD ignored)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        for tid in sorted(procfs.threads(pid), key=lambda tid: tid == pid):
+            status = ffi.new("int32_t *", STOPPED)
+            while os.WIFSTOPPED(status[0]):
+                lib.lr_continue(tid, 0)  # from the stop in which a step met it
+                if lib.lr_wait(tid, status) < 0:
+                    break
+    os.close(pidfd)
