@@ -1,9 +1,7 @@
 """A function server: each request is answered by a fresh clone of a warm worker, which is thrown away afterwards.
 
-usage: function_server.py [--store DIR] [--port PORT] [--pool SIZE] NAME
-
-NAME is a snapshot of a worker that speaks HTTP on a listening socket, such as numpy_worker.py. Port 0 (the default)
-takes a free one. When it listens it prints one line: "ready PORT". It needs uvicorn, the package's extra "examples".
+The worker speaks HTTP on a listening socket, as numpy_worker.py does. When the server listens it prints one line:
+"ready PORT". It needs uvicorn, the package's extra "examples".
 
     python examples/numpy_worker.py > worker.log &                          # wait for "ready"
     lazyrestore --store /tmp/store snapshot $! --name worker --kill
@@ -111,11 +109,19 @@ def parse(response: bytes) -> tuple[int, Headers, bytes]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name")
-    parser.add_argument("--store", default="/var/lib/lazyrestore")
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--pool", type=int, default=8)
+    parser.add_argument("name", metavar="NAME", help="a snapshot of a worker")
+    parser.add_argument("--store", metavar="DIR", default="/var/lib/lazyrestore", help="where it is (%(default)s)")
+    parser.add_argument("--port", type=int, default=0, help="where to listen; 0 (the default): on a free one")
+    parser.add_argument("--pool", metavar="SIZE", type=int, default=8, help="clones that wait (%(default)s)")
     arguments = parser.parse_args()
+    try:
+        serve(arguments)
+    except (lazyrestore.LazyrestoreError, OSError) as error:
+        parser.exit(1, f"function_server: {error}\n")
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Until Ctrl-C. LazyrestoreError if there is no such snapshot; OSError if the port is taken."""
     with ExitStack() as owned:
         store = owned.enter_context(lazyrestore.Store.open(arguments.store, create=False))
         snapshot = owned.enter_context(store.get(arguments.name))

@@ -1,8 +1,6 @@
 """A warm worker: loads a data set into numpy arrays, then answers HTTP requests from many threads.
 
-usage: numpy_worker.py [--port PORT] [--megabytes SIZE]
-
-Port 0 (the default) takes a free one. When it listens it prints one line: "ready PORT".
+When it listens it prints one line: "ready PORT".
 
     /         a small computation on the data set, and its digest
     /touch    reads the whole data set, and answers its digest
@@ -80,8 +78,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--port", type=int, default=0)
-    parser.add_argument("--megabytes", type=int, default=120)
+    parser.add_argument("--port", type=int, default=0, help="where to listen; 0 (the default): on a free one")
+    parser.add_argument("--megabytes", metavar="SIZE", type=int, default=120, help="of the data set (%(default)s)")
     arguments = parser.parse_args()
     with Server(arguments.port, DataSet(arguments.megabytes)) as server:
         print(f"ready {server.server_port}", flush=True)

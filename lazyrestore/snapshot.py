@@ -301,7 +301,7 @@ def _read_unreadable(frozen: Frozen, run: Run) -> Run:
 def _commit(writer: ImageWriter, capture: _Capture, pause: float) -> None:
     manifest = msgspec.structs.replace(capture.manifest, pause_ms=pause)
     encoded = manifests.encode(manifest)
-    writer.commit(encoded, stored_plan.made_of(manifest, encoded))
+    writer.commit(encoded, stored_plan.made_of(manifest, encoded), manifest.created)
 
 
 def _host(frozen: Frozen, mappings: list[procfs.Mapping]) -> Host:

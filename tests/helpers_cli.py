@@ -22,13 +22,14 @@ main()
 """
 
 
-def command(store: str | os.PathLike[str], *arguments: object, code: str = MAIN) -> list[str]:
-    """The words that run `lazyrestore --store STORE ARGUMENTS`."""
-    return [sys.executable, "-c", code, "--store", os.fspath(store), *map(str, arguments)]
+def command(store: str | os.PathLike[str] | None, *arguments: object, code: str = MAIN) -> list[str]:
+    """The words that run `lazyrestore --store STORE ARGUMENTS`; None: without --store."""
+    named = () if store is None else ("--store", os.fspath(store))
+    return [sys.executable, "-c", code, *named, *map(str, arguments)]
 
 
 def run_cli(
-    store: str | os.PathLike[str], *arguments: object, code: str = MAIN, pass_fds: Sequence[int] = ()
+    store: str | os.PathLike[str] | None, *arguments: object, code: str = MAIN, pass_fds: Sequence[int] = ()
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; output captured."""
     return subprocess.run(

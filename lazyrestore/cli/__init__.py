@@ -37,8 +37,15 @@ HELP = {  # so that --help imports no command
 WITHOUT_STORE = {"doctor", "completion"}
 
 
+def _not_empty(ctx: click.Context, parameter: click.Parameter, store: str | None) -> str | None:
+    """`--store "$UNSET"` must not mean the default store: `rm` would remove somebody else's snapshot."""
+    if store == "":
+        raise click.BadParameter("it is empty; leave the option out for the default store")
+    return store
+
+
 def _choose_store(ctx: click.Context, parameter: click.Parameter, store: str | None) -> None:
-    if store:
+    if _not_empty(ctx, parameter, store):
         ctx.obj = store
 
 
@@ -65,6 +72,17 @@ class LazyGroup(click.Group):
         if cmd_name not in WITHOUT_STORE and STORE_HERE not in command.params:
             command.params.append(STORE_HERE)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        word = args[0]
+        if word not in COMMANDS and not word.startswith("-") and not ctx.resilient_parsing:
+            from difflib import get_close_matches
+
+            if near := get_close_matches(word, COMMANDS, 1):
+                ctx.fail(f"No such command {word!r}. Did you mean {near[0]!r}?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
@@ -140,6 +158,7 @@ def default_store() -> str:
     "--store",
     metavar="DIR",
     envvar="LAZYRESTORE_STORE",
+    callback=_not_empty,
     help="The store; default $LAZYRESTORE_STORE, else /var/lib/lazyrestore as root, ~/.local/share/lazyrestore else.",
 )
 @click.option("--debug", is_flag=True, help="On errors, print the traceback.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import sys
 from dataclasses import asdict
@@ -13,6 +14,7 @@ import click
 from lazyrestore.errors import MissingFeature
 from lazyrestore.kernel.features import Feature, Result, try_all, usable
 
+NARROWEST = 72  # columns, of which the last, the sentences, gets 31
 STYLES = {Result.WORKS: "green", Result.MISSING: "red", Result.UNTRIED: "yellow"}
 
 
@@ -38,10 +40,12 @@ def print_table(features: list[Feature]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console()
+    console.width = max(console.width, NARROWEST) if sys.stdout.isatty() else 140
     table = Table(box=None, pad_edge=False)
-    for heading in ("feature", "", "result", "what it is for, or what is wrong"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("feature", "", "result"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("what it is for, or what is wrong", overflow="fold")
     for feature in features:
         color = STYLES[feature.result] if feature.needed or feature.result is Result.WORKS else "yellow"
         result = f"[{color}]{feature.result}[/{color}]"
@@ -49,10 +53,14 @@ def print_table(features: list[Feature]) -> None:
         if feature.result is not Result.WORKS:
             said = f"{said}\nstops: {feature.without}\nto do: {feature.advice}"
         table.add_row(feature.name, "needed" if feature.needed else "optional", result, said)
-    console.print(table)
+    with console.capture() as drawn:
+        console.print(table)
+    click.echo("\n".join(line.rstrip() for line in drawn.get().splitlines()), color=True)
     console.print(
         f"\n{verdict(features)}", style="green" if usable(features) else "red", highlight=False, soft_wrap=True
     )
+    if not usable(features) and os.geteuid() != 0:
+        console.print("you are not root: `sudo lazyrestore doctor` tells what works for root", soft_wrap=True)
 
 
 @click.command("doctor")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyrestore.cli.words import Command, columns, complete_name, nothing_stored, size, to_json
+from lazyrestore.cli.words import Command, columns, complete_name, counted, nothing_stored, size, to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import Snapshot
@@ -54,6 +54,9 @@ def ls_command(store: str, json_output: bool) -> None:
             for each in summaries
         ]
         click.echo(to_json(fields))
+        return
+    if not summaries:
+        click.echo(f"no snapshots in {store}")
         return
     rows = [("NAME", "CREATED", "RAW", "STORED", "ADDED", "IN USE")]
     for each in summaries:
@@ -106,7 +109,7 @@ def _drawn(working_set: dict[str, Any], total: int) -> str:
     """Where in the snapshot's memory, from its lowest to its highest address, the working set lies."""
     chunks = working_set["chunks"]
     if not chunks:
-        return "not recorded: the first restore does that"
+        return "not recorded yet: the first restore does that, while its process runs"
     share = Counter(number * DRAWN_COLUMNS // total for number in chunks)
     full = max(1, total // DRAWN_COLUMNS)
     picture = "".join(
@@ -207,7 +210,8 @@ def verify_command(store: str, name: str | None, json_output: bool) -> None:
                 err=True,
             )
         click.echo(
-            f"{report.snapshots} snapshots, {report.chunks} chunks ({size(report.raw_bytes)}) checked, "
+            f"{counted(report.snapshots, 'snapshot')}, {counted(report.chunks, 'chunk')} "
+            f"({size(report.raw_bytes)}) checked, "
             f"{len(report.damage)} damaged"
         )
     if report.damage:

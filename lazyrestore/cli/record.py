@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 QUIET_SECONDS = 1.0
 LOOK_SECONDS = 0.1
 ANSWER_SECONDS = 60.0
+REQUEST = "GET / HTTP/1.0\\r\\n\\r\\n"
 
 
 @click.command("record", cls=Command)
@@ -26,7 +27,7 @@ ANSWER_SECONDS = 60.0
 @click.option(
     "--until-port", "address", metavar="PORT", help="Until it answers there: a TCP port or a Unix socket's path."
 )
-@click.option("--request", default="GET / HTTP/1.0\\r\\n\\r\\n", show_default=True, help="What to ask at that port.")
+@click.option("--request", metavar="TEXT", help=f"What to ask at that port.  [default: {REQUEST}]")
 @click.option("--until-ready", is_flag=True, help="Until it says READY=1 at the NOTIFY_SOCKET it was started with.")
 @click.option("--for", "seconds", type=click.FloatRange(0, 86400), metavar="SECONDS", help="For so long.")
 @click.option("--pid", "pid_choice", type=click.Choice(["same", "new"]), default="same", help="As with restore.")
@@ -36,7 +37,7 @@ def record_command(
     store: str,
     name: str,
     address: str | None,
-    request: str,
+    request: str | None,
     until_ready: bool,
     seconds: float | None,
     pid_choice: str,
@@ -59,6 +60,9 @@ def record_command(
 
     if (address is not None) + (seconds is not None) + until_ready > 1:
         raise click.UsageError("--until-port, --until-ready and --for exclude each other")
+    if request is not None and address is None:
+        raise click.UsageError("--request says what to ask at --until-port, which is missing")
+    request = REQUEST if request is None else request
     try:
         question = request.encode("latin-1").decode("unicode_escape").encode("latin-1")
     except ValueError as error:
@@ -72,6 +76,7 @@ def record_command(
         process = snapshot.restore(new_pid=new_pid, record=True, ready=ready)
         try:
             if address is not None:
+                _warn_of_another_port(snapshot, address)
                 _ask(process, address, question)
             elif ready is not None:
                 _await_ready(ready, process)
@@ -93,6 +98,17 @@ def record_command(
         click.echo(f"{name}: working set of {chunks} chunks, {size(found)}")
     else:
         click.echo(f"{name}: it touched nothing; the working set is as it was")
+
+
+def _warn_of_another_port(snapshot: Snapshot, address: str) -> None:
+    """It may begin to listen there yet; who mistyped should not have to wait to learn it."""
+    from lazyrestore.resources.listeners import ports_of
+
+    ports = ports_of(snapshot.manifest.descriptors)
+    if address.isdecimal() and int(address) not in ports:
+        there = ", ".join(map(str, ports)) or "none"
+        text = f"{snapshot.name} listens on TCP ports: {there}; waiting for it to answer on {address}"
+        click.echo(f"lazyrestore: {text}", err=True)
 
 
 def _ask(process: RestoredProcess, address: str, request: bytes) -> None:

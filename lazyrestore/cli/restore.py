@@ -28,6 +28,7 @@ FORWARDED = (
     signal.SIGWINCH,
     signal.SIGALRM,
 )
+NET = "same (the default): the network it had. new: a network namespace of its own, with only a loopback interface."
 LAST_DESCRIPTOR = (1 << 31) - 1  # a C int
 SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the whole foreground group got it
 
@@ -54,7 +55,7 @@ SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the
     metavar="N",
     help="Start N copies, each in a PID namespace of its own, print their process ids and return.",
 )
-@click.option("--net", type=click.Choice(["same", "new"]), default="same", help="new: a network namespace of its own.")
+@click.option("--net", type=click.Choice(["same", "new"]), default="same", help=NET)
 @click.option(
     "--listen", "ports", multiple=True, metavar="OLD:NEW", help="Listen on TCP port NEW instead of OLD. Repeatable."
 )

@@ -14,8 +14,8 @@ from lazyrestore.cli.words import Command, ProcessId, size
 
 @click.command("snapshot", cls=Command)
 @click.argument("pid", type=ProcessId("`pidof {0}` or `pgrep {0}` may find it"))
-@click.option("--name", required=True, help="The snapshot's name.")
-@click.option("--tree", is_flag=True, help="The process and its children (not available yet).")
+@click.option("--name", required=True, help="The snapshot's name: letters, digits, . _ : @ + -")
+@click.option("--tree", is_flag=True, hidden=True)  # docs/limits.md
 @click.option("--kill", is_flag=True, help="End the process once the snapshot is safely stored.")
 @click.option("--replace", is_flag=True, help="Replace a snapshot of that name.")
 @click.option("--level", type=click.IntRange(1, 19), default=1, show_default=True, help="Compression level (zstd).")

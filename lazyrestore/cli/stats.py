@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyrestore.cli.words import Command, ProcessId, columns, nothing_stored, size
+from lazyrestore.cli.words import Command, ProcessId, columns, counted, nothing_stored, size
 
 if TYPE_CHECKING:
     from lazyrestore.pager.client import PagerStats, ServiceTimes, SpaceStats
 
 PAGE = 4096
+COUNTS = ("FAULTS", "MISSING", "MINOR", "WRITE", "PAGES", "AHEAD", "ZERO")
+HEADINGS = ("  PID", "KIND", *COUNTS, "RESIDENT", "P50", "P99")
 REMOVED = "(removed)"  # as names of snapshots, which have no parentheses
 
 
@@ -38,10 +40,13 @@ def stats_command(store: str, pid: int | None, json_output: bool) -> None:
     MISSING   the page was not there for any process yet
     MINOR     it was, but this process had not touched it
     WRITE     how many of the faults were writes
-    PAGES     pages (4 KiB) of stored memory that the process was given
+    PAGES     pages (4 KiB) of stored memory that its faults brought
+    AHEAD     pages of the working set that it was given before it touched them
     ZERO      pages of zeros that it was given
-    RESIDENT  PAGES and ZERO, as a share of its lazy memory
+    RESIDENT  PAGES, AHEAD and ZERO, as a share of its lazy memory
     P50, P99  how long the pager takes for half, for 99 % of the faults
+
+    A pager's line counts what it did since it began, also for processes that have ended.
     """
     from lazyrestore.errors import NoSuchProcess
     from lazyrestore.pager.launch import connect_all
@@ -112,7 +117,7 @@ def _service(times: ServiceTimes) -> dict[str, float]:
 
 def _space(space: SpaceStats) -> dict[str, Any]:
     counters = space.counters
-    installed = (counters.pages + counters.zero_pages) * PAGE
+    installed = (counters.pages + counters.replayed + counters.zero_pages) * PAGE
     return {
         "pid": space.pid,
         "generation": space.generation,
@@ -121,6 +126,7 @@ def _space(space: SpaceStats) -> dict[str, Any]:
         "faults_minor": counters.minor,
         "faults_write": counters.write,
         "pages_installed": counters.pages,
+        "pages_replayed": counters.replayed,
         "zero_pages_installed": counters.zero_pages,
         "bytes_lazy": space.bytes_registered,
         "resident_share": min(1.0, installed / space.bytes_registered) if space.bytes_registered else 0.0,
@@ -133,16 +139,16 @@ def _lines(each: dict[str, Any]) -> list[str]:
     service = each["service"]
     head = (
         f"{each['snapshot']}: {each['chunks_filled']} of {each['chunks']} chunks filled "
-        f"({each['resident_share']:.1%}), {size(each['bytes_decompressed'])} decompressed, {each['faults']} faults "
-        f"(p50 {service['p50_us']:.0f} µs, p99 {service['p99_us']:.0f} µs, max {service['max_us']:.0f} µs), up since "
+        f"({each['resident_share']:.1%}), {size(each['bytes_decompressed'])} decompressed, "
+        f"{counted(each['faults'], 'fault')} (p50 {service['p50_us']:.0f} µs, p99 {service['p99_us']:.0f} µs, "
+        f"max {service['max_us']:.0f} µs), up since "
         f"{time.strftime('%H:%M:%S', time.localtime(time.time() - each['uptime_s']))}"
     )
-    rows = [("  PID", "KIND", "FAULTS", "MISSING", "MINOR", "WRITE", "PAGES", "ZERO", "RESIDENT", "P50", "P99")]
-    rows.extend(_row(space) for space in each["processes"])
-    return [head, *columns(rows, frozenset(range(2, 11)))]
+    rows = [HEADINGS, *(_row(space) for space in each["processes"])]
+    return [head, *columns(rows, frozenset(range(2, len(HEADINGS))))]
 
 
-def _row(space: dict[str, Any]) -> tuple[str, str, str, str, str, str, str, str, str, str, str]:
+def _row(space: dict[str, Any]) -> tuple[str, ...]:
     return (
         f"  {space['pid'] or '?'}",
         "restored" if not space["generation"] else f"forked ({space['generation']})",
@@ -151,6 +157,7 @@ def _row(space: dict[str, Any]) -> tuple[str, str, str, str, str, str, str, str,
         str(space["faults_minor"]),
         str(space["faults_write"]),
         str(space["pages_installed"]),
+        str(space["pages_replayed"]),
         str(space["zero_pages_installed"]),
         f"{space['resident_share']:.1%}",
         f"{space['service']['p50_us']:.0f} µs",

@@ -55,8 +55,13 @@ class Command(click.Command):
         return super().invoke(ctx)
 
 
+def counted(count: int, noun: str) -> str:
+    """ "1 chunk", "2 chunks"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 class ProcessId(click.ParamType[int]):
-    """A process id; `hint` says how one gets it."""
+    """A process id; `hint` says how one gets it for the name of a program."""
 
     name = "pid"
 
@@ -66,7 +71,8 @@ class ProcessId(click.ParamType[int]):
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         word = str(value)
         if not (word.isascii() and word.isdigit() and 0 < int(word) <= LARGEST_PID):
-            self.fail(f"{word!r} is not a process id; {self._hint.format(word)}", param, ctx)
+            hint = f"; {self._hint.format(word)}" if any(letter.isalpha() for letter in word) else ""
+            self.fail(f"{word!r} is not a process id{hint}", param, ctx)
         return int(word)
 
 

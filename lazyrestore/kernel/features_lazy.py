@@ -81,7 +81,8 @@ def _huge_pages() -> str:
     return ", ".join(f"{count} × {size >> 20} MiB" for size, count in free.items())
 
 
-OLD_KERNEL = "first what userfaultfd asks for; then Linux 5.14 or newer with CONFIG_USERFAULTFD"
+FIRST = "first what userfaultfd asks for; then "
+OLD_KERNEL = f"{FIRST}Linux 5.14 or newer with CONFIG_USERFAULTFD"
 NO_LAZY = "restore"
 
 PROBES = (
@@ -181,7 +182,7 @@ PROBES = (
         False,
         "POISON a page, then a system call on it: EFAULT",
         "a process that touches a damaged chunk is killed instead",
-        "Linux 6.6 or newer",
+        f"{FIRST}Linux 6.6 or newer",
         _round_trip("POISON", "POISON"),
     ),
     Probe(
@@ -190,7 +191,7 @@ PROBES = (
         False,
         "UFFDIO_API, and a read of a huge page if two are free",
         "restore of processes that use huge pages",
-        "Linux 4.11 or newer with CONFIG_HUGETLBFS",
+        f"{FIRST}Linux 4.11 or newer with CONFIG_HUGETLBFS",
         _hugetlb("MISSING_HUGETLBFS"),
     ),
     Probe(
@@ -199,7 +200,7 @@ PROBES = (
         False,
         "UFFDIO_API, and CONTINUE of a huge page if two are free",
         "restore of processes that use huge pages",
-        "Linux 5.13 or newer with CONFIG_HUGETLBFS",
+        f"{FIRST}Linux 5.13 or newer with CONFIG_HUGETLBFS",
         _hugetlb("MINOR_HUGETLBFS"),
     ),
     Probe(

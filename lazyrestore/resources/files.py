@@ -97,6 +97,8 @@ def reachable_path(view: View) -> bytes:
     own = b"/proc/%d/" % view.survey.pid
     try:
         found = os.lstat(path) if view.mode == modes.S_IFLNK else os.stat(path)
+    except PermissionError as error:
+        raise Unsupported("its path may not be looked at by this user (a directory above it is closed)") from error
     except OSError:
         found = None
     if found is None or (found.st_dev, found.st_ino) != view.identity:

@@ -45,6 +45,11 @@ def listeners(table: FdTable) -> dict[int, Listener]:
     return found
 
 
+def ports_of(table: FdTable) -> list[int]:
+    """The TCP ports that the process listens on, sorted."""
+    return sorted({inet_socket.port_of(record) for record in table.descriptions if isinstance(record, TcpListener)})
+
+
 def replaced(table: FdTable, inherited: Iterable[int]) -> dict[int, int]:
     """Description → which of its numbers the caller's socket replaces. RestoreError unless each is a listener."""
     by_number = {descriptor.number: descriptor.description for descriptor in table.descriptors}
@@ -60,10 +65,10 @@ def replaced(table: FdTable, inherited: Iterable[int]) -> dict[int, int]:
 
 def rebind(table: FdTable, ports: Mapping[int, int], *, reuse_port: bool = False) -> FdTable:
     """The same table with TCP listeners on other ports (old → new), all with SO_REUSEPORT if wanted. RestoreError."""
-    known = {inet_socket.port_of(record) for record in table.descriptions if isinstance(record, TcpListener)}
+    known = ports_of(table)
     for port in ports:
         if port not in known:
-            there = ", ".join(map(str, sorted(known))) or "none"
+            there = ", ".join(map(str, known)) or "none"
             raise RestoreError(
                 f"TCP port {port}", "listen", "the process does not listen on it", f"it does on: {there}"
             )

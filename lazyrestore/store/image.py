@@ -232,7 +232,12 @@ def find(environment: Environment, txn: Transaction, name: str) -> int:
     """The id of the snapshot called `name`. Raises SnapshotNotFound, BadSnapshotName."""
     found = txn.get(format.NAMES + format.check_name(name))
     if found is None:
-        advice = "`ls` shows what there is"
+        from difflib import get_close_matches
+
+        known = [bytes(key).decode("ascii", "replace") for key, _ in environment.records(txn, format.NAMES)]
+        by_letters = {each.lower(): each for each in known}
+        near = get_close_matches(name.lower(), by_letters, 1)
+        advice = f"did you mean {by_letters[near[0]]}?" if near else "`lazyrestore ls` shows what there is"
         raise SnapshotNotFound(f"snapshot {name}", reason=f"not in {environment.directory}", advice=advice)
     return format.number_of(found, environment.resource)
 

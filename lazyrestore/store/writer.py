@@ -161,8 +161,9 @@ class ImageWriter:
                 future.exception()  # wait
         self._pending.clear()
 
-    def commit(self, manifest: bytes, plan: bytes = b"") -> int:
+    def commit(self, manifest: bytes, plan: bytes = b"", created: float | None = None) -> int:
         """Make the snapshot visible, on disk, with `manifest` and the plan derived from it, if any; returns its id.
+        created: seconds since 1970; None: now.
 
         Raises SnapshotExists (another came first, and `replace` is off), StoreFull, StoreError; nothing is visible
         then.
@@ -177,7 +178,7 @@ class ImageWriter:
         index, hashes = self._sorted()
         sums = format.sums_of(index)
         record = format.Record(
-            created=time.time(),
+            created=time.time() if created is None else created,
             chunks=len(index) // format.ENTRY.size,
             raw_bytes=self._raw,
             stored_bytes=self._stored,

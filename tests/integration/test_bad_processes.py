@@ -150,3 +150,24 @@ def test_all_that_is_unsupported_at_once_and_without_a_freeze(
     assert len(caught.value.items) >= len(UNSUPPORTED)
     assert store.names() == []
     assert ask(control, "still") == "here"
+
+
+def test_a_file_behind_a_closed_directory(run: Path, victims: Victims) -> None:
+    """Its user is told why its path is of no use; not that somebody replaced the file."""
+    closed, theirs = run / "closed", run / "theirs"
+    closed.mkdir(mode=0o700)
+    theirs.mkdir()
+    os.chown(theirs, 65534, 65534)
+
+    def become_nobody() -> None:
+        os.dup2(os.open(closed / "log", os.O_CREAT | os.O_WRONLY), 1)
+        os.setgroups([])
+        os.setresgid(65534, 65534, 65534)
+        os.setresuid(65534, 65534, 65534)
+
+    victim = victims.start(["sleep", "1000000"], prepare=become_nobody)
+    victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
+    answer = run_cli(theirs / "store", "snapshot", victim.pid, "--name", "x", code=AS_NOBODY)
+    assert answer.returncode == errors.UnsupportedResources.exit_status, answer.stderr
+    assert "its path may not be looked at by this user" in answer.stderr
+    victim.check()

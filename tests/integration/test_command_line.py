@@ -8,6 +8,8 @@ import pty
 import re
 import signal
 import subprocess
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,7 @@ def test_the_store_may_be_named_behind_the_command(run: Path, pid: int) -> None:
         (["snapshot", "redis", "--name", "x"], "'redis' is not a process id; `pidof redis`"),
         (["snapshot", "0", "--name", "x"], "'0' is not a process id"),
         (["snapshot", "99999999999999", "--name", "x"], "is not a process id"),
+        (["snapshot", "-1", "--name", "x"], "No such option"),
         (["stats", "redis"], "'redis' is not a process id; `lazyrestore stats` shows all"),
     ],
 )
@@ -170,11 +173,65 @@ def test_a_word_that_is_no_process_id(run: Path, words: list[str], said: str) ->
 
 def test_a_default_store_that_was_not_made_yet(run: Path) -> None:
     """Is as good as empty; what names a snapshot says how there would be one."""
-    code = f"import lazyrestore.cli as cli; cli.default_store = lambda: {str(run / 'none')!r}; cli.main()"
+    unnamed = "import os; os.environ.pop('LAZYRESTORE_STORE', None)"
+    code = f"{unnamed}; import lazyrestore.cli as cli; cli.default_store = lambda: {str(run / 'none')!r}; cli.main()"
     for words in (["ls"], ["stats"], ["verify"]):
-        answer = run_cli("", *words, code=code)
+        answer = run_cli(None, *words, code=code)
         assert answer.returncode == 0, answer.stderr
     for words in (["show", "x"], ["restore", "x"], ["record", "x"], ["rm", "x"], ["verify", "x"]):
-        answer = run_cli("", *words, code=code)
+        answer = run_cli(None, *words, code=code)
         assert answer.returncode == errors.NotAStore.exit_status
         assert f"{run / 'none'}: open: it does not exist; no snapshot was taken into it yet" in answer.stderr
+
+
+def test_a_store_without_a_name_is_not_the_default_store(run: Path) -> None:
+    """As `rm --store "$UNSET" x`."""
+    for answer in (run_cli("", "rm", "x"), run_cli(None, "rm", "x", "--store", "")):
+        assert answer.returncode == 2
+        assert "'--store': it is empty" in answer.stderr
+
+
+def test_what_was_mistyped_is_guessed(run: Path, pid: int) -> None:
+    for words, guess in ((["restor", "x"], "Did you mean 'restore'?"), (["show", "X"], "did you mean x?")):
+        answer = run_cli(run / "store", *words)
+        assert answer.returncode != 0
+        assert guess in answer.stderr
+    assert "`lazyrestore ls` shows" in run_cli(run / "store", "show", "worker").stderr
+
+
+def test_ls_and_show_know_one_time(run: Path, pid: int) -> None:
+    (listed,) = json.loads(run_cli(run / "store", "ls", "--json").stdout)
+    assert listed["created"] == json.loads(run_cli(run / "store", "show", "x", "--json").stdout)["created"]
+
+
+def test_a_request_goes_to_a_port(run: Path, pid: int) -> None:
+    answer = run_cli(run / "store", "record", "x", "--request", "GET / HTTP/1.0")
+    assert answer.returncode == 2
+    assert "--until-port, which is missing" in answer.stderr
+
+
+def test_record_says_at_once_that_nothing_listens(run: Path, pid: int) -> None:
+    words = command(run / "store", "record", "x", "--until-port", 1)
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as recorder:
+        assert recorder.stderr
+        said = recorder.stderr.readline()
+        recorder.terminate()
+    assert "x listens on TCP ports: none; waiting for it to answer on 1" in said
+    assert not alive(pid)
+
+
+def test_doctor_keeps_the_names_whole_in_a_narrow_window(run: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 40))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    with subprocess.Popen(command(None, "doctor"), stdin=subprocess.DEVNULL, stdout=theirs, env=environment) as doctor:
+        os.close(theirs)
+        text = b""
+        with suppress(OSError):  # EIO: the last writer has gone
+            while part := os.read(ours, 65536):
+                text += part
+    os.close(ours)
+    assert doctor.returncode == 0
+    for name in (b"uffd-missing-hugetlb", b"uffd-copy-on-write"):
+        assert b"\n" + name + b" " in text
+    assert not re.search(rb" +\r\n", text.split(b"\n", 2)[2])  # behind the headings
