@@ -191,12 +191,14 @@ class Snapshot:
         recorded (yet)."""
         from lazyrestore.store import format
 
-        return [chunk for chunk, _ in format.TOUCHED.iter_unpack(self._image.working_set)]
+        return [chunk for chunk, _, _ in format.TOUCHED.iter_unpack(self._image.working_set)]
 
     @property
     def working_set_bytes(self) -> int:
-        """Raw bytes of the working set's chunks."""
-        return sum(self._image.entry(number)[1] for number in self.working_set if number < self.chunks)
+        """Raw bytes of the pages that were touched."""
+        from lazyrestore.store import working_sets
+
+        return working_sets.raw_bytes(self._image)
 
     def close(self) -> None:
         """Let go of the image and of the connection to the pager; restored processes are not affected."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from lazyrestore.store import StoredImage
 
 Run = tuple[int, int]  # addresses of pages, end exclusive
-_BITS = 32  # pages of a chunk of which a working set tells whether they were written
+_BITS = 16  # pages of a chunk of which a working set tells whether they were written
 
 
 def own_pages_of(manifest: Manifest, image: StoredImage, working_set: bytes) -> tuple[Run, ...]:
@@ -39,7 +39,7 @@ def own_pages_of(manifest: Manifest, image: StoredImage, working_set: bytes) -> 
 
 def _written(image: StoredImage, working_set: bytes) -> Iterator[int]:
     """The addresses of the pages that a working set calls written. Raises ChunkInvalid."""
-    for number, written in format.TOUCHED.iter_unpack(working_set):
-        if written:
+    for number, written, pages in format.TOUCHED.iter_unpack(working_set):
+        if written := written & pages if pages else written:
             address, length, *_ = image.entry(number)
             yield from (address + i * PAGE for i in range(min(length // PAGE, _BITS)) if written >> i & 1)

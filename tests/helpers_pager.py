@@ -18,7 +18,7 @@ from pathlib import Path
 import zstandard
 
 from lazyrestore.pager import BACKING_SHARED, BACKING_TEMPLATE, PagerClient, PagerStats, Range, wire
-from lazyrestore.store.format import PLANES, PLANES_MARK, sums_of, tag_of
+from lazyrestore.store.format import PLANES, PLANES_MARK, sums_of, tag_of, touched_runs
 
 PAGE = 4096
 CHUNK = 64 << 10
@@ -99,14 +99,19 @@ class Image:
         """The working set's pack: frames of so many of its chunks each, behind all else in the file."""
         compressor = zstandard.ZstdCompressor(level=-5, write_checksum=True, write_content_size=True)
         addresses = sorted(self.chunks)
-        touched = [addresses[number] for number, _ in wire.TOUCHED.iter_unpack(self.working_set)]
+        touched = [(number, pages) for number, _, pages in wire.TOUCHED.iter_unpack(self.working_set)]
         with self.path.open("ab") as file:
             self.frames_offset = file.tell()
             for count in counts:
-                frame = compressor.compress(b"".join(self.chunks[address] for address in touched[:count]))
-                numbers = [addresses.index(address) for address in touched[:count]]
+                held = touched[:count]
+                raw = b"".join(
+                    self.chunks[addresses[number]][start:end]
+                    for number, pages in held
+                    for start, end in touched_runs(pages, len(self.chunks[addresses[number]]))
+                )
+                frame = compressor.compress(raw)
                 del touched[:count]
-                self.frames += wire.FRAME.pack(len(frame), count, tag_of(numbers, frame))
+                self.frames += wire.FRAME.pack(len(frame), count, tag_of(held, frame))
                 file.write(frame)
 
     def damage(self, address: int) -> None:

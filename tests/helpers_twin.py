@@ -123,7 +123,7 @@ class Pair:
     def _with_working_set(self, snapshot: lazyrestore.Snapshot) -> lazyrestore.Snapshot:
         """With all of its memory in the working set: it arrives while the process does what it does."""
         with ImageStore.open(self._images) as store, store.open_image(snapshot.name) as image:
-            everything = b"".join(TOUCHED.pack(k, k * k % 16) for k in reversed(range(image.n_chunks)))
+            everything = b"".join(TOUCHED.pack(k, k * k % 16, k % 16) for k in reversed(range(image.n_chunks)))
             assert store.keep_working_set(snapshot.name, image.snapshot, everything)
         snapshot.close()
         self._snapshots[-1] = self._store.get(snapshot.name)

@@ -122,6 +122,7 @@ ffibuilder.set_source(
     "lazyrestore._native._core",
     PREAMBLE + "\n".join(f'#include "{header}"' for header in present),
     sources=[f"lazyrestore/_native/{source}" for source in SOURCES],
+    depends=[f"lazyrestore/_native/{header.relative_to(HERE)}" for header in HERE.rglob("*.h")],
     libraries=["zstd"],
     extra_compile_args=[
         "-iquote",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from struct import Struct
 
-VERSION = 5
+VERSION = 6
 IMAGE_MAGIC = 0x474D494C
 IMAGE_HUGETLB, IMAGE_SUMS = 1, 2
 INDEX_BLOCK = 128
@@ -22,7 +22,7 @@ IMAGE = Struct(
 )  # magic, version, flags, packs, index offset, chunks, touched, frames, their offset, name
 PACK = Struct("<QQ")  # offset into the data file, length
 CHUNK = Struct("<QIIII")  # image address, raw length, pack, offset into the pack, stored length
-TOUCHED = Struct("<II")  # position in the index, bits: pages written
+TOUCHED = Struct("<IHH")  # position in the index, bits: pages written, bits: pages touched (0: all)
 FRAME = Struct("<III")  # compressed bytes, chunks, tag
 RANGE = Struct("<QQQII")  # start, end, image address, backing, flags
 REQUEST = Struct("<5I248I")  # kind, version, flags, ranges, shared, shared object numbers

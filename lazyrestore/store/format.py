@@ -32,7 +32,7 @@ LEVELS = range(1, 20)  # zstd compression levels on offer
 
 ENTRY = struct.Struct("<QIIII")  # struct lr_chunk: image address, raw length, pack slot, offset in pack, stored length
 INDEX_BLOCK = 128  # ENTRYs with one checksum
-TOUCHED = struct.Struct("<II")  # working set: position in the index; bit i: page i of the chunk was written
+TOUCHED = struct.Struct("<IHH")  # struct lr_touched: position in the index; bits: pages written; pages touched
 LOCATION = struct.Struct("<QIII")  # deduplication: pack id, offset in pack, stored length, raw length
 FRAMES = struct.Struct("<I")  # the head of a working set's pack: number of FRAMEs
 FRAME = struct.Struct("<III")  # struct lr_frame: compressed bytes, chunks, tag_of() both
@@ -145,10 +145,25 @@ def sums_of(index: bytes | bytearray | memoryview) -> bytes:
     return b"".join(zlib.crc32(index[at : at + step]).to_bytes(4, "little") for at in range(0, len(index), step))
 
 
-def tag_of(chunks: Sequence[int], frame: bytes) -> int:
-    """Says which chunks a frame of a working set's pack holds, and which frame: its last 4 bytes are its checksum."""
-    numbers = b"".join(chunk.to_bytes(4, "little") for chunk in chunks)
-    return zlib.crc32(numbers + frame[-4:])
+def touched_runs(pages: int, length: int) -> list[tuple[int, int]]:
+    """What the bits of a TOUCHED mean in a chunk of `length` bytes: [start, end) of each run in bytes; 0: all."""
+    if not pages:
+        return [(0, length)]
+    runs: list[tuple[int, int]] = []
+    for start in range(0, length, PAGE):
+        if pages >> start // PAGE & 1:
+            first = runs.pop()[0] if runs and runs[-1][1] == start else start
+            runs.append((first, start + PAGE))
+    return runs
+
+
+def tag_of(touched: Sequence[tuple[int, int]], frame: bytes) -> int:
+    """Says which pages of which chunks (position, bits) a frame of a working set's pack holds, and which frame: its
+    last 4 bytes are its checksum."""
+    places = b"".join(
+        chunk.to_bytes(4, "little") + (pages.to_bytes(2, "little") if pages else b"") for chunk, pages in touched
+    )
+    return zlib.crc32(places + frame[-4:])
 
 
 def fault_in(entry: tuple[int, int, int, int, int], end: int, packs: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ STRUCTS = {
     ),
     "lr_pack": (wire.PACK, "offset length"),
     "lr_chunk": (wire.CHUNK, "address length pack offset stored"),
-    "lr_touched": (wire.TOUCHED, "chunk written"),
+    "lr_touched": (wire.TOUCHED, "chunk written pages"),
     "lr_frame": (wire.FRAME, "stored chunks tag"),
     "lr_range": (wire.RANGE, "start end image backing flags"),
     "lr_request": (wire.REQUEST, "kind version flags n_ranges n_shared shared"),

@@ -8,6 +8,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 from helpers import until
@@ -28,11 +29,11 @@ MakeVictim = Callable[[], Victim]
 
 
 def numbers(working_set: bytes) -> tuple[int, ...]:
-    return tuple(chunk for chunk, _ in wire.TOUCHED.iter_unpack(working_set))
+    return tuple(chunk for chunk, _, _ in wire.TOUCHED.iter_unpack(working_set))
 
 
-def packed(*chunks: int, written: int = 0) -> bytes:
-    return b"".join(wire.TOUCHED.pack(chunk, written) for chunk in chunks)
+def packed(*chunks: int, written: int = 0, pages: int = 0) -> bytes:
+    return b"".join(wire.TOUCHED.pack(chunk, written, pages) for chunk in chunks)
 
 
 def slot_of(image: Image, number: int) -> int:
@@ -67,13 +68,13 @@ def test_next_one_needs_no_faults(start: Start, make_image: MakeImage, make_vict
     assert len(numbers(client.working_set(end=True))) == 3
     first.ask("touch", BASE)  # after the end of the recording
     second.clone(client, BASE, LENGTH, replay=True)
-    replayed(client, 3 * CHUNK // PAGE)
+    replayed(client, 3)
     for number in (8, 9, 25):
         address = BASE + number * CHUNK
-        assert second.ask("crc", address, CHUNK) == str(zlib.crc32(image.raw(address, CHUNK)))
+        assert second.ask("crc", address, PAGE) == str(zlib.crc32(image.raw(address, PAGE)))
     stats = stats_when(client, lambda stats: stats.faults >= 4)
     assert stats.faults == 4
-    assert stats.counters.replayed == 3 * CHUNK // PAGE
+    assert stats.counters.replayed == 3  # not a page more than was touched
     assert second.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
 
 
@@ -214,6 +215,69 @@ def test_from_its_pack(start: Start, make_image: MakeImage, make_victim: MakeVic
     assert stats.bytes_read == sum(alone) + sum(frames)
 
 
+def test_single_pages_from_its_pack(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    """Only the touched pages of a chunk are filled; the first touch of another fills the rest, and leaves these."""
+    image = make_image(working_set=packed(5, 4, pages=0b1001_0000_0010_0001))
+    image.add_frames(2)
+    client, victim, other = start(image), make_victim(), make_victim()
+    stats = stats_when(client, lambda stats: stats.bytes_filled == 8 * PAGE)
+    assert stats.chunks_filled == 2
+    victim.clone(client, BASE, LENGTH, replay=True)
+    replayed(client, 8)
+    at = sorted(image.chunks)[5]
+    assert [page for page in range(16) if present(victim.pid, at + page * PAGE)] == [0, 5, 12, 15]
+    assert victim.ask("crc", at + 5 * PAGE, PAGE) == str(zlib.crc32(image.raw(at + 5 * PAGE, PAGE)))
+    assert client.stats().faults == 0
+    other.clone(client, BASE, LENGTH, replay=True)
+    assert other.ask("crc", at + 6 * PAGE, PAGE) == str(zlib.crc32(image.raw(at + 6 * PAGE, PAGE)))
+    assert client.stats().bytes_filled == 4 * PAGE + CHUNK
+    for each in (victim, other):
+        assert each.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
+    assert client.stats().chunks_filled == FULL
+
+
+def test_single_pages_of_a_damaged_chunk(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    """Those that a sound pack holds are served; the others cannot be."""
+    image = make_image(working_set=packed(5, pages=0b1001))
+    image.add_frames(1)
+    at = sorted(image.chunks)[5]
+    image.damage(at)
+    client, victim, other = start(image), make_victim(), make_victim()
+    victim.clone(client, BASE, LENGTH, replay=True)
+    replayed(client, 2)
+    assert victim.ask("touch", at + PAGE) == "SIGBUS"
+    other.clone(client, BASE, LENGTH)
+    for page in (0, 3):
+        assert victim.ask("crc", at + page * PAGE, PAGE) == str(zlib.crc32(image.raw(at + page * PAGE, PAGE)))
+        assert other.ask("crc", at + page * PAGE, PAGE) == str(zlib.crc32(image.raw(at + page * PAGE, PAGE)))
+    assert client.stats().chunks_bad == 1
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_pages(start: Start, make_image: MakeImage, make_victim: MakeVictim, seed: int) -> None:
+    """Any pages in the list, written ones too, any frames, and several processes that touch any pages meanwhile."""
+    random = Random(seed)
+    entries = [
+        wire.TOUCHED.pack(
+            number, random.getrandbits(16) & random.getrandbits(16), random.choice((0, random.getrandbits(16)))
+        )
+        for number in random.sample(range(FULL), FULL)
+    ]
+    image = make_image(working_set=b"".join(entries))
+    image.add_frames(*(1,) * random.randrange(4), *(random.randrange(1, 5),) * random.randrange(4))
+    client = start(image)
+    victims = [make_victim() for _ in range(3)]
+    for victim in victims:
+        victim.clone(client, BASE, LENGTH, replay=random.random() < 0.8, record=random.random() < 0.5)
+        for _ in range(40):
+            address = BASE + random.randrange(LENGTH // PAGE) * PAGE
+            right = victim.ask("crc", address, PAGE) == str(zlib.crc32(image.raw(address, PAGE)))
+            assert right, hex(address)
+    for victim in victims:
+        right = victim.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
+        assert right
+
+
 @pytest.mark.parametrize("how", ["list", "file"])
 def test_pack_of_other_chunks(start: Start, make_image: MakeImage, make_victim: MakeVictim, how: str) -> None:
     """A frame that is sound, and as long as the right one, but of other chunks: an entry of the list is damaged, or
@@ -302,7 +366,7 @@ def test_not_told_before_it_is_known(start: Start, make_image: MakeImage, make_v
     victim.ask("touch", BASE)
     stats_when(client, lambda stats: stats.faults == 1)
     assert client.filled_working_set() == b""
-    assert client.working_set(end=True) == client.filled_working_set() == packed(0)
+    assert client.working_set(end=True) == client.filled_working_set() == packed(0, pages=1)
 
 
 def test_own_pages_are_left_alone(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
@@ -322,12 +386,12 @@ def test_written_pages_come_as_copies(start: Start, make_image: MakeImage, make_
     first.clone(client, BASE, LENGTH, record=True)
     at = BASE + 3 * CHUNK
     first.ask("touch", at)
-    for page in (1, 2, 9):
+    for page in (1, 2, 9):  # page 2 comes with page 1, as they follow one another
         first.ask("poke", at + page * PAGE + 17, 255)
-    stats_when(client, lambda stats: stats.faults == 1)
-    assert client.working_set(end=True) == packed(slot_of(image, 3), written=0b10_0000_0110)
+    stats_when(client, lambda stats: stats.faults == 3)
+    assert client.working_set(end=True) == packed(slot_of(image, 3), written=0b10_0000_0110, pages=0b10_0000_0111)
     second.clone(client, BASE, LENGTH, replay=True)
-    replayed(client, CHUNK // PAGE)
+    replayed(client, 4)
     own = [page for page in range(16) if anonymous(second.pid, at + page * PAGE)]
     assert own == [1, 2, 9]
     expected = str(zlib.crc32(image.raw(at, CHUNK)))
@@ -336,7 +400,7 @@ def test_written_pages_come_as_copies(start: Start, make_image: MakeImage, make_
     assert second.ask("crc", at, CHUNK) != expected
     third.clone(client, BASE, LENGTH, replay=True)
     assert third.ask("crc", at, CHUNK) == expected
-    assert client.stats().faults == 1
+    assert client.stats().faults == 5  # the rest of the chunk, once each
 
 
 def test_moved_memory_is_not_overwritten(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
@@ -353,13 +417,22 @@ def test_moved_memory_is_not_overwritten(start: Start, make_image: MakeImage, ma
 
 
 def test_walk_upwards_is_served_ahead(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    """Each fault brings twice as much as the one before: chunks, or pages where it is recorded which are touched."""
     image = make_image({BASE + i * CHUNK: bytes([i + 1]) * CHUNK for i in range(32)})
-    client, victim = start(image), make_victim()
-    victim.clone(client, BASE, LENGTH, record=True)
-    assert victim.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
+    client = start(image)
+    before = 0
+    for record, faults in (
+        (False, 6),
+        (True, 14),
+    ):  # at chunks 0, 1, 3, 6, 11, 20; at pages 0, 1, 3, 6, 11, 20, 37, 70, 135, 200 ...
+        victim = make_victim()
+        victim.clone(client, BASE, LENGTH, record=record)
+        assert victim.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
+        stats = stats_when(client, lambda stats, n=before + faults: stats.faults >= n)
+        assert stats.faults == before + faults
+        before = stats.faults
     until(lambda: numbers(client.working_set()) == tuple(range(32)), "all 32 chunks in the recording")
-    stats = stats_when(client, lambda stats: stats.faults >= 6)
-    assert stats.faults == 6  # chunks 0, 1, 3, 6, 11, 20: each brings twice as many as the one before
+    assert client.working_set() == packed(*range(32), pages=0xFFFF)
 
 
 def test_recorder_is_run_after_each_recording(

@@ -32,6 +32,12 @@ struct lr_error backing_init(const struct image *image, uint32_t kind, int fd, s
 	made.states = mmap(NULL, made.states_length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (made.states == MAP_FAILED)
 		return lr_fail("mmap of chunk states", errno, 0);
+	made.present_length = (made.n * sizeof *made.present + LR_PAGE) & ~(size_t)(LR_PAGE - 1);
+	made.present = mmap(NULL, made.present_length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (made.present == MAP_FAILED) {
+		munmap((void *)made.states, made.states_length);
+		return lr_fail("mmap of pages present", errno, 0);
+	}
 	made.fd = fd;
 	*backing = made;
 	hold_init(&backing->hold, fd);
@@ -41,6 +47,7 @@ struct lr_error backing_init(const struct image *image, uint32_t kind, int fd, s
 void backing_deinit(struct backing *backing) {
 	hold_deinit(&backing->hold);
 	munmap((void *)backing->states, backing->states_length);
+	munmap((void *)backing->present, backing->present_length);
 	close(backing->fd);
 }
 
@@ -110,13 +117,33 @@ static void await(struct backing *backing, uint64_t slot) {
 	}
 }
 
-static void count(const struct image *image, uint64_t chunk, bool good) {
-	if (!good) {
+/* -- filling: whoever has brought a chunk to CHUNK_FILLING, and nobody else, writes it ---------------------------------------- */
+
+static _Atomic uint8_t *state_of(const struct backing *backing, uint64_t chunk) {
+	return &backing->states[chunk - backing->first];
+}
+
+static uint16_t present(const struct backing *backing, uint64_t chunk) {
+	return atomic_load_explicit(&backing->present[chunk - backing->first], memory_order_acquire);
+}
+
+/* True if it had none of its contents, or a part, and is the caller's now. */
+static bool claim(struct backing *backing, uint64_t chunk) {
+	uint8_t found = atomic_load_explicit(state_of(backing, chunk), memory_order_acquire);
+	return (found == CHUNK_EMPTY || found == CHUNK_PARTLY) &&
+	       atomic_compare_exchange_strong(state_of(backing, chunk), &found, CHUNK_FILLING);
+}
+
+/* The end of a claim. */
+static enum chunk_state settle(struct backing *backing, uint64_t chunk, enum chunk_state state) {
+	uint64_t slot = chunk - backing->first;
+	if (state == CHUNK_BAD)
 		atomic_fetch_add_explicit(&fill_stats.chunks_bad, 1, memory_order_relaxed);
-		return;
-	}
-	atomic_fetch_add_explicit(&fill_stats.chunks_filled, 1, memory_order_relaxed);
-	atomic_fetch_add_explicit(&fill_stats.bytes_filled, image->chunks[chunk].length, memory_order_relaxed);
+	if (state == CHUNK_FILLED)
+		atomic_fetch_add(&backing->n_filled, 1);
+	if (atomic_exchange(&backing->states[slot], (uint8_t)state) == CHUNK_AWAITED)
+		syscall(SYS_futex, futex_word(backing, slot), FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+	return state;
 }
 
 static struct lr_error unpack(const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
@@ -126,52 +153,77 @@ static struct lr_error unpack(const struct image *image, uint64_t chunk, struct 
 	return error;
 }
 
-static struct lr_error fill(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
+/* Writes those of a claimed chunk's pages that are missing; `raw`: all of `pages`, one behind the other. */
+static struct lr_error write_pages(struct backing *backing, const struct image *image, uint64_t chunk, uint32_t pages,
+				   const char *raw) {
+	const struct lr_chunk *about = &image->chunks[chunk];
+	uint16_t there = present(backing, chunk);
+	uint32_t n = about->length / LR_PAGE, missing = there ? (uint16_t)~there : ALL_PAGES, page = 0;
+	if (!there)
+		atomic_fetch_add_explicit(&fill_stats.chunks_filled, 1, memory_order_relaxed);
+	for (uint32_t end; (end = image_next_run(pages, n, &page)); raw += (end - page) * (size_t)LR_PAGE, page = end)
+		for (uint32_t at = page, last; (last = image_next_run(missing, end, &at)); at = last) {
+			uint64_t bytes = (last - at) * (uint64_t)LR_PAGE, offset = at * (uint64_t)LR_PAGE;
+			struct lr_error error = store(backing, about->address + offset, raw + (at - page) * (size_t)LR_PAGE, bytes);
+			if (error.code)
+				return error;
+			atomic_fetch_add_explicit(&fill_stats.bytes_filled, bytes, memory_order_relaxed);
+		}
+	return LR_OK;
+}
+
+/* Brings all of a claimed chunk. */
+static enum chunk_state fill(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
 	struct lr_error error = unpack(image, chunk, unpacker);
 	if (!error.code)
-		error = store(backing, image->chunks[chunk].address, unpacker->raw, image->chunks[chunk].length);
+		error = write_pages(backing, image, chunk, ALL_PAGES, unpacker->raw);
 	if (error.code)
 		log_line("snapshot %s: chunk %llu at image address %#llx cannot be read: %s: %s", image->name,
 			 (unsigned long long)chunk, (unsigned long long)image->chunks[chunk].address, error.step,
 			 strerror(error.code));
-	return error;
+	return settle(backing, chunk, error.code ? CHUNK_BAD : CHUNK_FILLED);
 }
 
-/* The end of CHUNK_FILLING. */
-static enum chunk_state settle(struct backing *backing, const struct image *image, uint64_t chunk, bool good) {
-	uint64_t slot = chunk - backing->first;
-	enum chunk_state state = good ? CHUNK_FILLED : CHUNK_BAD;
-	count(image, chunk, good);
-	if (good)
-		atomic_fetch_add(&backing->n_filled, 1);
-	if (atomic_exchange(&backing->states[slot], (uint8_t)state) == CHUNK_AWAITED)
-		syscall(SYS_futex, futex_word(backing, slot), FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
-	return state;
-}
-
-static bool is_empty(const struct backing *backing, uint64_t chunk) {
-	uint64_t slot = chunk - backing->first;
-	return slot < backing->n && atomic_load_explicit(&backing->states[slot], memory_order_acquire) == CHUNK_EMPTY;
-}
-
-/* Fills an empty chunk from its raw bytes. */
-static void fill_from(struct backing *backing, const struct image *image, uint64_t chunk, const void *raw) {
-	const struct lr_chunk *about = &image->chunks[chunk];
-	uint8_t empty = CHUNK_EMPTY;
-	if (atomic_compare_exchange_strong(&backing->states[chunk - backing->first], &empty, CHUNK_FILLING))
-		settle(backing, image, chunk, !store(backing, about->address, raw, about->length).code);
+enum chunk_state backing_fill(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
+	if (chunk - backing->first >= backing->n)
+		return CHUNK_BAD;
+	for (;;) {
+		if (claim(backing, chunk))
+			return fill(backing, image, chunk, unpacker);
+		await(backing, chunk - backing->first);
+		enum chunk_state state = atomic_load_explicit(state_of(backing, chunk), memory_order_acquire);
+		if (state == CHUNK_FILLED || state == CHUNK_BAD)
+			return state;
+	}
 }
 
 void backing_fill_at_leisure(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
-	if (is_empty(backing, chunk) && !unpack(image, chunk, unpacker).code)
-		fill_from(backing, image, chunk, unpacker->raw);
+	enum chunk_state state = atomic_load_explicit(state_of(backing, chunk), memory_order_acquire);
+	if ((state != CHUNK_EMPTY && state != CHUNK_PARTLY) || unpack(image, chunk, unpacker).code || !claim(backing, chunk))
+		return;
+	struct lr_error error = write_pages(backing, image, chunk, ALL_PAGES, unpacker->raw);
+	settle(backing, chunk, error.code ? CHUNK_BAD : CHUNK_FILLED);
+}
+
+/* What a frame holds of one chunk. */
+static void fill_partly(struct backing *backing, const struct image *image, const struct lr_touched *touched, const char *raw) {
+	uint64_t chunk = touched->chunk;
+	uint32_t n = image->chunks[chunk].length / LR_PAGE;
+	if (backing_has(backing, chunk, touched->pages) || !claim(backing, chunk))
+		return;
+	struct lr_error error = write_pages(backing, image, chunk, touched->pages, raw);
+	uint16_t there = present(backing, chunk) | touched->pages;
+	bool whole = touched->pages == ALL_PAGES || (n <= 16 && (there & ((1u << n) - 1)) == (1u << n) - 1);
+	if (!error.code && !whole)
+		atomic_store_explicit(&backing->present[chunk - backing->first], there, memory_order_release);
+	settle(backing, chunk, error.code ? CHUNK_BAD : whole ? CHUNK_FILLED : CHUNK_PARTLY);
 }
 
 void backing_fill_frame(struct backing *backing, const struct image *image, const struct frame *frame, struct unpacker *unpacker) {
 	const struct lr_touched *touched = &image->working_set[frame->first];
 	bool wanted = false;
 	for (uint32_t i = 0; i < frame->n; i++)
-		wanted |= is_empty(backing, touched[i].chunk);
+		wanted |= touched[i].chunk - backing->first < backing->n && !backing_has(backing, touched[i].chunk, touched[i].pages);
 	if (!wanted)
 		return;
 	if (image_unpack_frame(image, frame, unpacker).code) {
@@ -181,38 +233,31 @@ void backing_fill_frame(struct backing *backing, const struct image *image, cons
 	}
 	atomic_fetch_add_explicit(&fill_stats.bytes_read, frame->stored, memory_order_relaxed);
 	const char *raw = unpacker->raw;
-	for (uint32_t i = 0; i < frame->n; raw += image->chunks[touched[i].chunk].length, i++)
-		if (is_empty(backing, touched[i].chunk))
-			fill_from(backing, image, touched[i].chunk, raw);
+	for (uint32_t i = 0; i < frame->n; raw += image_touched_bytes(image, &touched[i]), i++)
+		if (touched[i].chunk - backing->first < backing->n)
+			fill_partly(backing, image, &touched[i], raw);
 }
 
-enum chunk_state backing_fill(struct backing *backing, const struct image *image, uint64_t chunk,
-			      struct unpacker *unpacker) {
-	uint64_t slot = chunk - backing->first;
-	if (slot >= backing->n)
-		return CHUNK_BAD;
-	_Atomic uint8_t *state = &backing->states[slot];
-	uint8_t value = atomic_load_explicit(state, memory_order_acquire);
-	if (value == CHUNK_EMPTY && atomic_compare_exchange_strong(state, &value, CHUNK_FILLING)) {
-		bool good = !fill(backing, image, chunk, unpacker).code;
-		return settle(backing, image, chunk, good);
-	}
-	if (value == CHUNK_FILLING || value == CHUNK_AWAITED)
-		await(backing, slot);
-	return atomic_load_explicit(state, memory_order_acquire);
+bool backing_has(const struct backing *backing, uint64_t chunk, uint32_t pages) {
+	if (chunk - backing->first >= backing->n)
+		return false;
+	return atomic_load_explicit(state_of(backing, chunk), memory_order_acquire) == CHUNK_FILLED ||
+	       (pages != ALL_PAGES && !(pages & ~(uint32_t)present(backing, chunk)));
 }
 
-bool backing_is_filled(const struct backing *backing, uint64_t chunk) {
-	uint64_t slot = chunk - backing->first;
-	return slot < backing->n && atomic_load_explicit(&backing->states[slot], memory_order_acquire) == CHUNK_FILLED;
+bool backing_has_page(const struct backing *backing, uint64_t chunk, uint32_t page) {
+	return backing_has(backing, chunk, page < 16 ? 1u << page : ALL_PAGES);
+}
+
+bool backing_bring(struct backing *backing, const struct image *image, uint64_t chunk, uint32_t pages, struct unpacker *unpacker) {
+	return backing_has(backing, chunk, pages) || backing_fill(backing, image, chunk, unpacker) == CHUNK_FILLED;
 }
 
 bool backing_is_untouched(const struct backing *backing, uint64_t chunk) {
-	uint64_t slot = chunk - backing->first;
-	if (slot >= backing->n)
+	if (chunk - backing->first >= backing->n)
 		return false;
-	uint8_t state = atomic_load_explicit(&backing->states[slot], memory_order_acquire);
-	return state == CHUNK_EMPTY || state == CHUNK_BAD;
+	enum chunk_state state = atomic_load_explicit(state_of(backing, chunk), memory_order_acquire);
+	return (state == CHUNK_EMPTY || state == CHUNK_BAD) && !present(backing, chunk);
 }
 
 struct lr_error backing_fill_all(struct backing *backing, const struct image *image, struct unpacker *unpacker) {

@@ -2,8 +2,9 @@
  *
  * Facts: whether a fault is called MISSING or MINOR says nothing dependable about contents (large folios, races between
  * clones). A page of the file that exists but is not wholly written must never be mapped into a process. Consequence: a
- * state per chunk is the only truth; a chunk is written into the file once, by one thread, after its checksum held, and is
- * mapped by nobody before it is FILLED. Choice: decompress into a buffer, then pwrite(2): measured here for 64 KiB it
+ * state per chunk is the only truth; a page is written into the file once, by the one thread that has claimed its chunk, after its
+ * checksum held, and is mapped by nobody before its chunk is FILLED or the page is among those that are present. A working set's pack
+ * brings single pages of a chunk, which is then PARTLY filled. Choice: decompress into a buffer, then pwrite(2): measured here for 64 KiB it
  * costs 22 us on top of zstd, decompressing into a mapping of the file 40 us (a page fault and a cleared page each);
  * the file's pages are then in no page table but the processes' own, and a full disk or huge page pool is an errno, not
  * a SIGBUS. hugetlbfs has no write, and pwrite to a shared file would wait for whoever holds its lock (hold.h): there each chunk is
@@ -14,7 +15,7 @@
 #include <stdatomic.h>
 #include <sys/stat.h>
 
-enum chunk_state { CHUNK_EMPTY, CHUNK_FILLING, CHUNK_AWAITED, CHUNK_FILLED, CHUNK_BAD };
+enum chunk_state { CHUNK_EMPTY, CHUNK_FILLING, CHUNK_AWAITED, CHUNK_PARTLY, CHUNK_FILLED, CHUNK_BAD };
 
 struct backing {
 	int fd; /* owned */
@@ -27,6 +28,8 @@ struct backing {
 	uint64_t n;
 	_Atomic uint8_t *states;
 	size_t states_length;
+	_Atomic uint16_t *present; /* pages of each chunk that is not FILLED, whatever its state; changed by who has claimed it */
+	size_t present_length;
 	_Atomic uint64_t n_filled;
 	struct hold hold; /* of shared memory */
 	uint32_t references; /* guarded by the pager's lock */
@@ -55,11 +58,17 @@ enum chunk_state backing_fill(struct backing *backing, const struct image *image
  * little. A chunk that cannot be read is left to who needs it. */
 void backing_fill_at_leisure(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker);
 
-/* The chunks of one frame of the working set's pack, as far as they are still empty; each by itself if the frame is damaged. */
+/* The pages of one frame of the working set's pack, as far as they are missing; each chunk by itself if the frame is damaged. */
 void backing_fill_frame(struct backing *backing, const struct image *image, const struct frame *frame, struct unpacker *unpacker);
 
-/* Without waiting. `chunk` may be any number. */
-bool backing_is_filled(const struct backing *backing, uint64_t chunk);
+/* Whether these pages of a chunk are in the file, by lr_touched.pages; without waiting. `chunk` may be any number. */
+bool backing_has(const struct backing *backing, uint64_t chunk, uint32_t pages);
+
+/* The same of one page of it. */
+bool backing_has_page(const struct backing *backing, uint64_t chunk, uint32_t page);
+
+/* The same of several, after filling the whole chunk or waiting for the thread that does, if they are not there. */
+bool backing_bring(struct backing *backing, const struct image *image, uint64_t chunk, uint32_t pages, struct unpacker *unpacker);
 
 /* Has it all of its contents? Once it has, it always has. */
 bool backing_is_complete(const struct backing *backing);

@@ -325,6 +325,14 @@ struct lr_error image_unpack(const struct image *image, uint64_t index, struct u
 	return unpack(image, offset, chunk->stored, chunk->length, chunk->address, unpacker);
 }
 
+uint64_t image_touched_bytes(const struct image *image, const struct lr_touched *touched) {
+	uint32_t n = image->chunks[touched->chunk].length / LR_PAGE, page = 0;
+	uint64_t bytes = 0;
+	for (uint32_t end; (end = image_next_run(touched->pages, n, &page)); page = end)
+		bytes += (end - page) * (uint64_t)LR_PAGE;
+	return bytes;
+}
+
 struct lr_error image_unpack_frame(const struct image *image, const struct frame *frame, struct unpacker *unpacker) {
 	uint64_t length = 0;
 	for (uint32_t i = frame->first; i < frame->first + frame->n; i++) {
@@ -332,7 +340,7 @@ struct lr_error image_unpack_frame(const struct image *image, const struct frame
 		struct lr_error error = chunk < image->n_chunks ? check(image, chunk) : lr_fail("frame: chunk", EBADMSG, chunk);
 		if (error.code)
 			return error;
-		length += image->chunks[chunk].length;
+		length += image_touched_bytes(image, &image->working_set[i]);
 	}
 	if (length > LR_MAX_CHUNK)
 		return lr_fail("frame: raw size", EBADMSG, length);
@@ -340,8 +348,12 @@ struct lr_error image_unpack_frame(const struct image *image, const struct frame
 	if (error.code)
 		return error;
 	uint32_t tag = 0;
-	for (uint32_t i = frame->first; i < frame->first + frame->n; i++)
-		tag = crc32_of(tag, &image->working_set[i].chunk, sizeof image->working_set[i].chunk);
+	for (uint32_t i = frame->first; i < frame->first + frame->n; i++) {
+		const struct lr_touched *touched = &image->working_set[i];
+		tag = crc32_of(tag, &touched->chunk, sizeof touched->chunk);
+		if (touched->pages != ALL_PAGES)
+			tag = crc32_of(tag, &touched->pages, sizeof touched->pages);
+	}
 	tag = crc32_of(tag, (const char *)unpacker->stored + frame->stored - sizeof tag, sizeof tag);
 	return tag == frame->tag ? LR_OK : lr_fail("frame: of other chunks", EBADMSG, frame->offset);
 }

@@ -42,6 +42,23 @@ struct image {
 	char name[96];
 };
 
+enum { ALL_PAGES = 0 }; /* of a chunk: of lr_touched.pages, and wherever pages are told by such bits */
+
+/* Whether page `page` of a chunk is among the pages that these bits stand for. */
+static inline bool image_has_page(uint32_t pages, uint32_t page) {
+	return pages == ALL_PAGES || (page < 16 && pages >> page & 1);
+}
+
+/* The next run [*page, end) of a chunk's pages that are among `pages`, from *page on; 0: there is none. Returns end. */
+static inline uint32_t image_next_run(uint32_t pages, uint32_t n, uint32_t *page) {
+	while (*page < n && !image_has_page(pages, *page))
+		(*page)++;
+	uint32_t end = *page;
+	while (end < n && image_has_page(pages, end))
+		end++;
+	return end > *page ? end : 0;
+}
+
 /* Takes `data_fd` over when it succeeds; `image_fd` stays the caller's. */
 struct lr_error image_init(int image_fd, int data_fd, struct image *image);
 void image_deinit(struct image *image);
@@ -73,7 +90,10 @@ void unpacker_deinit(struct unpacker *unpacker);
 /* Leaves the chunk's raw bytes, checked against its checksum, in unpacker->raw. */
 struct lr_error image_unpack(const struct image *image, uint64_t chunk, struct unpacker *unpacker);
 
-/* Leaves the raw bytes of a frame's chunks, one behind the other, in unpacker->raw. The frame may have been overwritten since
+/* Bytes of an entry's pages. Its chunk is in the index. */
+uint64_t image_touched_bytes(const struct image *image, const struct lr_touched *touched);
+
+/* Leaves the raw bytes of a frame's pages, one behind the other, in unpacker->raw. The frame may have been overwritten since
  * the pager started, when another working set was recorded, by one as sound and as long: its tag tells, and also whether the
  * list of the working set is the one that the frame was made for. */
 struct lr_error image_unpack_frame(const struct image *image, const struct frame *frame, struct unpacker *unpacker);

@@ -6,7 +6,7 @@
 #include <stdint.h>
 
 enum {
-	LR_PROTOCOL_VERSION = 5,
+	LR_PROTOCOL_VERSION = 6,
 	LR_IMAGE_MAGIC = 0x474d494c,
 	LR_IMAGE_HUGETLB = 1, /* lr_image.flags: there are hugetlb VMAs */
 	LR_IMAGE_SUMS = 2,    /* lr_image.flags: a uint32_t for each block of the index follows it: CRC-32 of its entries */
@@ -85,18 +85,20 @@ struct lr_chunk {
 	uint32_t stored;  /* compressed bytes: one zstd frame with content size and checksum */
 };
 
-/* One chunk of the working set. */
+/* One chunk of the working set. Bits stand for its first 16 pages; chunks of private memory have no more. */
 struct lr_touched {
 	uint32_t chunk;   /* position in the chunk index */
-	uint32_t written; /* bit i: the process wrote page i of it; of its first 32 pages */
+	uint16_t written; /* bit i: the process wrote page i of it */
+	uint16_t pages;   /* bit i: it touched page i of it; 0: all of them */
 };
 
-/* One zstd frame, with content size and checksum, of the working set's pack: the raw bytes of chunks that follow one another
- * in the working set, those of the first frame first. */
+/* One zstd frame, with content size and checksum, of the working set's pack: the raw bytes of the touched pages of chunks that follow
+ * one another in the working set, those of the first frame first. */
 struct lr_frame {
 	uint32_t stored; /* compressed bytes */
 	uint32_t chunks; /* at least 1; together 2 MiB raw at most */
-	uint32_t tag;    /* CRC-32 of the chunks' numbers, each as a uint32_t, and of the frame's last 4 bytes, its checksum */
+	uint32_t tag;    /* CRC-32 of the chunks' numbers, each as a uint32_t, with its pages, a uint16_t, behind it unless they
+			  * are 0, and of the frame's last 4 bytes, its checksum */
 };
 
 /* One restored VMA, or part of one. Sorted by start, not overlapping. */

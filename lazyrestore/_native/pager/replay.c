@@ -83,7 +83,7 @@ static int by_number(const void *a, const void *b) {
 	return (x > y) - (x < y);
 }
 
-/* Maps filled chunks, sorted here, in runs. False: the address space is gone. */
+/* Maps pages that are there, by chunks, sorted here, in runs. False: the address space is gone. */
 static bool map_chunks(struct space *space, struct lr_touched *touched, uint32_t n) {
 	const struct lr_chunk *index = space->pager->image.chunks;
 	struct run run = {0};
@@ -93,7 +93,9 @@ static bool map_chunks(struct space *space, struct lr_touched *touched, uint32_t
 		const struct lr_chunk *chunk = &index[touched[i].chunk];
 		for (uint32_t page = 0; page < chunk->length / LR_PAGE; page++) {
 			uint64_t at = chunk->address + page * (uint64_t)LR_PAGE;
-			bool copy = page < 32 && touched[i].written >> page & 1;
+			bool copy = page < 16 && touched[i].written >> page & 1;
+			if (!image_has_page(touched[i].pages, page))
+				continue;
 			if (at != run.end || copy != run.copy) {
 				if (!map_run(space, run) || (++runs % RUNS_AT_ONCE == 0 && !serve_waiting(space)))
 					return false;
@@ -112,14 +114,14 @@ static bool bring(struct space *space, struct lr_touched *touched, uint32_t n) {
 	for (uint32_t done = 0; alive && done < n;) {
 		/* All that is filled by now, at least a batch. */
 		uint32_t end = done;
-		while (end < n && (end < done + BATCH || backing_is_filled(&pager->template, touched[end].chunk)))
+		while (end < n && (end < done + BATCH || backing_has(&pager->template, touched[end].chunk, touched[end].pages)))
 			end++;
 		uint32_t good = done;
 		for (uint32_t i = done; alive && i < end; i++) {
-			bool was_filled = backing_is_filled(&pager->template, touched[i].chunk);
-			if (backing_fill(&pager->template, &pager->image, touched[i].chunk, &space->unpacker) == CHUNK_FILLED)
+			bool was_there = backing_has(&pager->template, touched[i].chunk, touched[i].pages);
+			if (backing_bring(&pager->template, &pager->image, touched[i].chunk, touched[i].pages, &space->unpacker))
 				touched[good++] = touched[i];
-			if (!was_filled)
+			if (!was_there)
 				alive = serve_waiting(space);
 		}
 		if (alive)
@@ -184,14 +186,6 @@ static void prefetch_put(struct prefetch *work) {
 	}
 }
 
-static void fill(struct pager *pager, uint64_t chunk, struct unpacker *unpacker) {
-	backing_fill(&pager->template, &pager->image, chunk, unpacker);
-}
-
-static void fill_at_leisure(struct pager *pager, uint64_t chunk, struct unpacker *unpacker) {
-	backing_fill_at_leisure(&pager->template, &pager->image, chunk, unpacker);
-}
-
 static void *prefetch_main(void *argument) {
 	struct prefetch *work = argument;
 	struct pager *pager = work->pager;
@@ -206,8 +200,13 @@ static void *prefetch_main(void *argument) {
 	if (!unpacker_init(&unpacker).code) {
 		for (const struct frame *frame; !work->all && (frame = next_frame(pager));)
 			backing_fill_frame(&pager->template, &pager->image, frame, &unpacker);
-		for (uint32_t i; (i = atomic_fetch_add(&work->next, 1)) < work->n;)
-			(work->all ? fill_at_leisure : fill)(pager, work->touched[i].chunk, &unpacker);
+		for (uint32_t i; (i = atomic_fetch_add(&work->next, 1)) < work->n;) {
+			const struct lr_touched *touched = &work->touched[i];
+			if (work->all)
+				backing_fill_at_leisure(&pager->template, &pager->image, touched->chunk, &unpacker);
+			else
+				backing_bring(&pager->template, &pager->image, touched->chunk, touched->pages, &unpacker);
+		}
 		unpacker_deinit(&unpacker);
 	}
 	if (work->all)

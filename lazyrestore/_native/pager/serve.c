@@ -8,7 +8,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-enum { CHUNKS_AHEAD_MAX = 16, ZERO_BLOCK = 64 * 1024, ZERO_RUN_MAX = 2 * 1024 * 1024, MAX_SKIPS = 4 };
+enum { CHUNKS_AHEAD_MAX = 16, PAGES_AHEAD_MAX = 64, ZERO_BLOCK = 64 * 1024, ZERO_RUN_MAX = 2 * 1024 * 1024, MAX_SKIPS = 4 };
 
 enum install { INSTALL_CONTINUE, INSTALL_ZERO, INSTALL_COPY_ZERO, INSTALL_POISON };
 
@@ -258,20 +258,33 @@ static enum verdict serve_zero(struct space *space, struct job job, struct favou
 	return SERVED;
 }
 
-static void record(struct space *space, const struct backing *backing, uint64_t chunk) {
-	if (space->records && backing->kind == LR_BACKING_TEMPLATE)
-		working_set_touch(&space->pager->working_set, space->records, chunk);
+/* Whether a fault of this space tells which single pages it touches: then it gets no more than these. */
+static bool records_pages(const struct space *space, const struct backing *backing, const struct lr_chunk *chunk) {
+	return space->records && backing->kind == LR_BACKING_TEMPLATE && chunk->length <= 16 * LR_PAGE;
 }
 
-/* How many chunks to bring behind `chunk`, which was asked for: none, unless it goes on where a stream ended. */
-static struct chunk_stream *choose_stream(struct space *space, uint64_t chunk) {
+/* Image addresses [from, to), of which the first lies in chunk `chunk`, and no hole. */
+static void record(struct space *space, const struct backing *backing, uint64_t chunk, uint64_t from, uint64_t to) {
+	for (; space->records && backing->kind == LR_BACKING_TEMPLATE && from < to; chunk++) {
+		const struct lr_chunk *about = &space->pager->image.chunks[chunk];
+		uint64_t stop = earlier(about->address + about->length, to);
+		uint64_t first = (from - about->address) / LR_PAGE, n = (stop - from) / LR_PAGE;
+		uint16_t pages = records_pages(space, backing, about) ? (uint16_t)(((1u << n) - 1) << first) : ALL_PAGES;
+		if (!working_set_touch(&space->pager->working_set, space->records, chunk, pages))
+			space->records = 0;
+		from = stop;
+	}
+}
+
+/* How much to bring behind what was asked for, which begins at image address `asked`: nothing, unless a stream goes on there. */
+static struct chunk_stream *choose_stream(struct space *space, uint64_t asked, uint32_t most) {
 	for (unsigned i = 0; i < CHUNK_STREAMS; i++) {
 		struct chunk_stream *stream = &space->chunk_streams[i];
-		if (!stream->next || stream->next != chunk)
+		if (!stream->next || stream->next != asked)
 			continue;
 		stream->ahead = stream->ahead ? 2 * stream->ahead : 1;
-		if (stream->ahead > CHUNKS_AHEAD_MAX)
-			stream->ahead = CHUNKS_AHEAD_MAX;
+		if (stream->ahead > most)
+			stream->ahead = most;
 		return stream;
 	}
 	struct chunk_stream *stream = &space->chunk_streams[space->next_chunk_stream++ % CHUNK_STREAMS];
@@ -279,24 +292,29 @@ static struct chunk_stream *choose_stream(struct space *space, uint64_t chunk) {
 	return stream;
 }
 
-/* Fills the chunks behind `chunk`, which was asked for and lies at `end` - its length, for a thread that walks through
- * memory: they are mapped with it, since the walker would ask for them before they could be brought behind its back. None if
- * somebody else waits. Returns their number, and moves `end`. */
-static uint64_t fill_ahead(struct space *space, struct backing *backing, const struct interval *interval, uint64_t chunk,
-			   uint64_t *end) {
+/* Fills what lies behind a page that was asked for, or its chunk if not `single`, for a thread that walks through memory, and moves the
+ * job's end there: it is mapped with it, since the walker would ask for it before it could be brought behind its back. None if
+ * somebody else waits. */
+static void fill_ahead(struct space *space, struct backing *backing, const struct interval *interval, uint64_t chunk, bool single,
+		       struct job *job) {
 	const struct image *image = &space->pager->image;
-	struct chunk_stream *stream = choose_stream(space, chunk);
-	uint64_t next = chunk + 1;
-	for (; next <= chunk + stream->ahead && next < backing->first + backing->n; next++) {
-		const struct lr_chunk *before = &image->chunks[next - 1], *about = &image->chunks[next];
-		struct pollfd waiting = {.fd = space->uffd, .events = POLLIN};
-		if (about->address != before->address + before->length || *end + about->length > interval->end ||
-		    poll(&waiting, 1, 0) || backing_fill(backing, image, next, &space->unpacker) != CHUNK_FILLED)
-			break;
-		*end += about->length;
+	const struct lr_chunk *about = &image->chunks[chunk];
+	uint64_t asked = interval->image + (job->at - interval->start), end = interval->image + (job->end - interval->start);
+	uint64_t limit = interval->image + (interval->end - interval->start);
+	struct chunk_stream *stream = single ? choose_stream(space, asked, PAGES_AHEAD_MAX)
+					     : choose_stream(space, about->address, CHUNKS_AHEAD_MAX);
+	for (uint64_t stop = earlier(end + stream->ahead * (single ? LR_PAGE : (uint64_t)about->length), limit); end < stop;) {
+		if (end == about->address + about->length) {
+			struct pollfd waiting = {.fd = space->uffd, .events = POLLIN};
+			if (++chunk == backing->first + backing->n || (++about)->address != end ||
+			    (!single && about->length > stop - end) || poll(&waiting, 1, 0) ||
+			    backing_fill(backing, image, chunk, &space->unpacker) != CHUNK_FILLED)
+				break;
+		}
+		end = earlier(about->address + about->length, stop);
 	}
-	stream->next = next;
-	return next - chunk - 1;
+	stream->next = end;
+	job->end = interval->start + (end - interval->image);
 }
 
 static enum verdict serve_page(struct space *space, uint64_t address, struct favour *favour) {
@@ -326,14 +344,21 @@ static enum verdict serve_page(struct space *space, uint64_t address, struct fav
 	if (place.hole)
 		return serve_zero(space, job, favour);
 	job.what = INSTALL_CONTINUE;
-	if (backing_fill(backing, image, place.chunk, &space->unpacker) != CHUNK_FILLED)
+	const struct lr_chunk *chunk = &image->chunks[place.chunk];
+	bool filled = backing_fill(backing, image, place.chunk, &space->unpacker) == CHUNK_FILLED;
+	/* Of a damaged chunk, the working set's pack may have brought some pages. */
+	if (!filled && !backing_has_page(backing, place.chunk, (uint32_t)((wanted - chunk->address) / LR_PAGE)))
 		return poison(space, job);
-	uint64_t ahead = 0;
-	if (backing->page == LR_PAGE && place.end - wanted == job.end - job.at)
-		ahead = fill_ahead(space, backing, &interval, place.chunk, &job.end);
+	bool single = !filled || records_pages(space, backing, chunk);
+	if (single) {
+		job.start = job.at;
+		job.end = job.at + LR_PAGE;
+	}
+	if (filled && backing->page == LR_PAGE && (single || place.end - wanted == job.end - job.at))
+		fill_ahead(space, backing, &interval, place.chunk, single, &job);
 	enum verdict verdict = install(space, job);
-	for (uint64_t chunk = place.chunk; verdict == SERVED && chunk <= place.chunk + ahead; chunk++)
-		record(space, backing, chunk);
+	if (verdict == SERVED)
+		record(space, backing, place.chunk, later(place.start, wanted - (job.at - job.start)), wanted + (job.end - job.at));
 	return verdict;
 }
 

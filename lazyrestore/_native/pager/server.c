@@ -175,14 +175,14 @@ static bool send_list(struct connection *connection, const char *name, const voi
 	return send_reply(connection, LR_OK, &memfd, 1);
 }
 
-/* Keeps those of a list's chunks that are in the template, filling them if need be. Returns their number. */
+/* Keeps those of a list whose pages are in the template, filling their chunks if need be. Returns their number. */
 static uint32_t fill_chunks(struct pager *pager, struct lr_touched *touched, uint32_t n) {
 	struct unpacker unpacker;
 	uint32_t kept = 0;
 	if (unpacker_init(&unpacker).code)
 		return 0;
 	for (uint32_t i = 0; i < n; i++)
-		if (backing_fill(&pager->template, &pager->image, touched[i].chunk, &unpacker) == CHUNK_FILLED)
+		if (backing_bring(&pager->template, &pager->image, touched[i].chunk, touched[i].pages, &unpacker))
 			touched[kept++] = touched[i];
 	unpacker_deinit(&unpacker);
 	return kept;

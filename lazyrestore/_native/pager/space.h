@@ -34,7 +34,8 @@ struct zero_stream {
 	uint64_t end;
 };
 
-/* A thread that walks up through memory: the chunk it will ask for next, and how many it got ahead the last time. */
+/* A thread that walks up through memory: the image address that it will ask for next, of a page or of the chunk that holds it, and how
+ * many of these it got ahead the last time. */
 struct chunk_stream {
 	uint64_t next;
 	uint32_t ahead;

@@ -19,7 +19,7 @@ void working_set_init(struct working_set *set, const struct image *image) {
 static bool is_small(const struct working_set *set) {
 	uint64_t bytes = 0;
 	for (uint32_t i = 0; i < set->n && bytes < LEAST_BYTES; i++)
-		bytes += set->image->chunks[set->chunks[i].chunk].length;
+		bytes += image_touched_bytes(set->image, &set->chunks[i]);
 	return bytes < LEAST_BYTES;
 }
 
@@ -32,8 +32,12 @@ struct lr_error working_set_load(struct working_set *set) {
 	if (!set->chunks)
 		return lr_fail("malloc", ENOMEM, 0);
 	for (uint32_t i = 0; i < image->n_working_set; i++)
-		if (image->working_set[i].chunk < image->n_chunks)
-			set->chunks[set->n++] = image->working_set[i];
+		if (image->working_set[i].chunk < image->n_chunks) {
+			struct lr_touched touched = image->working_set[i];
+			if (touched.pages != ALL_PAGES)
+				touched.pages |= touched.written;
+			set->chunks[set->n++] = touched;
+		}
 	set->capacity = image->n_working_set;
 	set->state = WORKING_SET_KNOWN;
 	set->extended = is_small(set);
@@ -45,14 +49,14 @@ uint32_t working_set_claim(struct working_set *set, int32_t pid, bool again) {
 	SCOPED_LOCK(&set->lock);
 	if (set->state == WORKING_SET_RECORDING || (set->state == WORKING_SET_KNOWN && !again && !set->extended))
 		return 0;
-	set->member = calloc(set->image->n_chunks ? set->image->n_chunks : 1, 1);
+	set->member = calloc(set->image->n_chunks + 1, sizeof *set->member);
 	if (!set->member)
 		return 0;
 	set->n_kept = set->n;
 	set->bytes = set->bytes_kept = 0;
 	set->keeps_all = again;
 	for (uint32_t i = 0; i < set->n; i++)
-		set->member[set->chunks[i].chunk] = 1;
+		set->member[set->chunks[i].chunk] = i + 1;
 	snprintf(path, sizeof path, "/proc/%d/pagemap", (int)pid);
 	set->pagemap = open(path, O_RDONLY | O_CLOEXEC); /* without it, nothing counts as written */
 	set->state = WORKING_SET_RECORDING;
@@ -66,23 +70,28 @@ static bool is_on(const struct working_set *set, uint32_t recording) {
 }
 
 /* Which pages of the chunk are anonymous now, in a process whose private memory lies at its image address. */
-static uint32_t written_pages(int pagemap, const struct lr_chunk *chunk) {
+static uint16_t written_pages(int pagemap, const struct lr_chunk *chunk) {
 	static const uint64_t PRESENT = 1ull << 63, OF_A_FILE = 1ull << 61;
-	enum { MOST = 32 };
+	enum { MOST = 16 };
 	uint64_t entries[MOST];
-	uint32_t n = chunk->length / LR_PAGE < MOST ? chunk->length / LR_PAGE : MOST, written = 0;
+	uint32_t n = chunk->length / LR_PAGE < MOST ? chunk->length / LR_PAGE : MOST;
+	uint16_t written = 0;
 	if (pread(pagemap, entries, n * sizeof *entries, (off_t)(chunk->address / LR_PAGE * sizeof *entries)) !=
 	    (ssize_t)(n * sizeof *entries))
 		return 0;
 	for (uint32_t i = 0; i < n; i++)
 		if ((entries[i] & (PRESENT | OF_A_FILE)) == PRESENT)
-			written |= 1u << i;
+			written |= (uint16_t)(1u << i);
 	return written;
 }
 
 static void keep(struct working_set *set) {
-	for (uint32_t i = 0; set->pagemap >= 0 && i < set->n; i++)
-		set->chunks[i].written |= written_pages(set->pagemap, &set->image->chunks[set->chunks[i].chunk]);
+	for (uint32_t i = 0; set->pagemap >= 0 && i < set->n; i++) {
+		struct lr_touched *touched = &set->chunks[i];
+		touched->written |= written_pages(set->pagemap, &set->image->chunks[touched->chunk]);
+		if (touched->pages != ALL_PAGES)
+			touched->pages |= touched->written;
+	}
 	set->n_kept = set->n;
 	set->bytes_kept = set->bytes;
 	set->fresh = set->n;
@@ -106,22 +115,39 @@ static bool end(struct working_set *set, bool early) {
 	return true;
 }
 
-void working_set_touch(struct working_set *set, uint32_t recording, uint64_t chunk) {
-	SCOPED_LOCK(&set->lock);
-	if (!is_on(set, recording) || set->member[chunk])
-		return;
+/* The entry of a chunk, made if it has none; NULL: no memory. */
+static struct lr_touched *entry_of(struct working_set *set, uint64_t chunk) {
+	if (set->member[chunk])
+		return &set->chunks[set->member[chunk] - 1];
 	struct lr_touched *chunks = array_room(set->chunks, set->n, &set->capacity, sizeof *chunks);
-	if (!chunks) {
-		end(set, false);
-		return;
-	}
+	if (!chunks)
+		return NULL;
 	set->chunks = chunks;
-	set->member[chunk] = 1;
 	set->chunks[set->n++] = (struct lr_touched){.chunk = (uint32_t)chunk};
-	set->bytes += set->image->chunks[chunk].length;
-	set->last_ns = now_ns();
-	if (set->bytes >= MOST_BYTES)
-		end(set, false);
+	set->member[chunk] = set->n;
+	return &chunks[set->n - 1];
+}
+
+bool working_set_touch(struct working_set *set, uint32_t recording, uint64_t chunk, uint16_t pages) {
+	SCOPED_LOCK(&set->lock);
+	if (!is_on(set, recording))
+		return false;
+	uint32_t known = set->n;
+	struct lr_touched *touched = entry_of(set, chunk);
+	if (!touched)
+		return !end(set, false);
+	uint64_t before = 0;
+	if (set->n > known) {
+		touched->pages = pages;
+	} else {
+		before = image_touched_bytes(set->image, touched);
+		touched->pages = touched->pages == ALL_PAGES || pages == ALL_PAGES ? ALL_PAGES : touched->pages | pages;
+	}
+	uint64_t more = image_touched_bytes(set->image, touched) - before;
+	if (more)
+		set->last_ns = now_ns();
+	set->bytes += more;
+	return set->bytes < MOST_BYTES || !end(set, false);
 }
 
 bool working_set_end(struct working_set *set) {
@@ -141,7 +167,7 @@ bool working_set_keep_if_quiet(struct working_set *set, uint32_t recording) {
 		return false;
 	if (!small)
 		return end(set, false);
-	if (set->n == set->n_kept)
+	if (set->bytes == set->bytes_kept)
 		return false;
 	keep(set);
 	return true;

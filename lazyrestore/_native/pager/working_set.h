@@ -1,4 +1,4 @@
-/* The working set of a snapshot: the chunks of private memory that a restored process touches first, in that order.
+/* The working set of a snapshot: the pages of private memory that a restored process touches first, by chunks, in that order.
  *
  * Choice: the first address space records, and so do the children it forks, until it has touched nothing new for a while,
  * or has ended, or a client says so, or asks for the memory of that process to snapshot it: what is read then is not what the
@@ -26,7 +26,7 @@ struct working_set {
 	uint64_t bytes, bytes_kept; /* raw, of this recording */
 	bool keeps_all; /* somebody asked for this recording: whatever comes is kept */
 	bool extended; /* by the next address space that may record: the set is small */
-	uint8_t *member; /* a byte per chunk of the image; while recording */
+	uint32_t *member; /* per chunk of the image: its place in the list + 1, or 0; while recording */
 	uint64_t last_ns; /* of the last new chunk */
 	bool fresh; /* something was kept and nobody has taken notice */
 	int pagemap; /* of the process that records; owned */
@@ -42,8 +42,9 @@ struct lr_error working_set_load(struct working_set *set);
  * `again`: even if a set is known, which it extends then. */
 uint32_t working_set_claim(struct working_set *set, int32_t pid, bool again);
 
-/* Chunk `chunk` is touched by a space that records. Those that name a recording do nothing if that has ended. */
-void working_set_touch(struct working_set *set, uint32_t recording, uint64_t chunk);
+/* Pages of chunk `chunk`, by lr_touched.pages, are touched by a space that records. Those that name a recording do nothing if that
+ * has ended; false: it has. */
+bool working_set_touch(struct working_set *set, uint32_t recording, uint64_t chunk, uint16_t pages);
 
 /* Ends the recording; true if it was on. */
 bool working_set_end(struct working_set *set);
