@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -16,10 +17,12 @@ from helpers_fleet import descriptors, init_of, report, reporter
 
 import lazyrestore
 from lazyrestore import fleet
+from lazyrestore._native import _core
 from lazyrestore.errors import PoolClosed, RestoreError
 from lazyrestore.fleet.pool import Clone, Limits, Pool
 from lazyrestore.kernel import procfs
 
+STOPPED = 0x7F  # a wait status
 OWNER = """
 import sys, time, lazyrestore
 with lazyrestore.Store.open(sys.argv[1]) as store, store.get("x") as snapshot, snapshot.pool(3) as pool:
@@ -233,6 +236,41 @@ def test_a_timeout_and_a_failure(run: Path, victims: Victims, store: lazyrestore
             failing.clear()
             with pool.take(60) as clone:
                 assert ask(clone) == f"1 {pid}"
+
+
+def test_pager_killed_during_a_refill(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    """Its keeper kills the clones, but one that is being restored ends only by its tracer, which must hear of it."""
+    pid = listening(run, victims)
+    with store.snapshot(pid, name="x") as snapshot, snapshot.pool(2) as pool:
+        assert pool.wait_until_full(60)
+        parked = list(pool._parked)
+        pager, _ = snapshot._connect().pids()
+        os.kill(pager, signal.SIGSTOP)
+        pool.take().give_back()
+        waits = [Path(f"/proc/self/task/{thread.native_id}/wchan") for thread in pool._threads]
+        until(lambda: any("skb_wait" in wait.read_text() for wait in waits), "a thread that waits for the pager")
+        os.kill(pager, signal.SIGKILL)
+        until(lambda: all(clone.process.poll() is not None for clone in parked), "the end of the clones")
+        with pool.take(60) as clone:
+            assert ask(clone) == f"1 {pid}"
+    assert set(victims.marked()) == {pid}
+
+
+def test_pager_killed_while_a_debugger_holds_a_clone(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    """Which stops once more before it ends: the others end all the same."""
+    pid = listening(run, victims)
+    with store.snapshot(pid, name="x") as snapshot, snapshot.pool(3) as pool:
+        assert pool.wait_until_full(60)
+        held, *others = sorted(pool._parked, key=lambda clone: clone.pid)
+        assert _core.lib.lr_seize(held.pid, _core.lib.PTRACE_O_TRACEEXIT) == 0
+        os.kill(snapshot._connect().pids()[0], signal.SIGKILL)
+        until(lambda: all(clone.process.poll() is not None for clone in others), "the end of the others")
+        status = _core.ffi.new("int32_t *")
+        while os.WIFSTOPPED(status[0] or STOPPED):
+            assert _core.lib.lr_continue(held.pid, 0) in (0, -errno.ESRCH)
+            if _core.lib.lr_wait(held.pid, status) < 0:
+                break
+    assert set(victims.marked()) == {pid}
 
 
 def test_who_would_notice_is_not_parked(run: Path, victims: Victims, store: lazyrestore.Store) -> None:

@@ -12,11 +12,20 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <sys/wait.h>
 
 /* The keeper may be cloned from a process with threads: it allocates nothing and takes no lock. */
+
+/* What getdents64 gives. */
+struct entry {
+	uint64_t inode, offset;
+	unsigned short length;
+	unsigned char type;
+	char name[];
+};
 
 static bool is_ours(const struct keeper_files *files, uint64_t only, uint64_t device, uint64_t inode) {
 	if (!inode)
@@ -78,7 +87,7 @@ static bool maps_ours(int proc, const char *pid, const struct keeper_files *file
 }
 
 /* A process is taken by pidfd first and looked at second: what is killed is what was looked at. */
-static bool kill_if_ours(int proc, const char *name, const struct keeper_files *files, uint64_t only) {
+static bool kill_if_ours(int proc, const char *name, const struct keeper_files *files, uint64_t only, bool wait) {
 	pid_t pid = (pid_t)atoi(name);
 	if (pid <= 0 || pid == getpid())
 		return false;
@@ -87,34 +96,46 @@ static bool kill_if_ours(int proc, const char *name, const struct keeper_files *
 		return false;
 	if (syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0))
 		return false;
+	if (!wait)
+		log_line("killed process %d, whose memory nobody can serve any more", (int)pid);
 	struct pollfd dead = {.fd = pidfd, .events = POLLIN};
-	while (poll(&dead, 1, -1) < 0 && errno == EINTR)
+	while (wait && poll(&dead, 1, -1) < 0 && errno == EINTR)
 		;
-	log_line("killed process %d, whose memory nobody can serve any more", (int)pid);
 	return true;
 }
 
-unsigned keeper_kill_mappers(const struct keeper_files *files, uint64_t only) {
-	struct entry {
-		uint64_t inode, offset;
-		unsigned short length;
-		unsigned char type;
-		char name[];
-	};
+/* One pass over all processes. */
+static unsigned kill_mappers(const struct keeper_files *files, uint64_t only, bool wait) {
 	unsigned killed = 0;
-	for (bool again = true; again;) {
-		again = false;
-		scoped_fd proc = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-		_Alignas(8) char buffer[16384];
-		long n;
-		while (proc >= 0 && (n = syscall(SYS_getdents64, proc, buffer, sizeof buffer)) > 0)
-			for (long at = 0; at < n; at += ((struct entry *)(void *)(buffer + at))->length)
-				if (kill_if_ours(proc, ((struct entry *)(void *)(buffer + at))->name, files, only)) {
-					again = true;
-					killed++;
-				}
-	}
+	scoped_fd proc = open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	_Alignas(8) char buffer[16384];
+	long n;
+	while (proc >= 0 && (n = syscall(SYS_getdents64, proc, buffer, sizeof buffer)) > 0)
+		for (long at = 0; at < n; at += ((struct entry *)(void *)(buffer + at))->length)
+			killed += kill_if_ours(proc, ((struct entry *)(void *)(buffer + at))->name, files, only, wait);
 	return killed;
+}
+
+unsigned keeper_kill_mappers(const struct keeper_files *files, uint64_t only) {
+	/* First all of them: a debugger may hold one in its last stop. Then again, since a fork may race. */
+	unsigned killed = kill_mappers(files, only, false);
+	while (kill_mappers(files, only, true))
+		;
+	return killed;
+}
+
+/* Clients must learn of the pager's death now, though its descriptors stay open: one may be the tracer of a new process,
+ * which cannot die before its tracer lets it. Not so who connects now: the next pager is to come when the keeper is gone. */
+static void end_connections(void) {
+	scoped_fd table = open("/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	_Alignas(8) char buffer[16384];
+	long n;
+	while (table >= 0 && (n = syscall(SYS_getdents64, table, buffer, sizeof buffer)) > 0)
+		for (long at = 0; at < n; at += ((struct entry *)(void *)(buffer + at))->length) {
+			int fd = atoi(((struct entry *)(void *)(buffer + at))->name), listens = 1;
+			if (!getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &(socklen_t){sizeof listens}) && !listens)
+				shutdown(fd, SHUT_RDWR);
+		}
 }
 
 static _Noreturn void keep(const struct keeper *keeper) {
@@ -122,6 +143,7 @@ static _Noreturn void keep(const struct keeper *keeper) {
 	struct pollfd pager = {.fd = keeper->pager_pidfd, .events = POLLIN};
 	while (poll(&pager, 1, -1) <= 0)
 		;
+	end_connections();
 	unsigned killed = keeper_kill_mappers(keeper->files, 0);
 	log_line("the pager died; the keeper ended %u processes", killed);
 	unlink(keeper->socket_path);

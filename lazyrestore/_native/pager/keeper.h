@@ -5,7 +5,8 @@
  * kill -9 closes its descriptors, unless another process shares the file table (clone(CLONE_FILES)).
  * Choice: two processes, one table. When the pager dies the keeper kills every process that maps one of the pager's memory
  * files (found by device and inode in /proc/PID/maps, held by pidfd from before the look), again and again until one
- * whole pass finds none, since a fork may race; only then do the descriptors close. When the keeper dies the pager
+ * whole pass finds none, since a fork may race; only then do the descriptors close. Before that it shuts the clients'
+ * connections down: one may trace a new process, which does not die before its tracer has heard of it. When the keeper dies the pager
  * starts another one.
  * Cost: one sleeping process. Nobody covers both being killed in the same instant, or the second before the first
  * one's death was acted on (kill -9 of the whole session or cgroup, the kernel's OOM killer twice): untouched memory of
@@ -48,5 +49,6 @@ void keeper_deinit(struct keeper *keeper);
 struct lr_error keeper_add(struct keeper *keeper, dev_t device, ino_t inode, uint32_t *slot);
 void keeper_remove(struct keeper *keeper, uint32_t slot);
 
-/* Kills all that map one of the files, or the one with inode `only` if that is not 0; returns how many died. */
+/* Kills all that map one of the files, or the one with inode `only` if that is not 0, and waits until none is left.
+ * Returns how many there were. */
 unsigned keeper_kill_mappers(const struct keeper_files *files, uint64_t only);
