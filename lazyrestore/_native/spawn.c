@@ -5,6 +5,10 @@
  * namespace for a child is the task's own (setns(CLONE_NEWPID) changes where *children* go), so it is entered on the
  * caller's thread and left again.
  *
+ * PTRACE_TRACEME makes the parent of that moment the tracer. If the caller was killed, that is init or a subreaper, which
+ * lets a traced process stand at its exec for ever. In another PID namespace getppid() is 0, whoever the parent is; /proc, which
+ * is still the caller's, tells. Asked after PTRACE_TRACEME: a tracer that is killed later lets the process go, into its end.
+ *
  * Consequence. All signals are blocked around it (a handler of the caller must not run in the child); the child resets
  * every disposition, because exec keeps ignored signals ignored.
  */
@@ -17,6 +21,8 @@
 #include <linux/sched.h>
 #include <sched.h>
 #include <signal.h>
+#include <stdbool.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/ptrace.h>
@@ -28,7 +34,7 @@
 struct child {
 	struct lr_spawn *spawn;
 	int error;
-	int parent; /* its process id, as the child sees it; 0: it does not */
+	int parent; /* its process id, as the child or /proc sees it; 0: unknown */
 };
 
 __attribute__((always_inline)) static inline long
@@ -42,6 +48,28 @@ raw(long number, long a, long b, long c, long d, long e)
 			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8)
 			 : "rcx", "r11", "memory");
 	return result;
+}
+
+/* The parent of the calling process, as /proc shows it; 0: it does not. For the child. */
+__attribute__((no_stack_protector, no_sanitize("address", "thread"))) static int
+parent_in_proc(void)
+{
+	static const char path[] = "/proc/self/stat"; /* pid (name) state parent …: the name may be anything */
+	char text[256];
+	long fd = raw(SYS_openat, AT_FDCWD, (long)path, O_RDONLY | O_CLOEXEC, 0, 0), at;
+	int parent = 0;
+	if (fd < 0)
+		return 0;
+	long length = raw(SYS_read, fd, (long)text, sizeof text - 1, 0, 0);
+	raw(SYS_close, fd, 0, 0, 0, 0);
+	text[length > 0 ? length : 0] = 0;
+	for (at = length - 1; at >= 0 && text[at] != ')'; at--)
+		;
+	if (at < 0 || at + 4 >= length)
+		return 0;
+	for (at += 4; text[at] >= '0' && text[at] <= '9'; at++)
+		parent = parent * 10 + (text[at] - '0');
+	return parent;
 }
 
 /* Runs in the child on its own stack; returns only on failure. */
@@ -86,9 +114,9 @@ child_main(struct child *child)
 	raw(SYS_rt_sigprocmask, SIG_SETMASK, (long)&mask, 0, 8, 0);
 	if (spawn->trace) {
 		STEP(LR_SPAWN_TRACEME, raw(SYS_ptrace, PTRACE_TRACEME, 0, 0, 0, 0));
-		/* If the caller was killed meanwhile, init is the tracer now, and would let us stand at the exec for ever. */
-		if (child->parent && raw(SYS_getppid, 0, 0, 0, 0, 0) != child->parent)
-			return;
+		bool apart = spawn->pid_namespace >= 0 || spawn->new_pid_namespace;
+		if (child->parent && (apart ? parent_in_proc() : raw(SYS_getppid, 0, 0, 0, 0, 0)) != child->parent)
+			return; /* the tracer is somebody else */
 	}
 	STEP(LR_SPAWN_EXEC, raw(SYS_execveat, spawn->executable, (long)"", (long)nothing, (long)nothing, AT_EMPTY_PATH));
 #undef STEP
@@ -116,11 +144,21 @@ clone_vfork(struct clone_args *args, struct child *child)
 	return result;
 }
 
+/* The calling process's id in the namespace that /proc shows, 0 if there is none. */
+static int
+own_id_in_proc(void)
+{
+	char text[16];
+	ssize_t length = readlink("/proc/self", text, sizeof text - 1);
+	text[length > 0 ? length : 0] = 0;
+	return atoi(text);
+}
+
 int
 lr_spawn(struct lr_spawn *spawn)
 {
 	enum { STACK = 64 << 10 };
-	struct child child = {spawn, 0, spawn->pid_namespace < 0 && !spawn->new_pid_namespace ? getpid() : 0};
+	struct child child = {spawn, 0, spawn->pid_namespace < 0 && !spawn->new_pid_namespace ? getpid() : own_id_in_proc()};
 	int pidfd = -1, own_namespace = -1;
 	uint64_t all = ~0ull, old;
 	int32_t wanted[1] = {spawn->wanted_pid};

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import select
 import signal
 import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from helpers_threads import Threads64
 from lazyrestore.pager.launch import connect_existing
 
 ROUNDS = 24
+PR_SET_CHILD_SUBREAPER = 36  # the same on every architecture
 # A snapshotter that says so when it holds `number` threads of its target, and then goes on, or not if it `stays`.
 HOLDING = """
 import sys
@@ -217,6 +220,37 @@ def test_killed_restorer(run: Path, victims: Victims, copies: Copies, build: Bui
     assert ask(control, "digest") == expected
     os.kill(victim.pid, signal.SIGKILL)
     vanished(victim.pid)
+
+
+# Starts a process that is given so many descriptors that this takes a while.
+START_SLOWLY = """
+import os, resource, sys
+from lazyrestore import spawn
+_, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+null = os.open(os.devnull, os.O_RDONLY)
+spawn.start([(null, number) for number in range(100, limit - 16)] * (300_000 // limit + 1), new_pid_namespace=sys.argv[1] == "new")
+"""
+
+
+@pytest.mark.requires("root")
+@pytest.mark.parametrize("namespace", ["old", "new"])
+def test_killed_while_a_process_starts(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever inherits the new process would be its tracer, and leave it in its first stop for ever."""
+    libc = ctypes.CDLL(None)
+    assert not libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    try:
+        restorer = subprocess.Popen([sys.executable, "-c", START_SLOWLY, namespace])
+        children = Path(f"/proc/{restorer.pid}/task/{restorer.pid}/children")
+        child = int(until(children.read_text, "a child"))
+        restorer.kill()
+        restorer.wait()
+        _, status = os.waitpid(child, 0)
+        if os.WIFSTOPPED(status):
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert os.WIFEXITED(status) or os.WIFSIGNALED(status)
+    finally:
+        libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 def vanished(pid: int) -> None:
