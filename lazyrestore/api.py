@@ -70,17 +70,19 @@ class Store:
         replace: bool = False,
         level: int = 1,
         progress: Progress | None = None,
+        committing: Callable[[], None] | None = None,
     ) -> Snapshot:
         """Snapshot a running process.
 
         The process runs on, unless `kill`: then it is ended once the snapshot is safely stored. `replace` allows a name
-        that exists. `level` is zstd's (1 to 19). `progress(done, total)` is called with bytes. Returns the snapshot,
-        with pages, raw_bytes, stored_bytes, pause_ms and seconds set. Raises the exceptions of lazyrestore.errors; the
-        process then runs on and the store is unchanged.
+        that exists. `level` is zstd's (1 to 19). `progress(done, total)` is called with bytes; `committing()` at the
+        last moment before it is stored. Raises lazyrestore.errors; the process then runs on, the store is unchanged.
         """
         from lazyrestore import snapshot
 
-        taken = snapshot.take(self._images, pid, name, kill=kill, replace=replace, level=level, progress=progress)
+        taken = snapshot.take(
+            self._images, pid, name, kill=kill, replace=replace, level=level, progress=progress, committing=committing
+        )
         result = self.get(name)
         result.seconds = taken.seconds
         return result

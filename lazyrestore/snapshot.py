@@ -75,8 +75,10 @@ def take(
     replace: bool = False,
     level: int = 1,
     progress: Progress | None = None,
+    committing: Callable[[], None] | None = None,
 ) -> Taken:
-    """Snapshot process `pid` into `store` under `name`. Raises what `errors` lists for processes and stores."""
+    """Snapshot process `pid` into `store` under `name`. Raises what `errors` lists for processes and stores; what
+    `committing` raises, which is called right before the snapshot becomes visible."""
     began = time.monotonic()
     _check_target(pid)
     store.check_new(name, replace=replace)  # before all the trouble; the writer looks again
@@ -108,13 +110,13 @@ def take(
                     if fits:
                         buffer.store(writer, runs)
                     pause = (time.monotonic() - paused) * 1e3
-                    _commit(writer, capture, pause)
+                    _commit(writer, capture, pause, committing)
                     frozen.kill()
             if not kill:
                 pause = (time.monotonic() - paused) * 1e3
                 if fits:
                     buffer.store(writer, runs)
-                _commit(writer, capture, pause)
+                _commit(writer, capture, pause, committing)
         return Taken(pause, time.monotonic() - began)
     finally:
         os.close(pidfd)
@@ -298,10 +300,10 @@ def _read_unreadable(frozen: Frozen, run: Run) -> Run:
     return replace(run, data=data)
 
 
-def _commit(writer: ImageWriter, capture: _Capture, pause: float) -> None:
+def _commit(writer: ImageWriter, capture: _Capture, pause: float, committing: Callable[[], None] | None) -> None:
     manifest = msgspec.structs.replace(capture.manifest, pause_ms=pause)
     encoded = manifests.encode(manifest)
-    writer.commit(encoded, stored_plan.made_of(manifest, encoded), manifest.created)
+    writer.commit(encoded, stored_plan.made_of(manifest, encoded), manifest.created, committing)
 
 
 def _host(frozen: Frozen, mappings: list[procfs.Mapping]) -> Host:

@@ -38,7 +38,9 @@ def snapshot_command(
     if tree:
         raise click.UsageError("--tree is not available yet: a process with children is refused.")
     with Store.open(store) as opened, _progress(name) as report:
-        snapshot = opened.snapshot(pid, name=name, kill=kill, replace=replace, level=level, progress=report)
+        snapshot = opened.snapshot(
+            pid, name=name, kill=kill, replace=replace, level=level, progress=report, committing=_ignore_interrupts
+        )
     ratio = snapshot.raw_bytes / snapshot.stored_bytes if snapshot.stored_bytes else 0.0
     if json_output:
         fields = {
@@ -58,6 +60,13 @@ def snapshot_command(
         f"{name}: {snapshot.pages} pages, {size(snapshot.raw_bytes)} raw, {size(snapshot.stored_bytes)} stored "
         f"(ratio {ratio:.2f}), paused {snapshot.pause_ms:.1f} ms, took {snapshot.seconds:.2f} s"
     )
+
+
+def _ignore_interrupts() -> None:
+    """From now on Ctrl-C comes too late: what is stored must not be reported as interrupted."""
+    import signal
+
+    signal.signal(signal.SIGINT, lambda number, frame: None)  # one that is pending is raised first
 
 
 @contextmanager

@@ -161,9 +161,15 @@ class ImageWriter:
                 future.exception()  # wait
         self._pending.clear()
 
-    def commit(self, manifest: bytes, plan: bytes = b"", created: float | None = None) -> int:
+    def commit(
+        self,
+        manifest: bytes,
+        plan: bytes = b"",
+        created: float | None = None,
+        committing: Callable[[], None] | None = None,
+    ) -> int:
         """Make the snapshot visible, on disk, with `manifest` and the plan derived from it, if any; returns its id.
-        created: seconds since 1970; None: now.
+        created: seconds since 1970; None: now. `committing` is called at the last moment at which nothing is visible.
 
         Raises SnapshotExists (another came first, and `replace` is off), StoreFull, StoreError; nothing is visible
         then.
@@ -207,6 +213,8 @@ class ImageWriter:
 
         # 128 bytes per new chunk: a node of 61, doubled by half-full pages.
         room = len(index) + len(sums) + len(hashes) + len(manifest) + len(plan) + 128 * len(chunks) + (1 << 20)
+        if committing:
+            committing()
         environment.update(show, room=room)
         environment.sync()
         self._finish()

@@ -50,6 +50,39 @@ def pid(victims: Victims, copies: Copies) -> int:
     return victim.pid
 
 
+# Ctrl-C when the function that is named has done its work, in the writer or its environment.
+INTERRUPTED_AFTER = """
+import os, signal
+from lazyrestore.store import environment, writer
+owner = environment.Environment if {name!r} in ("update", "sync") else writer.ImageWriter
+whole = getattr(owner, {name!r})
+def interrupted(*arguments, **more):
+    result = whole(*arguments, **more)
+    os.kill(os.getpid(), signal.SIGINT)
+    return result
+setattr(owner, {name!r}, interrupted)
+from lazyrestore.cli import main; main()
+"""
+
+
+@pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize(("name", "is_stored"), [("_sorted", False), ("sync", True), ("_finish", True)])
+def test_ctrl_c_near_the_commit(run: Path, victims: Victims, name: str, is_stored: bool, kill: bool) -> None:
+    """The snapshot is stored and that is said, and the process ended if it was to be, or none of it."""
+    victim = victims.start(["sleep", "1000000"])
+    victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
+    words = ["snapshot", victim.pid, "--name", "x", *(["--kill"] if kill else [])]
+    answer = run_cli(run / "store", *words, code=INTERRUPTED_AFTER.format(name=name))
+    with lazyrestore.Store.open(run / "store") as store:
+        assert store.names() == (["x"] if is_stored else [])
+    if is_stored:
+        assert (answer.returncode, answer.stderr) == (0, "")
+        assert answer.stdout.startswith("x: ")
+    else:
+        assert (answer.returncode, answer.stdout, answer.stderr) == (130, "", "lazyrestore: interrupted\n")
+    assert alive(victim.pid) != (kill and is_stored)
+
+
 def end(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     until(lambda: not alive(pid), "the end of the copy")
