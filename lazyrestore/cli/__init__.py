@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from importlib import import_module
 from typing import Any
@@ -49,6 +50,18 @@ def _choose_store(ctx: click.Context, parameter: click.Parameter, store: str | N
         ctx.obj = store
 
 
+def _choose_debug(ctx: click.Context, parameter: click.Parameter, debug: bool) -> None:
+    if debug:
+        ctx.find_root().params["debug"] = True
+
+
+DEBUG_HERE = click.Option(
+    ["--debug"],
+    is_flag=True,
+    expose_value=False,
+    callback=_choose_debug,
+    help="On errors, print the traceback, here or before the command.",
+)
 STORE_HERE = click.Option(
     ["--store"],
     metavar="DIR",
@@ -71,6 +84,8 @@ class LazyGroup(click.Group):
         command: click.Command = getattr(import_module(module), name)
         if cmd_name not in WITHOUT_STORE and STORE_HERE not in command.params:
             command.params.append(STORE_HERE)
+        if DEBUG_HERE not in command.params:
+            command.params.append(DEBUG_HERE)
         return command
 
     def resolve_command(
@@ -116,7 +131,9 @@ class LazyGroup(click.Group):
                 raise  # click ends quietly
             if ctx.params.get("debug"):
                 _print_traceback()
-            click.echo(f"lazyrestore: {error}", err=True)
+            large = error.errno == errno.EFBIG  # memory files are files too
+            advice = "; raise the limit on file sizes: ulimit -f unlimited" if large else ""
+            click.echo(f"lazyrestore: {error}{advice}", err=True)
             ctx.exit(1)
         except KeyboardInterrupt:
             if ctx.params.get("debug"):

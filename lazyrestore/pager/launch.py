@@ -183,7 +183,10 @@ class Connecting:
             self.close()
 
     def _start(self) -> None:
-        self._starter = _start(self._image, self._directory, self._path, self._linger_ms)
+        try:
+            self._starter = _start(self._image, self._directory, self._path, self._linger_ms)
+        except OSError as error:
+            raise PagerError(self._name, "start", advice=self._advice(), errno=error.errno) from error
         self._started = True
         try:
             self._connection = _dial(self._path)
@@ -194,7 +197,14 @@ class Connecting:
             raise PagerError(self._name, "connect", errno=error.errno) from error
 
     def _ended_at_once(self, error: OSError | PagerError) -> PagerError:
-        return PagerError(self._name, "start", "it ended at once", f"see {_log(self._directory)}", errno=error.errno)
+        return PagerError(self._name, "start", "it ended at once", self._advice(), errno=error.errno)
+
+    def _advice(self) -> str:
+        from resource import RLIM_INFINITY, RLIMIT_FSIZE, getrlimit
+
+        if getrlimit(RLIMIT_FSIZE)[0] != RLIM_INFINITY:  # it counts for memory files too
+            return "raise the limit on file sizes: ulimit -f unlimited"
+        return f"see {_log(self._directory)}"
 
 
 def begin(image: StoredImage, *, runtime_dir: StrPath | None = None, linger_ms: int = 2000) -> Connecting:

@@ -38,7 +38,6 @@ from lazyrestore.errors import (
     NotAStore,
     StoreBusy,
     StoreError,
-    StoreFull,
     StoreReadOnly,
     StoreVersionError,
 )
@@ -51,7 +50,6 @@ READERS = 1022  # simultaneous read transactions of all processes; LMDB's table 
 
 PAGE_HEADER = struct.Struct("<QHHI")  # page number, unused, flags, pages: lmdb's MDB_page of an overflow page
 OVERFLOW = 4  # P_OVERFLOW
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 T = TypeVar("T")
 Transaction = Any  # lmdb.Transaction: the binding's types differ between its versions
@@ -425,9 +423,6 @@ def _translate(resource: str, step: str, error: Exception) -> StoreError:
         return StoreReadOnly(resource, step, str(error))
     if isinstance(error, lmdb.ReadersFullError):
         return StoreBusy(resource, step, f"{READERS} readers are at work", "try again later")
-    number = _number(error)
-    if number in FULL:
-        return StoreFull(resource, step, advice="free some space, or remove snapshots", errno=number)
-    if number:
+    if number := _number(error):
         return locks.os_error(resource, step, OSError(number, os.strerror(number)))
     return StoreError(resource, step, str(error))

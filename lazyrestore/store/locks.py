@@ -74,7 +74,15 @@ def os_error(resource: str, step: str, error: OSError) -> StoreError:
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         advice = "the store can be read but not changed; make it writable, or choose another"
         return StoreReadOnly(resource, step, advice=advice, errno=error.errno)
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno == errno.EFBIG:
+        from resource import RLIM_INFINITY, RLIMIT_FSIZE, getrlimit
+
+        if getrlimit(RLIMIT_FSIZE)[0] == RLIM_INFINITY:
+            advice = "its file system takes no file so large; choose a store elsewhere"
+        else:
+            advice = "no file may become so large here; raise that limit (ulimit -f unlimited)"
+        return StoreFull(resource, step, advice=advice, errno=error.errno)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreFull(resource, step, advice="free some space, or remove snapshots", errno=error.errno)
     return StoreError(resource, step, errno=error.errno)
 

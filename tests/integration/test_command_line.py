@@ -83,6 +83,29 @@ def test_ctrl_c_near_the_commit(run: Path, victims: Victims, name: str, is_store
     assert alive(victim.pid) != (kill and is_stored)
 
 
+@pytest.mark.parametrize("kib", [0, 100, 100_000])
+def test_limit_on_file_sizes_is_one_line_with_advice(run: Path, victims: Victims, pid: int, kib: int) -> None:
+    victim = victims.start(["sleep", "1000000"])
+    victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
+    for words in (["snapshot", str(victim.pid), "--name", "y"], ["restore", "x", "--detach"]):
+        limited = ["bash", "-c", f'ulimit -f {kib}; exec "$@"', "-", *command(run / "store", *words)]
+        answer = subprocess.run(limited, capture_output=True, text=True, check=False)
+        if kib == 100_000 and answer.returncode == 0:
+            if words[0] == "restore":  # the pager may raise limits
+                end(int(answer.stdout))
+            continue
+        assert answer.returncode == {"snapshot": 24, "restore": 1 if kib == 100 else 35}[words[0]], answer.stderr
+        assert re.fullmatch(r"lazyrestore: .*ulimit -f unlimited.*\n", answer.stderr)
+
+
+@pytest.mark.parametrize("words", [["--debug", "show", "nope"], ["show", "nope", "--debug"], ["show", "--debug", "nope"]])
+def test_debug_before_or_after_the_command(run: Path, words: list[str]) -> None:
+    lazyrestore.Store.open(run / "store").close()
+    answer = run_cli(run / "store", *words)
+    assert answer.returncode == errors.SnapshotNotFound.exit_status
+    assert answer.stderr.startswith("Traceback") and answer.stderr.endswith("`ls` shows what there is\n")
+
+
 def end(pid: int) -> None:
     os.kill(pid, signal.SIGKILL)
     until(lambda: not alive(pid), "the end of the copy")

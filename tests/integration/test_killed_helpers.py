@@ -228,7 +228,8 @@ import os, resource, sys
 from lazyrestore import spawn
 _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
 null = os.open(os.devnull, os.O_RDONLY)
-spawn.start([(null, number) for number in range(100, limit - 16)] * (300_000 // limit + 1), new_pid_namespace=sys.argv[1] == "new")
+pairs = [(null, number) for number in range(100, limit - 16)] * (300_000 // limit + 1)
+spawn.start(pairs, new_pid_namespace=sys.argv[1] == "new")
 """
 
 

@@ -400,7 +400,7 @@ def test_a_limit_on_file_size(tmp_path: Path) -> None:
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (8 << 20, before[1]))
         try:
-            with pytest.raises(StoreFull, match="File too large"):
+            with pytest.raises(StoreFull, match=r"File too large; .*ulimit -f"):
                 put(store, "huge", pages(5000, seed=5, noise=4000))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
