@@ -98,7 +98,9 @@ def test_limit_on_file_sizes_is_one_line_with_advice(run: Path, victims: Victims
         assert re.fullmatch(r"lazyrestore: .*ulimit -f unlimited.*\n", answer.stderr)
 
 
-@pytest.mark.parametrize("words", [["--debug", "show", "nope"], ["show", "nope", "--debug"], ["show", "--debug", "nope"]])
+@pytest.mark.parametrize(
+    "words", [["--debug", "show", "nope"], ["show", "nope", "--debug"], ["show", "--debug", "nope"]]
+)
 def test_debug_before_or_after_the_command(run: Path, words: list[str]) -> None:
     lazyrestore.Store.open(run / "store").close()
     answer = run_cli(run / "store", *words)
