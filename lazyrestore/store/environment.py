@@ -240,9 +240,8 @@ class Environment:
                     self._make_room(room // self.page + 1)
                 return result
             except StoreError as error:
-                if error.errno == errno.EIO and self._disk_is_full(room):  # LMDB's word for a write cut short
-                    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                    raise locks.os_error(self.resource, "write", full) from error
+                if error.errno == errno.EIO and (number := self._reason_to_cut_short(room)):  # LMDB's word for that
+                    raise locks.os_error(self.resource, "write", OSError(number, os.strerror(number))) from error
                 raise
             except lmdb.MapFullError:
                 self._resize(2 * int(self._env.info()["map_size"]))
@@ -271,9 +270,15 @@ class Environment:
         if os.stat(self.data_path).st_size < due:
             os.truncate(self.data_path, due)
 
-    def _disk_is_full(self, room: int) -> bool:
+    def _reason_to_cut_short(self, room: int) -> int:
+        """The errno of a write that ended early, 0 if there is none to be seen."""
+        from resource import RLIM_INFINITY, RLIMIT_FSIZE, getrlimit
+
         status = os.statvfs(self.data_path)
-        return status.f_bavail * status.f_frsize < room + (1 << 20)
+        if status.f_bavail * status.f_frsize < room + (1 << 20):
+            return errno.ENOSPC
+        limit = getrlimit(RLIMIT_FSIZE)[0]
+        return errno.EFBIG if limit != RLIM_INFINITY and limit < os.fstat(self.fd).st_size + room + (1 << 20) else 0
 
     def sync(self) -> None:
         """Everything committed is on disk when this returns."""
