@@ -12,12 +12,14 @@ import msgspec
 from lazyrestore.errors import ChunkInvalid, StoreVersionError
 from lazyrestore.resources.attributes import Attributes
 from lazyrestore.resources.descriptors import FdTable
+from lazyrestore.resources.posix_timers import PosixTimer
 from lazyrestore.resources.signals import Signals
 from lazyrestore.resources.threads import Thread
 from lazyrestore.resources.vma import FileIdentity, SharedObject, Vma
 from lazyrestore.restore_plan import Host
 
-VERSION = 1
+VERSION = 2  # it has POSIX timers, which version 1 would lose
+WITHOUT_POSIX_TIMERS = 1
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -34,6 +36,7 @@ class Manifest(msgspec.Struct, frozen=True):
     shared: list[SharedObject]
     descriptors: FdTable
     pause_ms: float
+    posix_timers: list[PosixTimer] = []
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -21,7 +21,7 @@ from lazyrestore.kernel.tracee import HOLE_GAP, find_hole
 from lazyrestore.manifest import Manifest
 from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, Range, pack_ranges
 from lazyrestore.program import Descriptors, Program, lib
-from lazyrestore.resources import attributes, descriptors, signals, threads, vma
+from lazyrestore.resources import attributes, descriptors, posix_timers, signals, threads, vma
 from lazyrestore.resources.attributes import Credentials
 from lazyrestore.resources.descriptor import RestoreContext
 from lazyrestore.restore_options import AS_IT_WAS, Options
@@ -200,6 +200,7 @@ def compile_program(
     for thread, own_ops in [*zip(others, lists, strict=True), (leader, ops)]:
         threads.restore_own(thread, program, own_ops, leader=thread is leader)
     signals.restore_queue_and_timers(manifest.signals, manifest.pid, program, ops)
+    posix_timers.restore(manifest.posix_timers, program, ops)
     attributes.restore_flags(manifest.attributes, program, ops)
     for thread, own_ops in [*zip(others, lists, strict=True), (leader, ops)]:
         attributes.restore_credentials(manifest.attributes, own, program, own_ops)

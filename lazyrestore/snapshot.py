@@ -40,7 +40,7 @@ from lazyrestore.errors import (
 from lazyrestore.kernel import capabilities, host, procfs
 from lazyrestore.kernel.tracee import Frozen, check
 from lazyrestore.manifest import Manifest
-from lazyrestore.resources import attributes, descriptors, signals, threads, vma
+from lazyrestore.resources import attributes, descriptors, posix_timers, signals, threads, vma
 from lazyrestore.resources.inherited import Origin
 from lazyrestore.resources.memory_plan import Plan, Planner, Run
 from lazyrestore.restore_plan import Host
@@ -206,9 +206,7 @@ def _unsupported_attributes(pid: int) -> list[str]:
                 items.append(f"{kind} namespace of its own")
         except FileNotFoundError:
             continue
-    if procfs.read(pid, "timers").strip():
-        items.append("POSIX timers (timer_create)")
-    return items + attributes.out_of_place(pid) + threads.unsupported(pid)
+    return items + posix_timers.unsupported(pid) + attributes.out_of_place(pid) + threads.unsupported(pid)
 
 
 def _identify_files(pid: int) -> dict[str, vma.FileIdentity]:
@@ -256,6 +254,7 @@ def _capture(
     try:
         plan = planner.build(mappings)
         frozen.begin_calls()
+        timers = posix_timers.capture(frozen)
         captured = [threads.capture(frozen, tid) for tid in frozen.tids]
         handlers = signals.capture(frozen)
         whole = attributes.capture(frozen, stopped=stopped)
@@ -267,7 +266,7 @@ def _capture(
     plan.runs = _without_overlap(plan.runs)
     xfeatures = struct.unpack_from("<Q", captured[0].xstate, XFEATURES_AT)[0]
     manifest = Manifest(
-        version=manifests.VERSION,
+        version=manifests.VERSION if timers else manifests.WITHOUT_POSIX_TIMERS,
         pid=pid,
         comm=os.fsdecode(captured[0].name),
         created=time.time(),
@@ -280,6 +279,7 @@ def _capture(
         shared=plan.shared,
         descriptors=table,
         pause_ms=0.0,
+        posix_timers=timers,
     )
     return _Capture(planner, plan, manifest)
 

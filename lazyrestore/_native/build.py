@@ -24,7 +24,8 @@ SYSCALLS = """
     openat personality pidfd_open pidfd_send_signal pipe2 ppoll prctl prlimit64 pselect6 pwrite64 read restart_syscall
     rseq rt_sigaction rt_sigprocmask rt_sigqueueinfo rt_tgsigqueueinfo rt_sigtimedwait sched_setaffinity sched_setattr
     sendmsg set_robust_list set_tid_address setgroups setitimer getitimer setpgid setpriority setresgid setresuid setsid
-    setsockopt sendto sigaltstack signalfd4 socket socketpair splice tee tgkill timer_create timer_settime
+    setsockopt sendto sigaltstack signalfd4 socket socketpair splice tee tgkill timer_create timer_delete timer_gettime
+    timer_settime
     timerfd_create timerfd_settime umask unlinkat unshare userfaultfd vmsplice write writev setfsuid setfsgid
     io_getevents epoll_wait epoll_pwait epoll_pwait2 semop semtimedop nanosleep clock_nanosleep poll accept connect
     recvfrom recvmsg recvmmsg sendmmsg pause select mount wait4 exit exit_group mkdirat mknodat linkat symlinkat
@@ -47,7 +48,7 @@ CONSTANTS = """
     PR_GET_SECUREBITS PR_SET_TIMERSLACK PR_GET_TIMERSLACK PR_SET_NO_NEW_PRIVS PR_CAPBSET_DROP PR_CAP_AMBIENT
     PR_CAP_AMBIENT_RAISE PR_CAP_AMBIENT_CLEAR_ALL PR_SET_CHILD_SUBREAPER PR_GET_CHILD_SUBREAPER
     PR_SET_MDWE PR_GET_MDWE PR_SET_MEMORY_MERGE PR_GET_MEMORY_MERGE
-    PR_SET_THP_DISABLE
+    PR_SET_THP_DISABLE PR_TIMER_CREATE_RESTORE_IDS PR_TIMER_CREATE_RESTORE_IDS_ON PR_TIMER_CREATE_RESTORE_IDS_OFF
     PR_GET_THP_DISABLE PR_GET_TID_ADDRESS PR_SET_VMA PR_SET_VMA_ANON_NAME PR_MCE_KILL_GET PR_GET_TSC PR_SET_TSC
     PR_SET_SPECULATION_CTRL ARCH_GET_XCOMP_PERM ARCH_REQ_XCOMP_PERM RLIMIT_NOFILE PRIO_PROCESS AT_NULL MCL_CURRENT
     MCL_FUTURE MCL_ONFAULT MLOCK_ONFAULT SIG_BLOCK SIG_SETMASK SA_RESTORER MS_REC MS_PRIVATE MS_NOSUID MS_NODEV MS_BIND
@@ -104,6 +105,11 @@ PREAMBLE = """
 #ifndef PR_SET_MEMORY_MERGE /* 6.4 */
 #define PR_SET_MEMORY_MERGE 67
 #define PR_GET_MEMORY_MERGE 68
+#endif
+#ifndef PR_TIMER_CREATE_RESTORE_IDS /* 6.15 */
+#define PR_TIMER_CREATE_RESTORE_IDS 77
+#define PR_TIMER_CREATE_RESTORE_IDS_OFF 0
+#define PR_TIMER_CREATE_RESTORE_IDS_ON 1
 #endif
 #ifndef SA_RESTORER
 #define SA_RESTORER 0x04000000

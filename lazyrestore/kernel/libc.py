@@ -20,6 +20,7 @@ _KCMP_FILES = 2
 _KCMP_FS = 3
 _KCMP_EPOLL_TFD = 7
 _SPLICE_F_NONBLOCK = 2
+_PR_TIMER_CREATE_RESTORE_IDS, _GET = 77, 2
 _SOL_SOCKET, _SO_GET_FILTER = 1, 26
 
 
@@ -42,6 +43,11 @@ def timerfd_gettime(number: int) -> tuple[int, int]:
     _checked(_libc.timerfd_gettime(ctypes.c_int(number), value))
     interval_seconds, interval_nanoseconds, seconds, nanoseconds = struct.unpack("qqqq", value.raw)
     return seconds * 1_000_000_000 + nanoseconds, interval_seconds * 1_000_000_000 + interval_nanoseconds
+
+
+def timers_take_numbers() -> bool:
+    """Whether timer_create(2) can be told which number a timer gets: PR_TIMER_CREATE_RESTORE_IDS, Linux 6.15."""
+    return bool(_libc.prctl(_PR_TIMER_CREATE_RESTORE_IDS, *(ctypes.c_ulong(word) for word in (_GET, 0, 0, 0))) >= 0)
 
 
 def same_file_table(pid: int, tid: int) -> bool:

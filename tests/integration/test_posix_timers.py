@@ -1,0 +1,80 @@
+"""POSIX timers: they keep number, clock, signal and value, and go on with the time that they had left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers import SYSTEM_PYTHON, VICTIMS, Victim, Victims, ask
+from helpers_cli import run_cli
+from helpers_copies import Copies
+
+import lazyrestore
+from lazyrestore import errors
+from lazyrestore.kernel import libc
+
+TICKING = ("status", "tasks")  # a signal may be pending at the instant at which /proc is read
+SECOND = 1_000_000_000
+
+
+@pytest.fixture
+def victim(run: Path, victims: Victims) -> Victim:
+    victim = victims.start([SYSTEM_PYTHON, VICTIMS / "posix_timers.py", run / "control"])
+    victim.listens(run / "control")
+    return victim
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_they_go_on(
+    run: Path, victim: Victim, copies: Copies, monkeypatch: pytest.MonkeyPatch, *, numbered: bool
+) -> None:
+    """numbered: the kernel is told the numbers; otherwise they are counted up to, as before Linux 6.15."""
+    if not numbered:
+        monkeypatch.setattr(libc, "timers_take_numbers", lambda: False)
+    elif not libc.timers_take_numbers():
+        pytest.skip("PR_TIMER_CREATE_RESTORE_IDS: Linux 6.15")
+    control = run / "control"
+    about, times = ask(control, "about"), json.loads(ask(control, "times"))
+    assert [line for line in about.splitlines() if line.startswith("ID:")] == [f"ID: {n}" for n in (5, 4, 3, 2, 0)]
+    copy = copies.replace(victim, ignore=TICKING)
+    assert ask(control, "about") == about
+    for (interval, left), (interval_before, left_before) in zip(json.loads(ask(control, "times")), times, strict=True):
+        assert interval == interval_before
+        assert bool(left) == bool(left_before)
+        if not interval:
+            assert left_before - 100 * SECOND < left <= left_before
+    counts = json.loads(ask(control, "counts"))
+    copy.until(
+        lambda: all(now > then + 3 for now, then in zip(json.loads(ask(control, "counts")), counts, strict=True)),
+        "both timers' signals",
+    )
+    assert json.loads(ask(control, "another")) not in (0, 2, 3, 4, 5)
+
+
+def test_the_original_keeps_them(run: Path, victim: Victim, copies: Copies) -> None:
+    control = run / "control"
+    about = ask(control, "about")
+    copies.snapshot(victim.pid, "x")
+    assert ask(control, "about") == about
+    counts = json.loads(ask(control, "counts"))
+    victim.until(
+        lambda: all(now > then + 3 for now, then in zip(json.loads(ask(control, "counts")), counts, strict=True)),
+        "both timers' signals",
+    )
+
+
+def test_one_of_a_threads_clock_is_refused(run: Path, store: lazyrestore.Store, victims: Victims) -> None:
+    code = (
+        "import ctypes, time\n"
+        "libc, number = ctypes.CDLL(None), ctypes.c_int()\n"
+        "assert libc.syscall(222, time.CLOCK_THREAD_CPUTIME_ID, None, ctypes.byref(number)) == 0\n"
+        "print('made', flush=True)\n"
+        "time.sleep(1000000)\n"
+    )
+    victim = victims.start([SYSTEM_PYTHON, "-c", code])
+    victim.until(lambda: "made" in victim.log.read_text(), "the timer")
+    answer = run_cli(run / "store", "snapshot", victim.pid, "--name", "x")
+    assert answer.returncode == errors.UnsupportedResources.exit_status, answer.stderr
+    assert "POSIX timer 0 of a CPU-time clock" in answer.stderr
+    victim.check()
