@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import ExitStack
 
+from lazyrestore.errors import RestoreError
 from lazyrestore.restore_checks import reserve_huge_pages
 from lazyrestore.restore_plan import SharedFile
 from lazyrestore.store import StoredImage
@@ -17,6 +19,25 @@ def new(name: str, owned: ExitStack, flags: int = 0) -> int:
     return descriptor
 
 
+def write(descriptor: int, data: bytes | bytearray | memoryview, at: int) -> None:
+    """All of `data` into a memory file, at offset `at`. Raises RestoreError.
+
+    A write(2) that a limit or a lack of memory stops half-way tells how much it has done, and no more.
+    """
+    left = memoryview(data)
+    try:
+        while left:
+            done = os.pwrite(descriptor, left, at)
+            left, at = left[done:], at + done
+    except OSError as error:
+        raise _refused("write", error) from error
+
+
+def _refused(step: str, error: OSError) -> RestoreError:
+    advice = "raise the limit on the size of files (ulimit -f)" if error.errno == errno.EFBIG else ""
+    return RestoreError("memory file", step, errno=error.errno, advice=advice)
+
+
 def shared(snapshot: str, about: SharedFile, image: StoredImage, owned: ExitStack) -> int:
     """The memory file of one shared object.
 
@@ -26,14 +47,17 @@ def shared(snapshot: str, about: SharedFile, image: StoredImage, owned: ExitStac
     if about.huge:
         flags |= os.MFD_HUGETLB | os.MFD_HUGE_2MB
     descriptor = new(about.name, owned, flags)
-    os.ftruncate(descriptor, about.size)
+    try:
+        os.ftruncate(descriptor, about.size)
+    except OSError as error:
+        raise _refused("size", error) from error
     if about.anonymous:
         return descriptor
     room = reserve_huge_pages(snapshot, descriptor, owned) if about.huge else None
     for start, data in image.contents(about.image, about.image + -(-about.size // 4096) * 4096):
         at = start - about.image
         if room is None:
-            os.pwrite(descriptor, data[: about.size - at], at)
+            write(descriptor, data[: about.size - at], at)
         else:  # huge pages take no write(2)
             room[at : at + len(data)] = data
     return descriptor

@@ -186,7 +186,7 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
         if max(sources) >= plan.layout.program:  # a caller with many descriptors
             plan = plan_for(prepared, options, checked.own_pages, max(sources))
         layout = plan.layout
-        os.pwrite(program, plan.linked.image, 0)
+        memory_files.write(program, plan.linked.image, 0)
         pairs = [(program, layout.program), (template, layout.template)]
         pairs += [(shared[k], layout.shared[k]) for k in shared]
         pairs += [(streams[k], layout.streams[k]) for k in range(3)]

@@ -71,7 +71,8 @@ def reserve_huge_pages(name: str, descriptor: int, owned: ExitStack) -> mmap.mma
 
 
 def check_host(name: str, host: Host) -> None:
-    """Raises CpuMismatch or KernelMismatch unless a process of this snapshot can run here."""
+    """Raises CpuMismatch, KernelMismatch or MissingFeature unless a process of this snapshot can run here."""
+    this_host.require_own_proc()
     own_hash, layout, flags = _this_host()
     if host.vdso_hash != own_hash or [(entry[0], entry[2]) for entry in host.vdso] != layout:
         raise KernelMismatch(

@@ -127,6 +127,7 @@ def take(
 
 def _check_target(pid: int) -> None:
     what = f"process {pid}"
+    host.require_own_proc()
     if pid <= 0:
         raise NoSuchProcess(what, "snapshot", "not a process id")
     stat = procfs.parse_stat(procfs.read(pid, "stat"))

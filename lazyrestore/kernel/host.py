@@ -5,7 +5,9 @@ Apart from `procfs`, since a restore needs nothing else of /proc, and its module
 
 from __future__ import annotations
 
-from lazyrestore.errors import NoSuchProcess
+import os
+
+from lazyrestore.errors import MissingFeature, NoSuchProcess
 
 KERNEL_MAPPINGS = ("[vdso]", "[vvar]", "[vvar_vclock]")
 """The paths, in maps, of what the kernel maps into every process."""
@@ -45,3 +47,14 @@ def cpu_flags() -> frozenset[str]:
     sets = [frozenset(line.split()) for line in lines]
     common = frozenset.intersection(*sets) if sets else frozenset[bytes]()
     return frozenset(flag.decode() for flag in common)
+
+
+def require_own_proc() -> None:
+    """MissingFeature unless /proc shows our PID namespace: in another's, a process id is that of another process."""
+    try:
+        own = os.readlink("/proc/self")
+    except OSError:
+        own = ""
+    if own != str(os.getpid()):
+        advice = "mount one of your own (unshare --mount-proc, or mount -t proc proc /proc)"
+        raise MissingFeature("/proc", "read", "it shows another PID namespace than this one", advice)

@@ -234,8 +234,9 @@ def restore_membarriers(attributes: Attributes, ops: OpList) -> None:
 def restore_flags(attributes: Attributes, program: Program, ops: OpList) -> None:
     with ops.serving("process attributes"):
         ops.call(lib.SYS_personality, attributes.personality)
-        if attributes.thp_disable:
-            ops.call(lib.SYS_prctl, lib.PR_SET_THP_DISABLE, 1, 0, 0, 0)
+        # Whatever it is: the restorer's is inherited. Since Linux 6.18 there are flags above the first bit.
+        disable = attributes.thp_disable
+        ops.call(lib.SYS_prctl, lib.PR_SET_THP_DISABLE, disable & 1, disable & ~1, 0, 0)
         if attributes.child_subreaper:
             ops.call(lib.SYS_prctl, lib.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with ops.serving("resource limits"):
@@ -298,6 +299,8 @@ def restore_after_credentials(attributes: Attributes, ops: OpList) -> None:
     with ops.serving("process attributes"):
         if attributes.memory_merge:
             ops.call(lib.SYS_prctl, lib.PR_SET_MEMORY_MERGE, 1, 0, 0, 0)
+        else:  # the restorer's is inherited; before Linux 6.4 there is none
+            ops.try_call(lib.SYS_prctl, lib.PR_SET_MEMORY_MERGE, 0, 0, 0, 0)
         if attributes.deny_write_execute:
             ops.call(lib.SYS_prctl, lib.PR_SET_MDWE, attributes.deny_write_execute, 0, 0, 0)
         if attributes.dumpable in (0, 1):

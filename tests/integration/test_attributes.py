@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import SYSTEM_PYTHON, VICTIMS, Builder, Victim, Victims, ask
+from helpers import SYSTEM_PYTHON, VICTIMS, Builder, Victim, Victims, alive, ask, until
+from helpers_cli import MAIN, run_cli
 from helpers_copies import Copies
 
 # The interval timer's SIGALRM may be pending at the instant at which /proc is read.
@@ -85,3 +87,26 @@ def test_chroot(run: Path, victims: Victims, copies: Copies, build: Builder) -> 
     copies.replace(victim)
     assert int(ask(inner / "control", "0")) == 1002
     assert wanted > 1001
+
+
+def test_what_the_restorer_is_set_to_is_not_the_copys(
+    run: Path, victims: Victims, copies: Copies, build: Builder
+) -> None:
+    """Huge pages off and merging of equal pages on are inherited by every process that it starts."""
+    victim = victims.start([build.c("small", "-lm"), run / "control"], cwd=run)
+    victim.listens(run / "control")
+    before = inheritable(victim.pid)
+    copies.snapshot(victim.pid, "x", kill=True)
+    victim.gone()
+    code = f"import ctypes; prctl = ctypes.CDLL(None).prctl; prctl(41, 1, 0, 0, 0); prctl(67, 1, 0, 0, 0); {MAIN}"
+    answer = run_cli(run / "store", "restore", "x", "--detach", code=code)
+    assert answer.returncode == 0, answer.stderr
+    after = inheritable(victim.pid)
+    os.kill(victim.pid, signal.SIGKILL)
+    until(lambda: not alive(victim.pid), "the end of the copy")
+    assert after == before
+
+
+def inheritable(pid: int) -> list[str]:
+    texts = [path.read_text() for path in (Path(f"/proc/{pid}/status"), Path(f"/proc/{pid}/ksm_stat")) if path.exists()]
+    return [line for text in texts for line in text.splitlines() if line.startswith(("THP_enabled", "ksm_merge_any"))]

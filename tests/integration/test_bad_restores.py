@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from helpers import GUARD_SECONDS, Builder, Victim, Victims, alive, ask, children_of, until
-from helpers_cli import command, run_cli
+from helpers_cli import MAIN, command, run_cli
 from helpers_copies import Copies
 
 import lazyrestore
@@ -274,3 +274,35 @@ def test_sigbus_in_the_foreground_is_explained(run: Path, victims: Victims, copi
     _, said = restoring.communicate(timeout=GUARD_SECONDS)
     assert restoring.returncode == 128 + signal.SIGBUS, said
     assert ("verify s" in said) == damaged, said
+
+
+def test_a_limit_on_the_size_of_files(run: Path, victims: Victims, copies: Copies) -> None:
+    """It counts for memory files, too, and a write up to it succeeds in part. The pager is there already."""
+    victim = victims.start(["sleep", "1000000"])
+    victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
+    snapshot = end(victim, copies)
+    other = snapshot.restore(new_pid=True)
+    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); {MAIN}"
+    answer = run_cli(run / "store", "restore", snapshot.name, "--detach", code=limit)
+    other.kill()
+    other.wait()
+    assert answer.returncode == errors.RestoreError.exit_status, answer.stderr
+    assert "ulimit -f" in answer.stderr
+    assert len(answer.stderr.strip().splitlines()) == 1
+    assert not alive(victim.pid)
+
+
+def test_the_proc_of_another_pid_namespace(run: Path, victims: Victims, copies: Copies, start: Start) -> None:
+    """Process ids mean other processes there: neither may be touched."""
+    victim = start()
+    copies.snapshot(victim.pid, "x")
+    for words in (["snapshot", str(victim.pid), "--name", "y"], ["restore", "x", "--detach"]):
+        answer = subprocess.run(
+            ["unshare", "--pid", "--fork", *command(run / "store", *words)],
+            stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert answer.returncode == errors.MissingFeature.exit_status, answer.stderr
+        assert "/proc" in answer.stderr
+        assert len(answer.stderr.strip().splitlines()) == 1
+    victim.check()
+    assert copies.store.names() == ["x"]
