@@ -172,58 +172,83 @@ static struct lr_error write_pages(struct backing *backing, const struct image *
 	return LR_OK;
 }
 
-/* Brings all of a claimed chunk. */
-static enum chunk_state fill(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
-	struct lr_error error = unpack(image, chunk, unpacker);
+/* The end of a claim: writes pages, which `raw` has one behind the other, unless getting them was an error. */
+static enum chunk_state put(struct backing *backing, const struct image *image, uint64_t chunk, uint32_t pages, const char *raw,
+			    struct lr_error error) {
+	uint32_t n = image->chunks[chunk].length / LR_PAGE;
+	uint16_t there = present(backing, chunk) | (uint16_t)pages;
+	bool whole = pages == ALL_PAGES || (n <= 16 && (there & ((1u << n) - 1)) == (1u << n) - 1);
 	if (!error.code)
-		error = write_pages(backing, image, chunk, ALL_PAGES, unpacker->raw);
-	if (error.code)
+		error = write_pages(backing, image, chunk, pages, raw);
+	if (error.code) {
 		log_line("snapshot %s: chunk %llu at image address %#llx cannot be read: %s: %s", image->name,
 			 (unsigned long long)chunk, (unsigned long long)image->chunks[chunk].address, error.step,
 			 strerror(error.code));
-	return settle(backing, chunk, error.code ? CHUNK_BAD : CHUNK_FILLED);
+		return settle(backing, chunk, CHUNK_BAD);
+	}
+	if (whole)
+		return settle(backing, chunk, CHUNK_FILLED);
+	atomic_store_explicit(&backing->present[chunk - backing->first], there, memory_order_release);
+	return settle(backing, chunk, CHUNK_PARTLY);
+}
+
+/* FILLED or BAD, by somebody else; or what the caller's claim found. */
+static enum chunk_state claim_or_await(struct backing *backing, uint64_t chunk, bool *claimed) {
+	for (;;) {
+		enum chunk_state state = atomic_load_explicit(state_of(backing, chunk), memory_order_acquire);
+		*claimed = claim(backing, chunk);
+		if (*claimed || state == CHUNK_FILLED || state == CHUNK_BAD)
+			return state;
+		await(backing, chunk - backing->first);
+	}
 }
 
 enum chunk_state backing_fill(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
+	bool claimed;
 	if (chunk - backing->first >= backing->n)
 		return CHUNK_BAD;
-	for (;;) {
-		if (claim(backing, chunk))
-			return fill(backing, image, chunk, unpacker);
-		await(backing, chunk - backing->first);
-		enum chunk_state state = atomic_load_explicit(state_of(backing, chunk), memory_order_acquire);
-		if (state == CHUNK_FILLED || state == CHUNK_BAD)
-			return state;
-	}
+	enum chunk_state state = claim_or_await(backing, chunk, &claimed);
+	if (!claimed)
+		return state;
+	struct lr_error error = unpack(image, chunk, unpacker);
+	return put(backing, image, chunk, ALL_PAGES, unpacker->raw, error);
+}
+
+bool backing_bring_page(struct backing *backing, const struct image *image, uint64_t chunk, uint32_t page, struct unpacker *unpacker) {
+	bool claimed;
+	if (backing_has_page(backing, chunk, page))
+		return true;
+	if (chunk - backing->first >= backing->n)
+		return false;
+	enum chunk_state state = claim_or_await(backing, chunk, &claimed);
+	if (!claimed)
+		return state == CHUNK_FILLED || backing_has_page(backing, chunk, page);
+	struct lr_error error = unpack(image, chunk, unpacker);
+	const char *raw = unpacker->raw;
+	return put(backing, image, chunk, 1u << page, raw + page * (size_t)LR_PAGE, error) != CHUNK_BAD;
+}
+
+void backing_finish(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
+	if (unpacker->held == chunk + 1 && claim(backing, chunk))
+		put(backing, image, chunk, ALL_PAGES, unpacker->raw, LR_OK);
 }
 
 void backing_fill_at_leisure(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
 	enum chunk_state state = atomic_load_explicit(state_of(backing, chunk), memory_order_acquire);
-	if ((state != CHUNK_EMPTY && state != CHUNK_PARTLY) || unpack(image, chunk, unpacker).code || !claim(backing, chunk))
-		return;
-	struct lr_error error = write_pages(backing, image, chunk, ALL_PAGES, unpacker->raw);
-	settle(backing, chunk, error.code ? CHUNK_BAD : CHUNK_FILLED);
+	bool wanted = state == CHUNK_EMPTY || state == CHUNK_PARTLY;
+	if (wanted && !unpack(image, chunk, unpacker).code && claim(backing, chunk))
+		put(backing, image, chunk, ALL_PAGES, unpacker->raw, LR_OK);
 }
 
-/* What a frame holds of one chunk. */
-static void fill_partly(struct backing *backing, const struct image *image, const struct lr_touched *touched, const char *raw) {
-	uint64_t chunk = touched->chunk;
-	uint32_t n = image->chunks[chunk].length / LR_PAGE;
-	if (backing_has(backing, chunk, touched->pages) || !claim(backing, chunk))
-		return;
-	struct lr_error error = write_pages(backing, image, chunk, touched->pages, raw);
-	uint16_t there = present(backing, chunk) | touched->pages;
-	bool whole = touched->pages == ALL_PAGES || (n <= 16 && (there & ((1u << n) - 1)) == (1u << n) - 1);
-	if (!error.code && !whole)
-		atomic_store_explicit(&backing->present[chunk - backing->first], there, memory_order_release);
-	settle(backing, chunk, error.code ? CHUNK_BAD : whole ? CHUNK_FILLED : CHUNK_PARTLY);
+static bool lacks(const struct backing *backing, const struct lr_touched *touched) {
+	return touched->chunk - backing->first < backing->n && !backing_has(backing, touched->chunk, touched->pages);
 }
 
 void backing_fill_frame(struct backing *backing, const struct image *image, const struct frame *frame, struct unpacker *unpacker) {
 	const struct lr_touched *touched = &image->working_set[frame->first];
 	bool wanted = false;
 	for (uint32_t i = 0; i < frame->n; i++)
-		wanted |= touched[i].chunk - backing->first < backing->n && !backing_has(backing, touched[i].chunk, touched[i].pages);
+		wanted |= lacks(backing, &touched[i]);
 	if (!wanted)
 		return;
 	if (image_unpack_frame(image, frame, unpacker).code) {
@@ -234,8 +259,8 @@ void backing_fill_frame(struct backing *backing, const struct image *image, cons
 	atomic_fetch_add_explicit(&fill_stats.bytes_read, frame->stored, memory_order_relaxed);
 	const char *raw = unpacker->raw;
 	for (uint32_t i = 0; i < frame->n; raw += image_touched_bytes(image, &touched[i]), i++)
-		if (touched[i].chunk - backing->first < backing->n)
-			fill_partly(backing, image, &touched[i], raw);
+		if (lacks(backing, &touched[i]) && claim(backing, touched[i].chunk))
+			put(backing, image, touched[i].chunk, touched[i].pages, raw, LR_OK);
 }
 
 bool backing_has(const struct backing *backing, uint64_t chunk, uint32_t pages) {

@@ -54,6 +54,11 @@ struct lr_error backing_create_template(const struct image *image, bool hugetlb,
 enum chunk_state backing_fill(struct backing *backing, const struct image *image, uint64_t chunk,
 			      struct unpacker *unpacker);
 
+/* True: one page of a chunk of at most 16 is there, after reading the chunk or waiting for the thread that does. For who waits for just
+ * this page: the rest of the chunk, if it was read now, is written by backing_finish(), which is to be called once that one goes on. */
+bool backing_bring_page(struct backing *backing, const struct image *image, uint64_t chunk, uint32_t page, struct unpacker *unpacker);
+void backing_finish(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker);
+
 /* For a thread that may be kept from running: it claims the chunk only once it has its bytes, so that who needs it waits for
  * little. A chunk that cannot be read is left to who needs it. */
 void backing_fill_at_leisure(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker);

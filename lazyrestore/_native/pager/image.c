@@ -294,6 +294,7 @@ static struct lr_error unpack(const struct image *image, uint64_t offset, uint32
 			      struct unpacker *unpacker) {
 	enum { DESCRIPTOR = 4, CHECKSUM_FLAG = 1 << 2 }; /* RFC 8878, 3.1.1.1.1 */
 	const unsigned char *frame = unpacker->stored;
+	unpacker->held = 0;
 	if (stored > ZSTD_compressBound(LR_MAX_CHUNK))
 		return lr_fail("frame: stored size", EBADMSG, address);
 	struct lr_error error = read_whole(image->data_fd, unpacker->stored, stored, offset);
@@ -322,7 +323,9 @@ struct lr_error image_unpack(const struct image *image, uint64_t index, struct u
 	if (error.code)
 		return error;
 	uint64_t offset = image->packs[chunk->pack].offset + chunk->offset;
-	return unpack(image, offset, chunk->stored, chunk->length, chunk->address, unpacker);
+	error = unpack(image, offset, chunk->stored, chunk->length, chunk->address, unpacker);
+	unpacker->held = error.code ? 0 : index + 1;
+	return error;
 }
 
 uint64_t image_touched_bytes(const struct image *image, const struct lr_touched *touched) {

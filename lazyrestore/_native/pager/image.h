@@ -83,6 +83,7 @@ struct unpacker {
 	void *stored;
 	void *raw;
 	void *planes;
+	uint64_t held; /* 1 + the chunk whose bytes are in `raw`; 0: of a frame, or nothing */
 };
 struct lr_error unpacker_init(struct unpacker *unpacker);
 void unpacker_deinit(struct unpacker *unpacker);

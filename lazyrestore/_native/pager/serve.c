@@ -228,9 +228,11 @@ static void zero_below(struct space *space, uint64_t start, uint64_t end) {
 	}
 }
 
-/* Zeros to put below the page that was asked for, once that is served; empty: none. */
+/* What is to do once the page that was asked for is there. */
 struct favour {
-	uint64_t zero_start, zero_end;
+	uint64_t zero_start, zero_end; /* zeros to put below it; empty: none */
+	struct backing *backing; /* the rest of chunk `chunk` is to be written; NULL: no */
+	uint64_t chunk;
 };
 
 static enum verdict serve_zero(struct space *space, struct job job, struct favour *favour) {
@@ -303,7 +305,12 @@ static void fill_ahead(struct space *space, struct backing *backing, const struc
 	uint64_t limit = interval->image + (interval->end - interval->start);
 	struct chunk_stream *stream = single ? choose_stream(space, asked, PAGES_AHEAD_MAX)
 					     : choose_stream(space, about->address, CHUNKS_AHEAD_MAX);
-	for (uint64_t stop = earlier(end + stream->ahead * (single ? LR_PAGE : (uint64_t)about->length), limit); end < stop;) {
+	uint64_t stop = earlier(end + stream->ahead * (single ? LR_PAGE : (uint64_t)about->length), limit);
+	if (end < stop)
+		backing_finish(backing, image, chunk, &space->unpacker);
+	if (end < stop && backing_fill(backing, image, chunk, &space->unpacker) != CHUNK_FILLED)
+		stop = end;
+	while (end < stop) {
 		if (end == about->address + about->length) {
 			struct pollfd waiting = {.fd = space->uffd, .events = POLLIN};
 			if (++chunk == backing->first + backing->n || (++about)->address != end ||
@@ -345,20 +352,25 @@ static enum verdict serve_page(struct space *space, uint64_t address, struct fav
 		return serve_zero(space, job, favour);
 	job.what = INSTALL_CONTINUE;
 	const struct lr_chunk *chunk = &image->chunks[place.chunk];
-	bool filled = backing_fill(backing, image, place.chunk, &space->unpacker) == CHUNK_FILLED;
+	uint32_t page = (uint32_t)((wanted - chunk->address) / LR_PAGE);
+	bool single = records_pages(space, backing, chunk);
+	bool there = single ? backing_bring_page(backing, image, place.chunk, page, &space->unpacker)
+			    : backing_fill(backing, image, place.chunk, &space->unpacker) == CHUNK_FILLED;
 	/* Of a damaged chunk, the working set's pack may have brought some pages. */
-	if (!filled && !backing_has_page(backing, place.chunk, (uint32_t)((wanted - chunk->address) / LR_PAGE)))
+	bool alone = !there && backing_has_page(backing, place.chunk, page);
+	if (!there && !alone)
 		return poison(space, job);
-	bool single = !filled || records_pages(space, backing, chunk);
-	if (single) {
+	if (single || alone) {
 		job.start = job.at;
 		job.end = job.at + LR_PAGE;
 	}
-	if (filled && backing->page == LR_PAGE && (single || place.end - wanted == job.end - job.at))
+	if (!alone && backing->page == LR_PAGE && (single || place.end - wanted == job.end - job.at))
 		fill_ahead(space, backing, &interval, place.chunk, single, &job);
 	enum verdict verdict = install(space, job);
 	if (verdict == SERVED)
 		record(space, backing, place.chunk, later(place.start, wanted - (job.at - job.start)), wanted + (job.end - job.at));
+	favour->backing = backing;
+	favour->chunk = place.chunk;
 	return verdict;
 }
 
@@ -369,5 +381,7 @@ enum verdict serve_fault(struct space *space, const struct fault *fault) {
 		return verdict;
 	stats_time(&space->stats, now_ns() - fault->read_ns);
 	zero_below(space, favour.zero_start, favour.zero_end);
+	if (favour.backing)
+		backing_finish(favour.backing, &space->pager->image, favour.chunk, &space->unpacker);
 	return SERVED;
 }
