@@ -51,7 +51,10 @@ class Place(ctypes.Structure):
 
 
 class Unpacker(ctypes.Structure):
-    _fields_ = (*((name, ctypes.c_void_p) for name in ("context", "stored", "raw", "planes")), ("held", ctypes.c_uint64))
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("context", "stored", "raw", "planes")),
+        ("held", ctypes.c_uint64),
+    )
 
 
 lib: ctypes.CDLL
