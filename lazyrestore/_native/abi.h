@@ -50,6 +50,10 @@ struct uffdio_poison {
 #define PAGE_IS_PFNZERO (1 << 5)
 #define PAGE_IS_HUGE (1 << 6)
 #define PAGE_IS_SOFT_DIRTY (1 << 7) /* Linux 6.8 */
+#define PAGE_IS_GUARD (1 << 8) /* Linux 6.15 */
+#ifndef MADV_GUARD_INSTALL
+#define MADV_GUARD_INSTALL 102 /* Linux 6.13 */
+#endif
 struct page_region {
 	__u64 start;
 	__u64 end;

@@ -110,6 +110,7 @@ lr_scan_pages(int32_t pagemap, uint64_t start, uint64_t end, int32_t kind, uint6
 		[LR_PAGES_ZERO] = {.required = PAGE_IS_PFNZERO},
 		[LR_PAGES_OF_FILE] = {.required = PAGE_IS_FILE},
 	};
+	static _Atomic bool no_guards; /* before Linux 6.15 */
 	struct page_region regions[256];
 	size_t written = 0;
 	while (start < end) {
@@ -124,12 +125,20 @@ lr_scan_pages(int32_t pagemap, uint64_t start, uint64_t end, int32_t kind, uint6
 			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 			.return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 		};
+		bool guards = kind == LR_PAGES_WITH_CONTENT && !no_guards;
+		if (guards)
+			scan.return_mask |= PAGE_IS_GUARD;
 		long count = ioctl(pagemap, PAGEMAP_SCAN, &scan);
+		if (count < 0 && errno == EINVAL && guards) {
+			no_guards = true;
+			continue;
+		}
 		if (count < 0)
 			return -errno;
 		for (long i = 0; i < count; i++) {
-			if (written && ranges[2 * written - 1] == regions[i].start) {
-				ranges[2 * written - 1] = regions[i].end;
+			bool guard = regions[i].categories & PAGE_IS_GUARD;
+			if (written && ranges[2 * written - 1] == (regions[i].start | guard)) {
+				ranges[2 * written - 1] = regions[i].end | guard;
 				continue;
 			}
 			if (written == room) {
@@ -137,7 +146,7 @@ lr_scan_pages(int32_t pagemap, uint64_t start, uint64_t end, int32_t kind, uint6
 				return (int64_t)written;
 			}
 			ranges[2 * written] = regions[i].start;
-			ranges[2 * written + 1] = regions[i].end;
+			ranges[2 * written + 1] = regions[i].end | guard;
 			written++;
 		}
 		start = scan.walk_end;

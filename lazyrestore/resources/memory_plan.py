@@ -14,15 +14,19 @@ import errno
 import os
 from dataclasses import dataclass, field
 
+from msgspec.structs import replace as replace_fields
+
 from lazyrestore._native import _core
 from lazyrestore.errors import SnapshotFailed
 from lazyrestore.kernel.host import KERNEL_MAPPINGS
 from lazyrestore.kernel.procfs import Mapping
-from lazyrestore.resources.inherited import OBJECT_SPAN, Origin, Piece, Ranges, settle, union
+from lazyrestore.resources.inherited import OBJECT_SPAN, Origin, Piece, Ranges, settle, union, within
 from lazyrestore.resources.vma import (
     ANONYMOUS_HUGETLB_NAME,
     ANONYMOUS_SHARED_NAME,
+    GUARD,
     LARGE_FILE_MAPPING,
+    LOCKED,
     PAGE,
     FileIdentity,
     Kind,
@@ -86,6 +90,7 @@ class Planner:
         self._identities = identities  # found before the freeze
         self._origin = origin
         self._inherited: list[Piece] = []
+        self._guards: Ranges = []  # guard pages of the mapping that is being planned
         self._files: dict[str, int] = {}
         self._objects: dict[tuple[int, int], int] = {}
         self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
@@ -98,7 +103,10 @@ class Planner:
 
     def build(self, mappings: list[Mapping]) -> Plan:
         for mapping in mappings:
-            self.plan.vmas.append(self._vma(mapping))
+            self._guards.clear()
+            first_run = len(self.plan.runs)
+            vma = self._vma(mapping)
+            self.plan.vmas += _apart(vma, self._guards, self.plan.runs[first_run:]) if self._guards else [vma]
         if self._origin is not None:
             self._settle(self._origin)
         return self.plan
@@ -271,6 +279,9 @@ class Planner:
             if count < 0:
                 raise SnapshotFailed(f"mapping {start:x}-{end:x}", "PAGEMAP_SCAN", errno=-count)
             found += [(ranges[2 * index], ranges[2 * index + 1]) for index in range(count)]
+        if kind == lib.LR_PAGES_WITH_CONTENT and any(end & 1 for _, end in found):
+            self._guards += [(start, end - 1) for start, end in found if end & 1]
+            found = [each for each in found if not each[1] & 1]
         return found
 
     def _pages_before_6_7(self, start: int, end: int, kind: int) -> Ranges:
@@ -292,6 +303,29 @@ class Planner:
                 else:
                     found.append((page, page + PAGE))
         return found
+
+
+def _apart(vma: Vma, guards: Ranges, runs: list[Run]) -> list[Vma]:
+    """A VMA as several: its guard pages are mappings of their own when it is restored. Nothing that the pager installs
+    then lies over one: UFFDIO_CONTINUE takes a guard for a page that is missing (6.18; tried). runs: its content."""
+    parts = []
+    at = vma.start
+    for start, end in [*guards, (vma.end, vma.end)]:
+        stored = sum(run.length for run in runs if at <= run.address < start)
+        kind: Kind = "anonymous" if vma.kind == "lazy" and not stored else vma.kind
+        if at < start:
+            lowest = vma.grows_down and at == vma.start
+            written = within(vma.written, at, start)
+            part = replace_fields(
+                vma, start=at, end=start, kind=kind, stored=stored, grows_down=lowest, written=written
+            )
+            parts.append(part)
+        if start < end:
+            flags = (*(flag for flag in vma.flags if flag != LOCKED), GUARD)
+            guard = replace_fields(vma, start=start, end=end, kind="anonymous", flags=flags, stored=0, written=[])
+            parts.append(replace_fields(guard, grows_down=False))
+        at = end
+    return parts
 
 
 def _data_ranges(descriptor: int, size: int) -> Ranges:

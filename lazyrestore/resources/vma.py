@@ -270,7 +270,8 @@ ADVICE = {  # VmFlags of smaps (Documentation/filesystems/proc.rst) → madvise
     "rr": lib.MADV_RANDOM,
 }
 LOCKED = "lo"
-_ADVISED = frozenset((*ADVICE, LOCKED))
+GUARD = "guard"  # ours, not smaps': all of it is guard pages (MADV_GUARD_INSTALL)
+_ADVISED = frozenset((*ADVICE, LOCKED, GUARD))
 
 # Looked up once: an attribute of a cffi library costs much in a loop over VMAs.
 _MMAP, _OPENAT, _AT_FDCWD = lib.SYS_mmap, lib.SYS_openat, lib.AT_FDCWD
@@ -331,5 +332,7 @@ def _advise(vma: Vma, ops: OpList) -> None:
     for name, advice in ADVICE.items():  # in an order of ours: two compilations give the same
         if name in vma.flags and (name != "wf" or vma.kind in ("eager", "anonymous")):
             ops.try_call(lib.SYS_madvise, vma.start, vma.size, advice, note=f"VmFlags {name}")
+    if GUARD in vma.flags:
+        ops.call(lib.SYS_madvise, vma.start, vma.size, lib.MADV_GUARD_INSTALL, note="guard pages")
     if LOCKED in vma.flags:
         ops.call(lib.SYS_mlock2, vma.start, vma.size, lib.MLOCK_ONFAULT)
