@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 lib, ffi = _core.lib, _core.ffi
 
 STOPPED = 0x7F  # a wait status
+LOCKS = ("flock", "POSIX lock", "OFDLCK lock")  # how the operations that take locks are called (resources/files.py)
 OP, FIRST_ARGUMENT = ffi.sizeof("struct lr_op"), ffi.offsetof("struct lr_op", "arg")
 Piece = tuple[Written, int, bytes]  # address, contents
 
@@ -161,6 +162,8 @@ class NewProcess:
         step = op.name + (f" ({op.note})" if op.note else "")
         if -4096 < result < 0:
             advice = "`lazyrestore doctor` tells which privilege is missing" if result == -errno.EPERM else ""
+            if result == -errno.EAGAIN and op.note in LOCKS:
+                advice = "end the process that holds the lock (the original, or another copy?)"
             raise RestoreError(op.resource, step, advice=advice, errno=-result)
         raise RestoreError(op.resource, step, f"returned {result:#x} and not {op.want:#x}")
 

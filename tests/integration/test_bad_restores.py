@@ -276,6 +276,23 @@ def test_sigbus_in_the_foreground_is_explained(run: Path, victims: Victims, copi
     assert ("verify s" in said) == damaged, said
 
 
+def test_a_lock_that_another_holds(run: Path, victims: Victims, copies: Copies) -> None:
+    """As every second clone does of a process that has locked a file."""
+    code = "import fcntl, os, sys; file = open('locked', 'w'); {}; os.mkdir('ready'); sys.stdin.read()"
+    for take in ("fcntl.flock(file, 2)", "fcntl.lockf(file, 2)"):
+        reader, writer = os.pipe()
+        victim = victims.start([sys.executable, "-c", code.format(take)], cwd=run, stdin=reader)
+        victim.until((run / "ready").exists, "the lock")
+        (run / "ready").rmdir()
+        snapshot = copies.snapshot(victim.pid, "x")
+        with pytest.raises(errors.RestoreError, match="locked.*lock.*end the process that holds the lock"):
+            snapshot.restore(new_pid=True)
+        victim.kill()
+        copies.store.remove("x")
+        os.close(reader)
+        os.close(writer)
+
+
 def test_a_limit_on_the_size_of_files(run: Path, victims: Victims, copies: Copies) -> None:
     """It counts for memory files, too, and a write up to it succeeds in part. The pager is there already."""
     victim = victims.start(["sleep", "1000000"])
