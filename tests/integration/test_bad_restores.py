@@ -285,7 +285,7 @@ def test_a_lock_that_another_holds(run: Path, victims: Victims, copies: Copies) 
         victim.until((run / "ready").exists, "the lock")
         (run / "ready").rmdir()
         snapshot = copies.snapshot(victim.pid, "x")
-        with pytest.raises(errors.RestoreError, match="locked.*lock.*end the process that holds the lock"):
+        with pytest.raises(errors.RestoreError, match=r"locked.*lock.*end the process that holds the lock"):
             snapshot.restore(new_pid=True)
         victim.kill()
         copies.store.remove("x")
