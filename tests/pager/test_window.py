@@ -1,7 +1,8 @@
 """Events in every order in which threads can queue them: the maps that come out are the kernel's truth.
 
-A scenario is a string of steps, see window.c: real calls of one thread, so what is true is known. Their events are then
-applied in all orders that several threads could have caused: only the events of one call stay in order.
+A scenario is a string of steps, see window.c: real calls, one after the other, so what is true is known. Their events
+are then applied in all orders that several threads could have caused: only the events of one call stay in order. Where
+digits name the threads, the events of each thread do, and the window is told who made a call as it is in the pager.
 """
 
 from __future__ import annotations
@@ -28,25 +29,33 @@ EVENTS = {
     "k": 1,
     "b": 2,
     "f": 1,
-}  # a move: REMAP, then UNMAP of its source
-X, S, D, E, SIZE = "100000000", "200000000", "300000000", "400000000", "10000"
+    "l": 1,
+    "m": 1,
+    "c": 1,
+    "r": 1,
+    "x": 1,
+}  # a move: REMAP, then UNMAP of its source; growth: nothing
+X, S, D, E, V, SIZE = "100000000", "200000000", "300000000", "400000000", "500000000", "10000"
+W = "ffff0000"
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("window") / "window"
-    sources = [
-        HERE / "window.c",
-        *(NATIVE / "pager" / f"{name}.c" for name in ("window", "apply", "pieces", "interval_map", "uffd", "proc")),
-    ]
+    names = ("window", "apply", "callers", "pieces", "interval_map", "uffd", "proc")
+    sources = [HERE / "window.c", *(NATIVE / "pager" / f"{name}.c" for name in names)]
     flags = ["-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-pthread"]
     subprocess.run(["cc", *flags, "-iquote", NATIVE, *sources, "-o", path], check=True)
     return path
 
 
 def orders(scenario: str) -> list[str]:
-    """All orders in which each call's own events stay in order."""
-    owner = [call for call, step in enumerate(scenario) for _ in range(EVENTS[step])]
+    """All orders in which each call's own events, or each thread's, stay in order."""
+    owner: list[str] = []
+    thread = ""
+    for call, step in enumerate(scenario):
+        thread = step if step.isdigit() else thread
+        owner += [thread or f"call {call}"] * EVENTS.get(step, 0)
 
     def possible(order: tuple[int, ...]) -> bool:
         return all(a < b for i, a in enumerate(order) for b in order[i + 1 :] if owner[a] == owner[b])
@@ -64,9 +73,20 @@ def at(whose: str, address: str, image: str) -> str:
     return f"{whose} {address}+{SIZE} {image}"
 
 
-@pytest.mark.parametrize("order", orders("us"))
-def test_a_move_into_what_was_just_unmapped(program: Path, order: str) -> None:
-    assert run(program, "us", order) == {at("self", S, X)}
+def live(lines: set[str]) -> set[str]:
+    """Without what reads zero, as does what no interval holds."""
+    return {line for line in lines if not line.endswith("zero 0")}
+
+
+def both(scenario: str) -> list[tuple[str, str]]:
+    """The scenario with threads that are known, and without, in each of its orders."""
+    calls = "".join(step for step in scenario if not step.isdigit())
+    return [(which, order) for which in (calls, scenario) for order in orders(scenario)]
+
+
+@pytest.mark.parametrize(("scenario", "order"), both("1u2s"))
+def test_a_move_into_what_was_just_unmapped(program: Path, scenario: str, order: str) -> None:
+    assert run(program, scenario, order) == {at("self", S, X)}
 
 
 @pytest.mark.parametrize("kernel", ["new", "old", "none"])
@@ -106,6 +126,36 @@ def test_moved_and_unmapped_by_one_thread(program: Path) -> None:
     assert run(program, "usu", "0123") == set()
 
 
+@pytest.mark.parametrize("order", orders("1d2wc"))
+def test_a_move_beside_growth_into_its_place_that_is_unmapped_again(program: Path, order: str) -> None:
+    assert live(run(program, "1d2wc", order)) == {at("self", D, X), at("self", S, S), at("self", W, V)}
+
+
+@pytest.mark.parametrize("order", orders("2dwc1l"))
+def test_dontunmap_into_what_another_had_grown_over_and_unmapped(program: Path, order: str) -> None:
+    assert live(run(program, "2dwc1l", order)) == {at("self", D, X), at("self", X, S), at("self", W, V)}
+
+
+@pytest.mark.parametrize("order", orders("1z2wm"))
+def test_growth_over_what_was_just_unmapped_that_is_moved(program: Path, order: str) -> None:
+    assert live(run(program, "1z2wm", order)) == {at("self", E, V), at("self", S, S)}
+
+
+@pytest.mark.parametrize("order", orders("1d2tz"))
+def test_a_move_into_what_was_just_moved_away_that_is_unmapped(program: Path, order: str) -> None:
+    assert live(run(program, "1d2tz", order)) == {at("self", D, X)}
+
+
+@pytest.mark.parametrize("scenario", ["krg", "1krg"])
+def test_moved_shrunk_and_grown_by_one_thread(program: Path, scenario: str) -> None:
+    """What was cut off reads zero, though the kernel shows the same part of the file there again."""
+    assert live(run(program, scenario, "01")) == {f"self {D}+8000 {X}", at("self", S, S)}
+
+
+def test_shrunk_by_one_thread_and_grown_and_moved_by_another(program: Path) -> None:
+    assert live(run(program, "2x1yd", "012")) == {f"self {D}+8000 {X}", at("self", S, S)}
+
+
 def knows(scenario: str, order: str) -> bool:
     """Whether the child can know: a call that is first told on the other side of the fork ran beside it."""
     first = {call: sum(EVENTS[step] for step in scenario[:call]) for call in range(len(scenario))}
@@ -114,43 +164,40 @@ def knows(scenario: str, order: str) -> bool:
     return all((told[call] < told[fork]) == (call < fork) for call in told if call != fork)
 
 
-@pytest.mark.parametrize("scenario", ["uf", "fu"])
-@pytest.mark.parametrize("order", orders("uf"))
+def check_fork(program: Path, scenario: str, order: str, mine: set[str], before: set[str], after: set[str]) -> None:
+    """The child has what was there before the call or after it; which, if it can know. Else it may lose what moved."""
+    lines = live(run(program, scenario, order))
+    child = {line for line in lines if line.startswith("child")}
+    assert lines - child == mine
+    if knows(scenario, order):
+        assert child == (before if scenario[0] == "f" else after)
+    else:
+        assert child in (before, after, before & after)
+
+
+@pytest.mark.parametrize(("scenario", "order"), [(s, o) for s in ("uf", "fu") for o in orders(s)])
 def test_fork_beside_unmap(program: Path, scenario: str, order: str) -> None:
-    lines = run(program, scenario, order)
-    assert {line for line in lines if line.startswith("self")} == {at("self", X, X)}
-    assert at("child", X, X) in lines
-    if knows(scenario, order):
-        assert (at("child", S, S) in lines) == (scenario == "fu")
+    before = {at("child", X, X), at("child", S, S)}
+    check_fork(program, scenario, order, {at("self", X, X)}, before, {at("child", X, X)})
 
 
-@pytest.mark.parametrize("scenario", ["hf", "fh"])
-@pytest.mark.parametrize("order", orders("hf"))
+@pytest.mark.parametrize(("scenario", "order"), [(s, o) for s in ("hf", "fh") for o in orders(s)])
 def test_fork_beside_unmap_of_a_part(program: Path, scenario: str, order: str) -> None:
-    lines = run(program, scenario, order)
-    assert {line for line in lines if line.startswith("self")} == {at("self", X, X), f"self {S}+8000 {S}"}
-    assert at("child", X, X) in lines
-    if knows(scenario, order):
-        size = SIZE if scenario == "fh" else "8000"
-        assert f"child {S}+{size} {S}" in lines
+    before = {at("child", X, X), at("child", S, S)}
+    after = {at("child", X, X), f"child {S}+8000 {S}"}
+    check_fork(program, scenario, order, {at("self", X, X), f"self {S}+8000 {S}"}, before, after)
 
 
 @pytest.mark.parametrize(("scenario", "order"), [(s, o) for s in ("df", "fd") for o in orders(s)])
 def test_fork_beside_move(program: Path, scenario: str, order: str) -> None:
-    lines = run(program, scenario, order)
-    assert {line for line in lines if line.startswith("self")} == {at("self", D, X), at("self", S, S)}
-    assert at("child", S, S) in lines
-    if knows(scenario, order):
-        assert at("child", D if scenario == "df" else X, X) in lines
+    before = {at("child", X, X), at("child", S, S)}
+    after = {at("child", D, X), at("child", S, S)}
+    check_fork(program, scenario, order, {at("self", D, X), at("self", S, S)}, before, after)
 
 
 @pytest.mark.parametrize(("scenario", "order"), [(s, o) for s in ("kf", "fk") for o in orders(s)])
 def test_fork_beside_dontunmap(program: Path, scenario: str, order: str) -> None:
     """MREMAP_DONTUNMAP leaves empty memory behind, and tells no UNMAP."""
-    lines = run(program, scenario, order)
-    mine = {at("self", D, X), at("self", X, "zero 0"), at("self", S, S)}
-    assert {line for line in lines if line.startswith("self")} == mine
-    assert at("child", S, S) in lines
-    if knows(scenario, order):
-        assert at("child", D if scenario == "kf" else X, X) in lines
-        assert (at("child", X, "zero 0") in lines) == (scenario == "kf")
+    before = {at("child", X, X), at("child", S, S)}
+    after = {at("child", D, X), at("child", S, S)}
+    check_fork(program, scenario, order, {at("self", D, X), at("self", S, S)}, before, after)

@@ -1,8 +1,10 @@
 /* Real mapping calls, their real events, applied to a real window in another order; prints the maps that come out.
  *
- * usage: window SCENARIO ORDER KERNEL; ORDER: a digit per event, the position in which it really came; KERNEL: whether it can be
+ * usage: window SCENARIO ORDER KERNEL; SCENARIO: a letter per call; with digits: made by that thread,
+ * which the window sees, else by one that it does not; ORDER: a digit per event, the position in which it really came; KERNEL: whether it can be
  * asked what is mapped: new (PROCMAP_QUERY), old (the text), none (as of a forked child). */
 #define _GNU_SOURCE
+#include "pager/callers.h"
 #include "pager/proc.h"
 #include "pager/space.h"
 #include "pager/uffd.h"
@@ -11,6 +13,7 @@
 #include <linux/filter.h>
 #include <linux/seccomp.h>
 #include <linux/userfaultfd.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -21,11 +24,13 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 
-enum { SIZE = 16 * LR_PAGE, MAX_EVENTS = 8 };
-#define X 0x100000000ull /* two registered mappings, and free room */
+enum { SIZE = 16 * LR_PAGE, MAX_EVENTS = 8, MAX_CALLS = 4, THREADS = 2 };
+#define X 0x100000000ull /* registered mappings, and free room */
+#define W (X - SIZE)     /* ends where X begins; its image is V */
 #define S 0x200000000ull
 #define D 0x300000000ull
 #define E 0x400000000ull
+#define V 0x500000000ull
 #define CHECK(condition)                                                                                               \
 	do {                                                                                                           \
 		if (!(condition)) {                                                                                    \
@@ -38,7 +43,10 @@ static struct uffd_msg events[MAX_EVENTS];
 static struct origin shown[MAX_EVENTS]; /* at a REMAP's destination, when it was read */
 static struct space space;
 static const struct origin *answer; /* to be given in place of what is there now */
+static struct call calls[MAX_EVENTS][MAX_CALLS]; /* in which threads slept before it was read */
+static uint32_t n_calls[MAX_EVENTS];
 static unsigned n_events;
+static bool looks;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t more = PTHREAD_COND_INITIALIZER;
 static int uffd;
@@ -113,18 +121,36 @@ struct lr_error space_start(struct space *child) {
 
 /* -- events ------------------------------------------------------------------------------------------------------------ */
 
+/* Whoever made the call sleeps until its event is read; but not yet, if it is seen in the instant in which it is queued. */
+static void look(void) {
+	struct pollfd readable = {.fd = uffd, .events = POLLIN};
+	CHECK(poll(&readable, 1, -1) == 1);
+	while (looks && !space.window.n_calls) {
+		callers_forget(&space.window);
+		space.window.remap_ns = now_ns();
+		callers_look(&space);
+	}
+	CHECK(space.window.n_calls <= MAX_CALLS);
+}
+
 static void *read_events(void *unused) {
 	struct uffd_msg message;
-	while (read(uffd, &message, sizeof message) == sizeof message) {
+	for (;;) {
+		look();
+		if (read(uffd, &message, sizeof message) != sizeof message)
+			return unused;
 		pthread_mutex_lock(&lock);
 		CHECK(n_events < MAX_EVENTS);
 		if (message.event == UFFD_EVENT_REMAP)
 			shown[n_events] = space_origin(&space, message.arg.remap.to);
+		n_calls[n_events] = space.window.n_calls;
+		if (space.window.n_calls)
+			memcpy(calls[n_events], space.window.calls, space.window.n_calls * sizeof *space.window.calls);
 		events[n_events++] = message;
-		pthread_cond_signal(&more);
+		space.window.n_calls = 0;
+		pthread_cond_broadcast(&more);
 		pthread_mutex_unlock(&lock);
 	}
-	return unused;
 }
 
 static void await_events(unsigned n) {
@@ -136,6 +162,9 @@ static void await_events(unsigned n) {
 
 static void apply(struct space *space, const struct uffd_msg *event) {
 	answer = &shown[event - events];
+	space->window.n_calls = n_calls[event - events];
+	if (space->window.n_calls)
+		memcpy(space->window.calls, calls[event - events], space->window.n_calls * sizeof *space->window.calls);
 	switch (event->event) {
 	case UFFD_EVENT_UNMAP:
 		CHECK(!window_unmap(space, event->arg.remove.start, event->arg.remove.end));
@@ -161,15 +190,23 @@ static void apply(struct space *space, const struct uffd_msg *event) {
 
 /* -- scenarios --------------------------------------------------------------------------------------------------------- */
 
-static void add(struct space *space, int memfd, uint64_t at) {
-	CHECK(mmap((void *)at, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED_NOREPLACE, memfd, (off_t)at) !=
+static void add(struct space *space, int memfd, uint64_t at, uint64_t image) {
+	CHECK(mmap((void *)at, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED_NOREPLACE, memfd, (off_t)image) !=
 	      MAP_FAILED);
 	CHECK(!uffd_register(uffd, at, at + SIZE).code);
-	CHECK(!interval_map_insert(&space->map, (struct interval){.start = at, .end = at + SIZE, .image = at}));
+	CHECK(!interval_map_insert(&space->map, (struct interval){.start = at, .end = at + SIZE, .image = image}));
+}
+
+static void move_bytes(uint64_t from, uint64_t bytes, uint64_t to, int flags) {
+	CHECK(mremap((void *)from, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED | flags, (void *)to) != MAP_FAILED);
 }
 
 static void move(uint64_t from, uint64_t to, int flags) {
-	CHECK(mremap((void *)from, SIZE, SIZE, MREMAP_MAYMOVE | MREMAP_FIXED | flags, (void *)to) != MAP_FAILED);
+	move_bytes(from, SIZE, to, flags);
+}
+
+static void resize(uint64_t at, uint64_t from, uint64_t to) {
+	CHECK(mremap((void *)at, from, to, 0) == (void *)at);
 }
 
 static pid_t fork_child(void) {
@@ -180,10 +217,107 @@ static pid_t fork_child(void) {
 	return child;
 }
 
+static pid_t child;
+
+static void make_call(char step) {
+	switch (step) {
+	case 'u': /* unmap S */
+		CHECK(!munmap((void *)S, SIZE));
+		break;
+	case 'h': /* unmap half of S */
+		CHECK(!munmap((void *)(S + SIZE / 2), SIZE / 2));
+		break;
+	case 's': /* X to S */
+		move(X, S, 0);
+		break;
+	case 'd': /* X to D */
+		move(X, D, 0);
+		break;
+	case 'k': /* X to D, and X stays mapped */
+		move(X, D, MREMAP_DONTUNMAP);
+		break;
+	case 't': /* S to X, which must be free */
+		move(S, X, 0);
+		break;
+	case 'p': /* half of S to X, which must be free */
+		move_bytes(S, SIZE / 2, X, 0);
+		break;
+	case 'l': /* S to X, and S stays mapped */
+		move(S, X, MREMAP_DONTUNMAP);
+		break;
+	case 'e': /* X to E */
+		move(X, E, 0);
+		break;
+	case 'm': /* W, grown over X, to E, and stays mapped */
+		move_bytes(W, 2 * SIZE, E, MREMAP_DONTUNMAP);
+		break;
+	case 'z': /* unmap X */
+		CHECK(!munmap((void *)X, SIZE));
+		break;
+	case 'b': /* D back to X */
+		move(D, X, 0);
+		break;
+	case 'w': /* W grows over X, which must be free */
+		resize(W, SIZE, 2 * SIZE);
+		break;
+	case 'c': /* and shrinks */
+		resize(W, 2 * SIZE, SIZE);
+		break;
+	case 'r': /* D shrinks to a half */
+		resize(D, SIZE, SIZE / 2);
+		break;
+	case 'g': /* and grows again */
+		resize(D, SIZE / 2, SIZE);
+		break;
+	case 'x': /* X shrinks to a half */
+		resize(X, SIZE, SIZE / 2);
+		break;
+	case 'y': /* and grows again */
+		resize(X, SIZE / 2, SIZE);
+		break;
+	case 'f':
+		child = fork_child();
+		break;
+	default:
+		CHECK(!"a known step");
+	}
+}
+
+static char next_step; /* for the thread whose turn it is; 0: it has made its call */
+static unsigned turn;
+
+__attribute__((noreturn)) static void *make_calls(void *number) {
+	pthread_mutex_lock(&lock);
+	for (;;) {
+		while (!next_step || turn != (uintptr_t)number)
+			pthread_cond_wait(&more, &lock);
+		char step = next_step;
+		pthread_mutex_unlock(&lock);
+		make_call(step);
+		pthread_mutex_lock(&lock);
+		next_step = 0;
+		pthread_cond_broadcast(&more);
+	}
+}
+
+static void play(const char *scenario) {
+	pthread_mutex_lock(&lock);
+	for (turn = 1; *scenario; scenario++) {
+		if (*scenario >= '1' && *scenario < '1' + THREADS) {
+			turn = (unsigned)(*scenario - '0');
+			continue;
+		}
+		next_step = *scenario;
+		pthread_cond_broadcast(&more);
+		while (next_step)
+			pthread_cond_wait(&more, &lock);
+	}
+	pthread_mutex_unlock(&lock);
+}
+
 int main(int argc, char **argv) {
 	bool poison, hugetlb;
-	pthread_t reader;
-	pid_t child = 0;
+	pthread_t thread;
 	struct stat file;
 	CHECK(argc == 4);
 	const char *scenario = argv[1], *order = argv[2], *kernel = argv[3];
@@ -203,48 +337,16 @@ int main(int argc, char **argv) {
 		forget_procmap_query();
 	interval_map_init(&space.map);
 	window_init(&space.window);
-	add(&space, memfd, X);
-	add(&space, memfd, S);
-	CHECK(!pthread_create(&reader, NULL, read_events, NULL));
+	add(&space, memfd, X, X);
+	add(&space, memfd, S, S);
+	if (strchr(scenario, 'w'))
+		add(&space, memfd, W, V);
+	looks = strpbrk(scenario, "12");
+	CHECK(!pthread_create(&thread, NULL, read_events, NULL));
+	for (uintptr_t number = 1; number <= THREADS; number++)
+		CHECK(!pthread_create(&thread, NULL, make_calls, (void *)number));
 
-	for (const char *step = scenario; *step; step++)
-		switch (*step) {
-		case 'u': /* unmap S */
-			CHECK(!munmap((void *)S, SIZE));
-			break;
-		case 'h': /* unmap half of S */
-			CHECK(!munmap((void *)(S + SIZE / 2), SIZE / 2));
-			break;
-		case 's': /* X to S */
-			move(X, S, 0);
-			break;
-		case 'd': /* X to D */
-			move(X, D, 0);
-			break;
-		case 'k': /* X to D, and X stays mapped */
-			move(X, D, MREMAP_DONTUNMAP);
-			break;
-		case 't': /* S to X, which must be free */
-			move(S, X, 0);
-			break;
-		case 'p': /* half of S to X, which must be free */
-			CHECK(mremap((void *)S, SIZE / 2, SIZE / 2, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)X) != MAP_FAILED);
-			break;
-		case 'e': /* X to E */
-			move(X, E, 0);
-			break;
-		case 'z': /* unmap X */
-			CHECK(!munmap((void *)X, SIZE));
-			break;
-		case 'b': /* D back to X */
-			move(D, X, 0);
-			break;
-		case 'f':
-			child = fork_child();
-			break;
-		default:
-			CHECK(!"a known step");
-		}
+	play(scenario);
 	unsigned n = (unsigned)strlen(order);
 	await_events(n);
 	CHECK(n_events == n);

@@ -29,21 +29,20 @@ int apply_unread(struct space *space) {
 
 /* -- what was displaced ------------------------------------------------------------------------------------------------ */
 
-static int add_displaced(struct window *window, struct interval piece) {
-	struct interval *displaced =
-		array_room(window->displaced, window->n_displaced, &window->displaced_capacity, sizeof piece);
+static int add_displaced(struct window *window, struct displaced one) {
+	struct displaced *displaced = array_room(window->displaced, window->n_displaced, &window->displaced_capacity, sizeof one);
 	if (!displaced)
 		return ENOMEM;
 	window->displaced = displaced;
-	window->displaced[window->n_displaced++] = piece;
+	window->displaced[window->n_displaced++] = one;
 	return 0;
 }
 
-/* Something is about to be put where the map holds [start, end): that has left, as an event to come will tell. */
-static int displace(struct space *space, uint64_t start, uint64_t end) {
+/* Empties [start, end); what the map holds there may have left before, and is kept. */
+static int displace(struct space *space, uint64_t start, uint64_t end, int32_t by, uint64_t unmapped) {
 	struct interval piece;
 	for (uint64_t at = start; piece_next(&space->map, at, end, &piece); at = piece.end) {
-		int error = add_displaced(&space->window, piece);
+		int error = add_displaced(&space->window, (struct displaced){piece, by, unmapped});
 		if (error)
 			return error;
 	}
@@ -52,14 +51,15 @@ static int displace(struct space *space, uint64_t start, uint64_t end) {
 
 /* Takes [start, end) out of a displaced piece; one of which nothing is left stays, empty. */
 static int cut_displaced(struct window *window, uint32_t number, uint64_t start, uint64_t end) {
-	struct interval whole = window->displaced[number], rest[2] = {0};
+	struct displaced whole = window->displaced[number];
+	struct interval rest[2] = {0};
 	unsigned n = 0;
-	if (whole.start < start)
-		rest[n++] = piece_cut(whole, whole.start, start);
-	if (end < whole.end)
-		rest[n++] = piece_cut(whole, end, whole.end);
-	window->displaced[number] = rest[0];
-	return n > 1 ? add_displaced(window, rest[1]) : 0;
+	if (whole.piece.start < start)
+		rest[n++] = piece_cut(whole.piece, whole.piece.start, start);
+	if (end < whole.piece.end)
+		rest[n++] = piece_cut(whole.piece, end, whole.piece.end);
+	window->displaced[number].piece = rest[0];
+	return n > 1 ? add_displaced(window, (struct displaced){rest[1], whole.by, whole.unmapped}) : 0;
 }
 
 bool belongs(struct interval piece, uint64_t from, struct origin origin) {
@@ -67,16 +67,26 @@ bool belongs(struct interval piece, uint64_t from, struct origin origin) {
 	       (piece.backing == origin.backing && piece.image - piece.start == origin.image - from);
 }
 
-/* Takes what lay in [from, end) before something else was put there: what belongs to `origin`, else what is oldest. */
-static int take_displaced(struct window *window, uint64_t from, uint64_t end, struct origin origin, struct interval_map *moved) {
+/* May a call have taken what was displaced? Of what was unmapped, only a REMAP of all of it can tell more: that of a mapping which shrank,
+ * grew again and moved, each by another thread, takes along what was not unmapped. */
+static bool may_be_older(const struct event *call, const struct displaced *one) {
+	if (same(one->by, call->by))
+		return false;
+	return !one->unmapped || (call->kind == UFFD_EVENT_REMAP && one->unmapped <= call->start);
+}
+
+/* Takes what lay in the range of a call before it was displaced: what belongs to `origin`, else what is oldest. */
+static int take_displaced(struct window *window, const struct event *call, struct origin origin, struct interval_map *taken) {
 	uint32_t n = window->n_displaced;
 	int error = 0;
 	for (uint32_t i = 0; !error && i < n; i++) {
-		struct interval piece = window->displaced[i];
-		uint64_t start = piece.start > from ? piece.start : from, stop = piece.end < end ? piece.end : end;
-		if (start >= stop || !belongs(piece, from, origin))
+		struct displaced one = window->displaced[i];
+		struct interval piece = one.piece;
+		uint64_t start = piece.start > call->start ? piece.start : call->start;
+		uint64_t stop = piece.end < call->end ? piece.end : call->end;
+		if (start >= stop || !may_be_older(call, &one) || !belongs(piece, call->start, origin))
 			continue;
-		error = piece_fill_gap(moved, piece_cut(piece, start, stop));
+		error = piece_fill_gap(taken, piece_cut(piece, start, stop));
 		if (!error)
 			error = cut_displaced(window, i, start, stop);
 	}
@@ -88,7 +98,7 @@ static int take_displaced(struct window *window, uint64_t from, uint64_t end, st
 /* The longest piece of [at, end) that lies wholly in what a move put there, or wholly outside: then `inside` is NULL. */
 static uint64_t moved_piece(const struct window *window, uint64_t at, uint64_t end, const struct move **inside) {
 	*inside = NULL;
-	for (uint32_t i = 0; i < window->n_moves; i++) {
+	for (uint32_t i = window->n_moves; i--;) { /* the last one is what the map holds */
 		const struct move *move = &window->moves[i];
 		if (move->left)
 			continue;
@@ -114,6 +124,16 @@ static bool holds_other(struct space *space, uint64_t start, uint64_t end) {
 	return false;
 }
 
+/* Is an UNMAP older than a move that was told before it, to where it unmaps? */
+enum age { OLDER, PERHAPS_OLDER, NEWER };
+static enum age age(const struct event *unmap, const struct move *move, bool perhaps) {
+	if (move->done >= unmap->number)
+		return OLDER;
+	if (same(unmap->by, move->by))
+		return NEWER;
+	return differ(unmap->by, move->by) || perhaps ? PERHAPS_OLDER : NEWER;
+}
+
 /* A munmap, the end of a mapping that shrinks, or what is mapped over: one call, and all of it was there when it was made. */
 static int unmap(struct space *space, const struct event *event) {
 	struct window *window = &space->window;
@@ -125,15 +145,21 @@ static int unmap(struct space *space, const struct event *event) {
 		return interval_map_erase(&space->map, start, end);
 	int error = doubt_children(space, start, end);
 	if (!error)
-		error = take_displaced(window, start, end, (struct origin){0}, &explained);
+		error = take_displaced(window, event, (struct origin){0}, &explained);
 	bool perhaps_older = explained.count || holds_other(space, start, end);
 	for (uint64_t at = start; !error && at < end;) {
 		const struct move *inside;
 		uint64_t piece = moved_piece(window, at, end, &inside);
-		if (!inside || (inside->done < event->number && !perhaps_older))
-			error = interval_map_erase(&space->map, at, piece);
-		else if (inside->done < event->number)
+		switch (inside ? age(event, inside, perhaps_older) : NEWER) {
+		case NEWER:
+			error = event->by ? displace(space, at, piece, event->by, start) : interval_map_erase(&space->map, at, piece);
+			break;
+		case PERHAPS_OLDER:
 			error = piece_flag(&space->map, at, piece, 0, INTERVAL_SUSPECT);
+			break;
+		case OLDER:
+			break;
+		}
 		at = piece;
 	}
 	return error;
@@ -175,7 +201,7 @@ static bool is_doubtful(const struct window *window, uint64_t start, uint64_t en
 		if (!window->moves[i].left && window->moves[i].to < end && start < window->moves[i].to + window->moves[i].length)
 			return true;
 	for (uint32_t i = 0; i < window->n_displaced; i++)
-		if (window->displaced[i].start < end && start < window->displaced[i].end)
+		if (window->displaced[i].piece.start < end && start < window->displaced[i].piece.end)
 			return true;
 	return false;
 }
@@ -192,7 +218,7 @@ static int put(struct space *space, struct interval_map *moved, struct move move
 			error = piece_fill_gap(moved, back);
 		}
 	if (!error)
-		error = displace(space, move.to, move.to + move.length);
+		error = displace(space, move.to, move.to + move.length, move.by, 0);
 	if (!error && origin.known)
 		error = interval_map_insert(&space->map,
 					    (struct interval){.start = move.to,
@@ -224,7 +250,7 @@ static int remap(struct space *space, const struct event *event) {
 	__attribute__((cleanup(interval_map_deinit))) struct interval_map moved;
 	__attribute__((cleanup(interval_map_deinit))) struct interval_map before;
 	uint64_t from = event->start, end = event->end;
-	struct move move = {from, event->to, end - from, event->done, false};
+	struct move move = {.from = from, .to = event->to, .length = end - from, .done = event->done, .by = event->by};
 	struct origin origin = {0};
 	struct interval piece;
 	int error = 0;
@@ -234,9 +260,9 @@ static int remap(struct space *space, const struct event *event) {
 	window->changed = true;
 	if (!move.length)
 		return duplicate(space, from, move.to);
-	if (!window->in_order && event_unmaps(event) && (unknown || is_doubtful(window, from, end))) {
+	if (!window->in_order && event->slept && (event->shown.known || unknown || is_doubtful(window, from, end))) {
 		origin = event->shown;
-		error = take_displaced(window, from, end, origin, &moved);
+		error = take_displaced(window, event, origin, &moved);
 	}
 	if (!error && (origin.known || !moved.count))
 		error = take_current(space, from, end, origin, &before);

@@ -2,13 +2,17 @@
 #include "proc.h"
 
 #include "space.h"
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
 #include <poll.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 
 /* As in Linux 6.11; the headers of the build machine may be older. */
@@ -81,9 +85,49 @@ bool proc_place(struct space *space, uint64_t address, struct proc_place *place)
 	return query.inode;
 }
 
-bool proc_one_thread(struct space *space) {
-	struct stat about;
+static bool open_task(struct space *space) {
 	if (space->task < 0)
 		space->task = open_file(space, "task");
-	return space->task >= 0 && !fstat(space->task, &about) && about.st_nlink == 3;
+	return space->task >= 0;
+}
+
+bool proc_one_thread(struct space *space) {
+	struct stat about;
+	return open_task(space) && !fstat(space->task, &about) && about.st_nlink == 3;
+}
+
+void proc_tasks_init(struct proc_tasks *tasks, struct space *space) {
+	tasks->directory = open_task(space) && !lseek(space->task, 0, SEEK_SET) ? space->task : -1;
+	tasks->read = tasks->used = 0;
+}
+
+static bool read_call(int directory, const char *thread, struct proc_task *task) {
+	char path[32], text[256];
+	uint64_t *with = task->arguments;
+	snprintf(path, sizeof path, "%.16s/syscall", thread);
+	scoped_fd file = openat(directory, path, O_RDONLY | O_CLOEXEC);
+	ssize_t length = file >= 0 ? read(file, text, sizeof text - 1) : -1;
+	if (length <= 0)
+		return false;
+	text[length] = 0;
+	*task = (struct proc_task){.thread = atoi(thread), .call = -1, .runs = !strncmp(text, "running", 7)};
+	sscanf(text, "%ld %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64, &task->call, &with[0], &with[1], &with[2], &with[3],
+	       &with[4]);
+	return true;
+}
+
+bool proc_next_task(struct proc_tasks *tasks, struct proc_task *task) {
+	while (tasks->directory >= 0) {
+		if (tasks->used >= tasks->read) {
+			tasks->read = syscall(SYS_getdents64, tasks->directory, tasks->entries, sizeof tasks->entries);
+			tasks->used = 0;
+			if (tasks->read <= 0)
+				return false;
+		}
+		const struct dirent64 *entry = (const void *)(tasks->entries + tasks->used);
+		tasks->used += entry->d_reclen;
+		if (entry->d_name[0] != '.' && read_call(tasks->directory, entry->d_name, task))
+			return true;
+	}
+	return false;
 }

@@ -2,7 +2,8 @@
  *
  * Facts: /proc/PID/maps belongs to the address space that the process had when it was opened; from Linux 6.11 on one VMA can
  * be asked for (PROCMAP_QUERY, include/uapi/linux/fs.h; 2 us here), before that the text must be read.
- * /proc/PID/task has as many links as the process has threads, and two. */
+ * /proc/PID/task has as many links as the process has threads, and two. Of a thread that sleeps in a system call, "syscall" there shows its
+ * number and arguments. */
 #pragma once
 #include <stdbool.h>
 #include <stdint.h>
@@ -22,3 +23,22 @@ bool proc_place(struct space *space, uint64_t address, struct proc_place *place)
 
 /* Does the process have one thread only? False where it cannot be asked. */
 bool proc_one_thread(struct space *space);
+
+/* The threads of a process, one after the other. */
+struct proc_tasks {
+	int directory; /* the space's; -1: the process cannot be asked */
+	long read, used;
+	char entries[4096];
+};
+
+struct proc_task {
+	int32_t thread;
+	bool runs;    /* or could, if there was a CPU for it */
+	long call;    /* SYS_…: in which it sleeps; -1: in none */
+	uint64_t arguments[5];
+};
+
+void proc_tasks_init(struct proc_tasks *tasks, struct space *space);
+
+/* The next thread. False: there is none, or none that may be asked. */
+bool proc_next_task(struct proc_tasks *tasks, struct proc_task *task);

@@ -2,6 +2,7 @@
 #include "space.h"
 
 #include "array.h"
+#include "callers.h"
 #include "log.h"
 #include "proc.h"
 #include "removal.h"
@@ -194,10 +195,14 @@ bool space_drain(struct space *space, uint32_t *n_read) {
 	*n_read = 0;
 	SCOPED_LOCK(&space->map_lock);
 	for (;;) {
+		enum look look = callers_look(space);
+		if (look == LOOKED_IN_VAIN)
+			break;
 		__attribute__((cleanup(removal_end))) struct removal_guard guard = removal_begin(space);
 		if (guard.read == REMOVAL_NOTHING)
 			break;
-		size_t wanted = space->window.open || guard.read == REMOVAL_ONE ? 1 : BATCH; /* in a window, what a caller does before it is woken matters */
+		bool one = look == LOOKED || guard.read == REMOVAL_ONE;
+		size_t wanted = space->window.open || one ? 1 : BATCH; /* in a window, what a caller does before it is woken matters */
 		ssize_t n = read(space->uffd, messages, wanted * sizeof *messages);
 		if (n < 0 && errno == EINTR)
 			continue;

@@ -2,6 +2,7 @@
 
 #include "apply.h"
 #include "array.h"
+#include "callers.h"
 #include "pieces.h"
 #include "proc.h"
 #include "space.h"
@@ -17,6 +18,7 @@ void window_init(struct window *window) {
 static void forget(struct window *window) {
 	window->n_events = window->n_read = window->n_moves = window->n_displaced = 0;
 	window->open = window->changed = window->forked = false;
+	callers_forget(window);
 }
 
 void window_deinit(struct window *window) {
@@ -24,6 +26,7 @@ void window_deinit(struct window *window) {
 	free(window->events);
 	free(window->moves);
 	free(window->displaced);
+	free(window->calls);
 }
 
 /* -- events ------------------------------------------------------------------------------------------------------------ */
@@ -51,20 +54,25 @@ static int take(struct space *space, struct event event) {
 }
 
 /* The REMAP, if any, that tells of the same move as this UNMAP. */
-static struct event *find_move(struct window *window, uint64_t start, uint64_t end) {
+static struct event *find_move(struct window *window, uint64_t start, uint64_t end, int32_t by) {
 	for (uint32_t i = window->n_events; i--;) {
 		struct event *event = &window->events[i];
-		if (event->kind == UFFD_EVENT_REMAP && event->start == start && event->end == end && !event_unmaps(event))
+		if (event->kind == UFFD_EVENT_REMAP && event->start == start && event->end == end && !event->slept &&
+		    !differ(event->by, by))
 			return event;
 	}
 	return NULL;
 }
 
 int window_unmap(struct space *space, uint64_t start, uint64_t end) {
-	struct event *move = find_move(on_event(space), start, end);
+	struct window *window = on_event(space);
+	int32_t by = callers_of_unmap(window, start, end);
+	struct event *move = find_move(window, start, end, by);
 	if (!move)
-		return take(space, (struct event){.kind = UFFD_EVENT_UNMAP, .start = start, .end = end});
-	move->done = ++space->window.n_read; /* that is all it tells */
+		return take(space, (struct event){.kind = UFFD_EVENT_UNMAP, .start = start, .end = end, .by = by});
+	move->done = ++window->n_read; /* that is all it tells, but who made it */
+	move->slept = true;
+	move->by = move->by ? move->by : by;
 	return 0;
 }
 
@@ -74,7 +82,12 @@ int window_remove(struct space *space, uint64_t start, uint64_t end) {
 
 int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t length, bool sleeps) {
 	struct event event = {.kind = UFFD_EVENT_REMAP, .start = from, .end = from + length, .to = to};
-	if (!on_event(space)->in_order && sleeps)
+	if (on_event(space)->in_order)
+		return take(space, event);
+	space->window.remap_ns = now_ns();
+	event.by = callers_of_remap(&space->window, from, to, &event.shown);
+	event.slept = event.shown.known;
+	if (!event.slept && sleeps)
 		event.shown = space_origin(space, to);
 	return take(space, event);
 }
@@ -90,7 +103,7 @@ int window_fork(struct space *space, struct space *child) {
 static bool is_there(struct space *space, uint64_t address) {
 	struct interval piece;
 	struct origin origin = space_origin(space, address);
-	return !interval_map_find(&space->map, address, &piece) || piece.flags & INTERVAL_ZERO || belongs(piece, address, origin);
+	return !interval_map_find(&space->map, address, &piece) || belongs(piece, address, origin);
 }
 
 /* Clears the suspicion from the parts of [start, end), one interval, that are registered, erases the rest. */

@@ -7,17 +7,22 @@
  * and B's event comes first. A mremap that moves tells REMAP, then UNMAP of just its source, unless it was MREMAP_DONTUNMAP.
  * REMOVE is queued before memory is dropped, and changes no mapping.
  * Consequence: a window is open from the first such event read until an ioctl does not answer EAGAIN: then every call that the window's
- * events tell of is over, and none of its events is missing. Nothing can be installed meanwhile.
+ * events tell of is over, and none of its events is missing. Nothing can be installed meanwhile. Growth tells nothing, so of an UNMAP
+ * or REMAP of what a mapping grew by only the calling thread tells whose it is (callers.h).
  * Choice: the events are kept, in the order in which they were read, and the map is changed when the window closes (apply.h). So it is known
  * of each REMAP whether its UNMAP came, that is, whether its caller slept until then. If so, what the kernel shows at its destination when
- * the REMAP is read is what was moved. If not, the source is still mapped, nobody can have been given it, and the map is right about it.
+ * the REMAP is read is what was moved. If not, the source is still mapped: the kernel is asked about it before the REMAP is read, while its caller
+ * sleeps; where nobody looked, the map is taken to be right about it.
  * Only these orders matter to a program that does not itself race for an address:
- *   UNMAP over what a REMAP of the window moved there      is older, if it is read before that of the REMAP's source: its mover slept. It may be
- *                                                          older if something was displaced there, which it explains, or if it hits
- *                                                          other things, too: the interval stays, as a suspect. Else it is by whom
- *                                                          it was moved there
+ *   UNMAP over what a REMAP of the window moved there      is older, if it is read before that of the REMAP's source: its mover slept. Else it
+ *                                                          is newer, if it is by the same thread, and may be older, if it is by
+ *                                                          another: the interval stays, as a suspect. Of unknown threads it may be
+ *                                                          older if something was displaced there, which it explains, or if it
+ *                                                          hits other things, too
  *   REMAP to where the map holds something                 that has left, by a call whose event comes later: it is kept, displaced
- *   REMAP from where something was moved or displaced      may be older than that move: what the kernel showed decides
+ *   UNMAP by a known thread                                what lay there may have left before a neighbour grew over it: kept, too
+ *   REMAP                                                  takes what the kernel showed, of what is in the map or was displaced by
+ *                                                          others: a neighbour may have grown over what the map has there
  *   UNMAP or REMAP read after a FORK                       may be older than it: what lay there is a suspect in the child
  * What is read before a FORK is over when the child first runs, for none of its callers can have waited for the fork's return: so it
  * was before the fork, or beside it, when no program can know which.
@@ -38,6 +43,8 @@
 struct space;
 struct event;
 struct move;
+struct displaced;
+struct call;
 
 /* What the kernel shows at an address: a byte of one of the backings. */
 struct origin {
@@ -56,8 +63,12 @@ struct window {
 	uint32_t n_read; /* of them */
 	struct move *moves; /* its REMAPs, from the first that may not be in order */
 	uint32_t n_moves, moves_capacity;
-	struct interval *displaced; /* overwritten by REMAPs, the oldest first */
+	struct displaced *displaced; /* by REMAPs and UNMAPs, the oldest first */
 	uint32_t n_displaced, displaced_capacity;
+	uint64_t remap_ns; /* when the last REMAP was read that may not be in order; 0: none. It outlives the window */
+	struct call *calls; /* in which threads slept before the event that is being read (callers.h) */
+	uint32_t n_calls, calls_capacity;
+	int32_t running; /* the one thread that seems to run, and was seen in none of them; 0: none, -1: several */
 	struct space *unborn; /* chained: children whose map is made */
 };
 

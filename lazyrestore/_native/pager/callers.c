@@ -1,0 +1,146 @@
+#define _GNU_SOURCE
+#include "callers.h"
+
+#include "array.h"
+#include "proc.h"
+#include "space.h"
+#include "uffd.h"
+#include <poll.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+static uint64_t pages(uint64_t bytes) {
+	return (bytes + LR_PAGE - 1) / LR_PAGE * LR_PAGE;
+}
+
+/* -- looking ----------------------------------------------------------------------------------------------------------- */
+
+static bool changes_mappings(long call) {
+	return call == SYS_munmap || call == SYS_mremap || call == SYS_mmap || call == SYS_brk || call == SYS_shmdt;
+}
+
+static void add(struct window *window, struct call call) {
+	struct call *calls = array_room(window->calls, window->n_calls, &window->calls_capacity, sizeof call);
+	if (!calls)
+		return; /* one that stays unknown */
+	window->calls = calls;
+	window->calls[window->n_calls++] = call;
+}
+
+/* A thread that seems to run: is it still in the call in which it was seen, one of the first `n`? */
+static void add_running(struct window *window, uint32_t n, int32_t thread) {
+	for (uint32_t i = 0; i < n; i++)
+		if (window->calls[i].task.thread == thread && window->calls[i].task.call >= 0) {
+			add(window, window->calls[i]);
+			return;
+		}
+	window->running = window->running ? -1 : thread;
+}
+
+static void look_at_all(struct space *space) {
+	struct window *window = &space->window;
+	uint32_t n = window->n_calls;
+	struct proc_tasks tasks;
+	struct call call = {0};
+	window->running = 0;
+	for (proc_tasks_init(&tasks, space); proc_next_task(&tasks, &call.task);) {
+		if (call.task.runs) {
+			add_running(window, n, call.task.thread);
+		} else if (changes_mappings(call.task.call)) {
+			bool leaves = call.task.call == SYS_mremap && call.task.arguments[3] & MREMAP_DONTUNMAP;
+			call.left = leaves ? space_origin(space, call.task.arguments[0]) : (struct origin){0};
+			add(window, call);
+		}
+	}
+	window->n_calls -= n;
+	if (n)
+		memmove(window->calls, window->calls + n, window->n_calls * sizeof call);
+}
+
+enum look callers_look(struct space *space) {
+	enum { AFTER_REMAP_NS = 1000000000 };
+	struct window *window = &space->window;
+	struct pollfd readable = {.fd = space->uffd, .events = POLLIN};
+	if (!window->remap_ns || now_ns() - window->remap_ns > AFTER_REMAP_NS) {
+		callers_forget(window);
+		return LOOK_NOT_NEEDED;
+	}
+	if (poll(&readable, 1, 0) <= 0)
+		return LOOKED_IN_VAIN;
+	if (uffd_changing(space->uffd))
+		look_at_all(space); /* else it is a fault, which is read before any event that is queued now */
+	return LOOKED;
+}
+
+void callers_forget(struct window *window) {
+	window->n_calls = 0;
+	window->running = 0;
+}
+
+/* -- matching ---------------------------------------------------------------------------------------------------------- */
+
+static int32_t only_running(const struct window *window) {
+	return window->running > 0 ? window->running : 0;
+}
+
+/* How well an UNMAP fits a call: 0, not at all; 2, it is what the call is for; 1, it is in its way. */
+static int fit(const struct proc_task *task, uint64_t start, uint64_t end) {
+	const uint64_t *with = task->arguments;
+	uint64_t first = with[0], old = first + pages(with[1]), new = first + pages(with[2]);
+	switch (task->call) {
+	case SYS_munmap:
+		return start == first && end == old ? 2 : 0;
+	case SYS_shmdt:
+	case SYS_brk:
+		return start == pages(first) ? 2 : 0;
+	case SYS_mmap:
+		return with[3] & MAP_FIXED && start == first && end == old;
+	case SYS_mremap:
+		if (start == new && end == old) /* the end of what shrinks */
+			return 2;
+		return (start == first && end <= old) ||
+		       (with[3] & MREMAP_FIXED && start == with[4] && end == with[4] + pages(with[2]));
+	default:
+		return 0;
+	}
+}
+
+int32_t callers_of_unmap(struct window *window, uint64_t start, uint64_t end) {
+	struct proc_task *found = NULL;
+	int best = 0;
+	for (uint32_t i = 0; i < window->n_calls; i++) {
+		int fits = fit(&window->calls[i].task, start, end);
+		if (fits && fits == best)
+			found = NULL; /* of two that fit, it may be either */
+		if (fits <= best)
+			continue;
+		best = fits;
+		found = &window->calls[i].task;
+	}
+	if (!best)
+		return only_running(window);
+	if (found && (found->call != SYS_mremap || start == found->arguments[0]))
+		found->call = -1; /* this was its last event */
+	return found ? found->thread : 0;
+}
+
+int32_t callers_of_remap(struct window *window, uint64_t from, uint64_t to, struct origin *left) {
+	struct call *found = NULL;
+	*left = (struct origin){0};
+	for (uint32_t i = 0; i < window->n_calls; i++) {
+		struct call *call = &window->calls[i];
+		const uint64_t *with = call->task.arguments;
+		if (call->task.call != SYS_mremap || with[0] != from || (with[3] & MREMAP_FIXED && with[4] != to))
+			continue;
+		if (found)
+			return 0;
+		found = call;
+	}
+	if (!found)
+		return only_running(window);
+	*left = found->left;
+	if (found->task.arguments[3] & MREMAP_DONTUNMAP)
+		found->task.call = -1; /* this was its last event */
+	return found->task.thread;
+}
