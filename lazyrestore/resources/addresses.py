@@ -13,6 +13,8 @@ from errno import EADDRINUSE, EADDRNOTAVAIL, ECONNREFUSED
 from lazyrestore.errors import RestoreError
 from lazyrestore.restore_plan import Address
 
+_SHARED = (socket.SOL_SOCKET, socket.SO_REUSEPORT, (1).to_bytes(4, "little"))
+
 
 def make_free(address: Address) -> None:
     """Find out whether it can be had; unlink a stale socket file. RestoreError if somebody has it."""
@@ -32,7 +34,12 @@ def _check_host(address: Address) -> None:
             probe.bind(address.host)
         except OSError as error:
             advice = ""
-            if error.errno == EADDRINUSE:
+            if error.errno == EADDRINUSE and _SHARED in address.options:
+                advice = (
+                    "whoever has it (the original?) does not share it (SO_REUSEPORT); end that process, or restore "
+                    "with --listen, --inherit-fd or --net new (listen, inherit_fd, new_net)"
+                )
+            elif error.errno == EADDRINUSE:
                 advice = (
                     "end the process that has it (the original, or another copy?), wait for its last connections, or "
                     "restore with --listen, --reuseport, --inherit-fd or --net new (listen, reuseport, inherit_fd, "

@@ -61,6 +61,8 @@ def test_on_another_port(run: Path, victims: Victims, store: lazyrestore.Store) 
             snapshot.restore(new_pid=True, listen={1: 2})
         with pytest.raises(lazyrestore.errors.RestoreError, match=r"bind: .*--listen"):
             snapshot.restore(new_pid=True, listen={int(port): ports[0]})
+        with pytest.raises(lazyrestore.errors.RestoreError, match=r"bind: .*does not share it"):
+            snapshot.restore(new_pid=True, reuseport=True)
         for clone in clones:
             ended(clone)
 
