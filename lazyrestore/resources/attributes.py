@@ -83,11 +83,7 @@ class Attributes(msgspec.Struct, frozen=True):
 
 
 def credentials_of(pid: int, tid: int) -> Credentials:
-    return credentials_in(procfs.parse_status(procfs.read(pid, f"task/{tid}/status")))
-
-
-def credentials_in(status: dict[str, str]) -> Credentials:
-    """Those of the thread whose /proc/PID/task/TID/status it is; without secure bits, which that does not tell."""
+    status = procfs.parse_status(procfs.read(pid, f"task/{tid}/status"))
     uids = tuple(int(word) for word in status["Uid"].split())
     gids = tuple(int(word) for word in status["Gid"].split())
     return Credentials(

@@ -14,6 +14,7 @@ EFAULT where only a pager could bring the page, so those pages are brought befor
 from __future__ import annotations
 
 import os
+import re
 import struct
 
 import msgspec
@@ -23,7 +24,6 @@ from lazyrestore.errors import NoSuchProcess
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import ERESTART_RESTARTBLOCK, Frozen, Registers, call_again, check
 from lazyrestore.program import OpList, Pointer, Program, lib
-from lazyrestore.resources.attributes import credentials_in, credentials_of
 
 ffi = _core.ffi
 
@@ -44,6 +44,7 @@ THREAD_FLAGS = (
 )
 FUTEX_TWO_WORDS = (3, 4, 5, 11, 12)  # REQUEUE, CMP_REQUEUE, WAKE_OP, WAIT_REQUEUE_PI, CMP_REQUEUE_PI: linux/futex.h
 _CLONE_ARGS = struct.Struct("<11Q")
+_OWN_LINES = re.compile(rb"^(?:Uid|Gid|Groups|Cap\w+|NoNewPrivs|Seccomp):.*$", re.MULTILINE)
 
 
 class SignalStack(msgspec.Struct, frozen=True):
@@ -79,17 +80,17 @@ def unsupported(pid: int) -> list[str]:
     from lazyrestore.kernel import libc
 
     lines = []
-    leader, spaces = credentials_of(pid, pid), _namespaces(pid, pid)
+    leader, spaces = _own_lines(pid, pid), _namespaces(pid, pid)
     for tid in procfs.threads(pid):
         try:
-            status = procfs.parse_status(procfs.read(pid, f"task/{tid}/status"))
-            if status.get("Seccomp", "0") != "0":
+            own = leader if tid == pid else _own_lines(pid, tid)
+            if own[-1] != b"Seccomp:\t0":
                 lines.append("seccomp filters" + (f" of thread {tid}" if tid != pid else ""))
             if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == SCHED_DEADLINE:
                 lines.append(f"thread {tid} is scheduled by deadlines (SCHED_DEADLINE)")
             if tid == pid:
                 continue
-            if credentials_in(status) != leader:
+            if own[:-1] != leader[:-1]:
                 lines.append(f"thread {tid} has credentials of its own")
             if _namespaces(pid, tid) != spaces:
                 lines.append(f"thread {tid} is in a namespace of its own")
@@ -100,10 +101,16 @@ def unsupported(pid: int) -> list[str]:
     return lines
 
 
+def _own_lines(pid: int, tid: int) -> list[bytes]:
+    """The lines of a thread's status that tell its credentials; the last one is Seccomp, 0 if the kernel has none."""
+    found = _OWN_LINES.findall(procfs.read(pid, f"task/{tid}/status"))
+    return found if found[-1].startswith(b"Seccomp:") else [*found, b"Seccomp:\t0"]
+
+
 def _namespaces(pid: int, tid: int) -> list[str]:
-    """Those that a single thread can leave."""
+    """Those that a single thread can leave, but for the mount namespace, which it cannot without CLONE_FS."""
     try:
-        return [os.readlink(f"/proc/{pid}/task/{tid}/ns/{kind}") for kind in ("mnt", "net", "ipc", "uts", "cgroup")]
+        return [os.readlink(f"/proc/{pid}/task/{tid}/ns/{kind}") for kind in ("net", "ipc", "uts", "cgroup")]
     except FileNotFoundError as error:
         raise NoSuchProcess(f"thread {tid}", "read its namespaces", "no such thread") from error
 
