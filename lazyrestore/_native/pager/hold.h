@@ -13,12 +13,13 @@
 #include "result.h"
 #include <pthread.h>
 #include <semaphore.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 
 struct hold {
 	int fd; /* the file; the backing's */
 	bool begun; /* what follows is there */
-	bool ending;
+	_Atomic bool ending;
 	int uffd; /* owned */
 	void *trap; /* the page that is written from */
 	sem_t wanted;
