@@ -1,4 +1,4 @@
-/* What the store keeps of a chunk, back to memory. */
+/* For Python, where few chunks are read: what cannot be lazy, and verify. */
 #pragma once
 #include <stddef.h>
 #include <stdint.h>

@@ -1,7 +1,7 @@
 #include "image.h"
 
 #include "log.h"
-#include "planes.h"
+#include "stored.h"
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -288,33 +288,18 @@ static struct lr_error check(const struct image *image, uint64_t index) {
 	return LR_OK;
 }
 
-/* The frame, with a mark before it if it is of planes, of `stored` bytes at `offset` of the data file, which makes `length` bytes, a
- * multiple of LR_PAGE; `address`: what to name in an error. */
+/* What is stored in `stored` bytes at `offset` of the data file, which makes `length` bytes, a multiple of LR_PAGE; `address`: what to name in
+ * an error. */
 static struct lr_error unpack(const struct image *image, uint64_t offset, uint32_t stored, uint64_t length, uint64_t address,
 			      struct unpacker *unpacker) {
-	enum { DESCRIPTOR = 4, CHECKSUM_FLAG = 1 << 2 }; /* RFC 8878, 3.1.1.1.1 */
-	const unsigned char *frame = unpacker->stored;
 	unpacker->held = 0;
 	if (stored > ZSTD_compressBound(LR_MAX_CHUNK))
 		return lr_fail("frame: stored size", EBADMSG, address);
 	struct lr_error error = read_whole(image->data_fd, unpacker->stored, stored, offset);
 	if (error.code)
 		return error;
-	bool planes = stored > sizeof LR_PLANES_MARK && !memcmp(frame, LR_PLANES_MARK, sizeof LR_PLANES_MARK);
-	if (planes) {
-		frame += sizeof LR_PLANES_MARK;
-		stored -= sizeof LR_PLANES_MARK;
-	}
-	if (ZSTD_getFrameContentSize(frame, stored) != length)
-		return lr_fail("frame: content size", EBADMSG, address);
-	if (!(frame[DESCRIPTOR] & CHECKSUM_FLAG))
-		return lr_fail("frame: no checksum", EBADMSG, address);
-	size_t n = ZSTD_decompressDCtx(unpacker->context, planes ? unpacker->planes : unpacker->raw, length, frame, stored);
-	if (ZSTD_isError(n) || n != length)
-		return lr_fail("ZSTD_decompressDCtx", EBADMSG, address);
-	if (planes)
-		lr_join_planes(unpacker->planes, length, unpacker->raw);
-	return LR_OK;
+	const char *wrong = lr_from_stored(unpacker->context, unpacker->stored, stored, unpacker->planes, unpacker->raw, length);
+	return wrong ? lr_fail(wrong, EBADMSG, address) : LR_OK;
 }
 
 struct lr_error image_unpack(const struct image *image, uint64_t index, struct unpacker *unpacker) {
