@@ -4,8 +4,8 @@ Facts. A clone costs milliseconds to restore and microseconds to continue. A pro
 the *thread* that made it ends; an init of a PID namespace gets even that one if it is SIGKILL, and takes everything in
 its namespace along (pid_namespaces(7)).
 
-Choice. Two background threads that live as long as the pool restore all clones, so all of them are killed by the kernel
-when this process ends, in whatever way. Two, since half of a restore is waiting for the new process and the pager.
+Choice. Background threads that live as long as the pool restore all clones, so all of them are killed by the kernel
+when this process ends, in whatever way. Three, since half of a restore is waiting for the new process and the pager.
 Another thread collects the ended ones, so that giving back waits for nothing. Who takes a clone gets it from a queue,
 and leaves a Future in another one if there is none; an asyncio caller awaits the same Future.
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from lazyrestore.fleet.process import Parked
     from lazyrestore.fleet.sockets import Address
 
-FILLERS = 2  # threads that restore
+FILLERS = 3  # threads that restore
 HOLD_SECONDS = 0.005  # about what one restore takes: nobody comes much later to a clone than without it
 RETRY_SECONDS = 1.0  # after a restore that failed, unless somebody asks earlier
 
@@ -277,7 +277,7 @@ class Pool:
         clone.process.kill()
         self._ended.put(clone)
 
-    # -- the two threads -----------------------------------------------------------------------------------------------
+    # -- the threads ---------------------------------------------------------------------------------------------------
 
     def _fill(self) -> None:
         while True:
