@@ -399,6 +399,7 @@ def test_written_pages_come_as_copies(start: Start, make_image: MakeImage, make_
     second.ask("poke", at + PAGE, 254)
     assert second.ask("crc", at, CHUNK) != expected
     third.clone(client, BASE, LENGTH, replay=True)
+    replayed(client, 8)
     assert third.ask("crc", at, CHUNK) == expected
     assert client.stats().faults == 5  # the rest of the chunk, once each
 
