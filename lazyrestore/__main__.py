@@ -18,7 +18,6 @@ from contextlib import suppress
 
 COLLECT_AFTER = 100_000  # new containers, some 10 MB
 LAST_STREAM = 2
-INTERRUPTED = 130  # the exit status, 128 + SIGINT
 
 
 def entry() -> None:
@@ -27,7 +26,7 @@ def entry() -> None:
         _run()
     except KeyboardInterrupt:  # before there was a command to end
         os.write(2, b"lazyrestore: interrupted\n")
-        os._exit(INTERRUPTED)
+        os._exit(130)  # 128 + SIGINT
 
 
 def _run() -> None:
@@ -35,6 +34,10 @@ def _run() -> None:
     while (null := os.open(os.devnull, os.O_RDWR)) <= LAST_STREAM:
         os.set_inheritable(null, True)
     os.close(null)
+    from lazyrestore import restore_command
+
+    if words := restore_command.plain(sys.argv[1:]):
+        os._exit(_flushed(restore_command.run(words)) & 0xFF)
     from lazyrestore.stand_ins import bring
 
     bring("click")

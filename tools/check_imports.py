@@ -84,6 +84,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "__init__": {"api"},
     "cli": {
+        "command",
+        "restore_command",
         "stand_ins",
         "working_set",
         "readiness",
@@ -99,7 +101,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "program",
         "resources",
     },
-    "__main__": {"cli", "stand_ins"},
+    "command": set(),
+    "restore_command": {"api", "command", "stand_ins"},
+    "__main__": {"cli", "restore_command", "stand_ins"},
 }
 
 

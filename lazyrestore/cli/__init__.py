@@ -9,9 +9,11 @@ from typing import Any
 
 import click
 
+from lazyrestore.command import default_store, failed
+
 COMMANDS = {
     "snapshot": "lazyrestore.cli.snapshot:snapshot_command",
-    "restore": "lazyrestore.cli.restore:restore_command",
+    "restore": "lazyrestore.cli.restore:restore",
     "record": "lazyrestore.cli.record:record_command",
     "ls": "lazyrestore.cli.listing:ls_command",
     "show": "lazyrestore.cli.listing:show_command",
@@ -121,25 +123,10 @@ class LazyGroup(click.Group):
 
         try:
             return super().invoke(ctx)
-        except LazyrestoreError as error:
-            if ctx.params.get("debug"):
-                _print_traceback()
-            click.echo(f"lazyrestore: {error}", err=True)
-            ctx.exit(error.exit_status)
-        except OSError as error:
+        except (LazyrestoreError, OSError, KeyboardInterrupt) as error:
             if isinstance(error, BrokenPipeError):
                 raise  # click ends quietly
-            if ctx.params.get("debug"):
-                _print_traceback()
-            large = error.errno == errno.EFBIG  # memory files are files too
-            advice = "; raise the limit on file sizes: ulimit -f unlimited" if large else ""
-            click.echo(f"lazyrestore: {error}{advice}", err=True)
-            ctx.exit(1)
-        except KeyboardInterrupt:
-            if ctx.params.get("debug"):
-                _print_traceback()
-            click.echo("lazyrestore: interrupted", err=True)
-            ctx.exit(130)
+            ctx.exit(failed(error, debug=bool(ctx.params.get("debug"))))
 
 
 def help_width() -> int:
@@ -154,20 +141,6 @@ def help_width() -> int:
         except OSError:
             columns = 0
     return max(min(columns or 80, 80) - 2, 50)
-
-
-def _print_traceback() -> None:
-    import traceback
-
-    traceback.print_exc()
-
-
-def default_store() -> str:
-    """The store that is used when none is named: per user, root's in /var/lib."""
-    if os.geteuid() == 0:
-        return "/var/lib/lazyrestore"
-    base = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
-    return os.path.join(base, "lazyrestore")
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyrestore.cli.words import Command, columns, complete_name, counted, nothing_stored, size, to_json
+from lazyrestore.cli.words import Command, columns, complete_name, counted, nothing_stored, size
+from lazyrestore.command import to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import Snapshot

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lazyrestore.cli.words import Command, complete_name, end_like_ctrl_c, size, to_json
+from lazyrestore.cli.words import Command, complete_name, size
+from lazyrestore.command import end_like_ctrl_c, to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot

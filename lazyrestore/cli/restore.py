@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypedDict
 
 import click
 
-from lazyrestore.cli.words import Command, complete_name, end_like_ctrl_c, to_json
+from lazyrestore import command, restore_command
+from lazyrestore.cli.words import Command, complete_name
 from lazyrestore.stand_ins import bring
 
 if TYPE_CHECKING:
-    from lazyrestore.api import RestoredProcess, Snapshot
+    from lazyrestore.api import Snapshot
 
-FORWARDED = (
-    signal.SIGHUP,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGCONT,
-    signal.SIGWINCH,
-    signal.SIGALRM,
-)
 NET = "same (the default): the network it had. new: a network namespace of its own, with only a loopback interface."
 LAST_DESCRIPTOR = (1 << 31) - 1  # a C int
-SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the whole foreground group got it
 
 
 @click.command("restore", cls=Command)
@@ -87,7 +73,7 @@ SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the
 )
 @click.option("--json", "json_output", is_flag=True, help="Print JSON (to standard error in the foreground).")
 @click.pass_obj
-def restore_command(
+def restore(
     store: str,
     name: str,
     detach: bool,
@@ -132,27 +118,20 @@ def restore_command(
         **shape,
         "record": False if no_record else None,
         "fill": fill,
-        "streams": _streams(pipes=keep_pipes or not (detach or count is not None)),
+        "streams": restore_command.streams(pipes=keep_pipes or not (detach or count is not None)),
     }
     new_pid = pid_choice == "new" or count is not None
     with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
         if explain:
             lines = snapshot.explain(new_pid=new_pid, **shape)
-            click.echo(to_json(lines) if json_output else "\n".join(lines))
+            click.echo(command.to_json(lines) if json_output else "\n".join(lines))
         elif count is not None:
-            end_like_ctrl_c()
+            command.end_like_ctrl_c()
             _start_clones(snapshot, count, choices, json_output)
         elif detach:
-            end_like_ctrl_c()
-            process = snapshot.restore(new_pid=new_pid, **choices)
-            try:
-                click.echo(_as_json(process) if json_output else _told(process))
-            except BaseException:  # nobody would know its process id
-                process.kill()
-                process.wait()
-                raise
+            restore_command.detached(snapshot, {"new_pid": new_pid, **choices}, json_output)
         else:
-            sys.exit(_foreground(snapshot, new_pid, choices, json_output))
+            sys.exit(restore_command.foreground(snapshot, {"new_pid": new_pid, **choices}, json_output))
 
 
 class Shape(TypedDict):
@@ -187,6 +166,8 @@ def _ports(words: tuple[str, ...]) -> dict[int, int]:
 
 def _inherited(words: tuple[str, ...]) -> dict[int, int]:
     """{descriptor of the process: descriptor of ours} of N and N:M words."""
+    if not words:
+        return {}
     from lazyrestore.resources.listeners import from_systemd
 
     handed = from_systemd(os.environ, os.getpid())
@@ -207,30 +188,6 @@ def _inherited(words: tuple[str, ...]) -> dict[int, int]:
     return inherited
 
 
-def _streams(*, pipes: bool) -> list[int]:
-    """The standard streams for the process; without `pipes`, -1 for those through which a caller reads our answer:
-    `$(...)` and subprocess.run() read until the last writer is gone, which would be the process."""
-    return [stream if pipes or not _is_callers_pipe(stream) else -1 for stream in range(3)]
-
-
-def _is_callers_pipe(stream: int) -> bool:
-    """Whether it is a pipe, or a socket pair, without a name. A FIFO, or a socket that somebody listens for, such as
-    the journal's, was chosen for output."""
-    try:
-        kind = os.readlink(f"/proc/self/fd/{stream}").partition(":")[0]
-    except FileNotFoundError:
-        return False
-    if kind != "socket":
-        return kind == "pipe"
-    import socket
-
-    with socket.socket(fileno=os.dup(stream)) as connection:
-        try:
-            return not connection.getpeername()
-        except OSError:
-            return False
-
-
 def _start_clones(snapshot: Snapshot, count: int, choices: Choices, json_output: bool) -> None:
     """Start them and print a process id per line, or a JSON list; if nobody can read that, none is left."""
     from lazyrestore.fleet import clones
@@ -238,113 +195,9 @@ def _start_clones(snapshot: Snapshot, count: int, choices: Choices, json_output:
     processes = snapshot.clones(count, **choices)
     try:
         if json_output:
-            click.echo(to_json([_facts(process) for process in processes]))
+            click.echo(command.to_json([restore_command.facts(process) for process in processes]))
         else:
             click.echo("\n".join(str(process.pid) for process in processes))
     except BaseException:
         clones.end(processes)
         raise
-
-
-def _facts(process: RestoredProcess) -> dict[str, object]:
-    phases = {phase: round(ms, 3) for phase, ms in process.phases.items()}
-    return {"name": process.name, "pid": process.pid, "restore_ms": round(process.restore_ms, 3), "phases": phases}
-
-
-def _told(process: RestoredProcess) -> str:
-    """For a person a sentence, for `$(...)` the process id."""
-    if sys.stdout is None or not sys.stdout.isatty():
-        return str(process.pid)
-    return f"{process.name}: process {process.pid}, restored in {process.restore_ms:.1f} ms"
-
-
-def _as_json(process: RestoredProcess) -> str:
-    return to_json(_facts(process))
-
-
-def _foreground(snapshot: Snapshot, new_pid: bool, choices: Choices, json_output: bool) -> int:
-    """Restore, be a good parent, return the exit status."""
-    awaited = {*FORWARDED, signal.SIGCHLD}
-    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, awaited)
-    try:
-        process = snapshot.restore(new_pid=new_pid, **choices)
-        if json_output:
-            click.echo(_as_json(process), err=True)
-        with _terminal_given_to(process.pid):
-            same_group = os.getpgid(process.pid) == os.getpgid(0)
-            while (status := process.poll()) is None:
-                caught = signal.sigwaitinfo(awaited)
-                if caught.si_signo == signal.SIGCHLD:
-                    if not same_group and _stopped(process.pid):
-                        _stop_with(process.pid)
-                elif not (caught.si_code == SI_KERNEL and same_group):
-                    process.send_signal(caught.si_signo)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
-    if status == -signal.SIGBUS:
-        _explain_sigbus(process)
-    return status if status >= 0 else 128 - status
-
-
-def _explain_sigbus(process: RestoredProcess) -> None:
-    """Say so if the snapshot is damaged; the pager stays long enough to be asked."""
-    from lazyrestore.errors import PagerError
-
-    try:
-        poisoned = process.stats().counters.poisoned
-    except PagerError:
-        return
-    if poisoned:
-        text = f"snapshot {process.name} is damaged, and its process needed what is lost; see `verify {process.name}`"
-        click.echo(f"lazyrestore: {text}", err=True)
-
-
-def _stopped(pid: int) -> bool:
-    """Whether our child `pid` has been stopped by job control since this was last asked."""
-    try:
-        result = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG)
-    except ChildProcessError:
-        return False
-    return result is not None and result.si_code == os.CLD_STOPPED
-
-
-def _stop_with(pid: int) -> None:
-    """The process was stopped (Ctrl-Z): give the terminal back and stop too; `fg` continues both."""
-    group = os.getpgid(pid)
-    foreground = os.isatty(0) and os.getsid(pid) == os.getsid(0)
-    if foreground:
-        _give_terminal(os.getpgrp())
-    os.kill(os.getpid(), signal.SIGSTOP)
-    if foreground and os.tcgetpgrp(0) == os.getpgrp():
-        _give_terminal(group)
-    os.killpg(group, signal.SIGCONT)
-
-
-def _give_terminal(group: int) -> None:
-    handler = signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # we may be in the background when we do it
-    try:
-        os.tcsetpgrp(0, group)
-    finally:
-        signal.signal(signal.SIGTTOU, handler)
-
-
-@contextmanager
-def _terminal_given_to(pid: int) -> Iterator[None]:
-    """If the process leads a group of its own in our session, it becomes the terminal's foreground group meanwhile."""
-    try:
-        terminal = (
-            os.isatty(0)
-            and os.getsid(pid) == os.getsid(0)
-            and os.getpgid(pid) == pid
-            and os.tcgetpgrp(0) == os.getpgrp()
-        )
-    except OSError:
-        terminal = False
-    if not terminal:
-        yield
-        return
-    _give_terminal(pid)
-    try:
-        yield
-    finally:
-        _give_terminal(os.getpgrp())

@@ -21,13 +21,6 @@ def size(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
-def to_json(value: object) -> str:
-    """One line of JSON. Its module is imported here, since most calls are not for programs."""
-    import json
-
-    return json.dumps(value)
-
-
 def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> list[str]:
     """Rows of words as aligned lines; the columns in `right` are aligned to the right."""
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
@@ -42,7 +35,7 @@ def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) 
 
 def nothing_stored(store: str) -> bool:
     """Whether it is the default store and was not made yet: then it is as good as empty. One that was named must be."""
-    from lazyrestore.cli import default_store
+    from lazyrestore.command import default_store
 
     return store == default_store() and not os.path.lexists(store)
 
@@ -78,7 +71,7 @@ class ProcessId(click.ParamType[int]):
 
 def complete_name(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """The store's snapshot names that begin with what was typed."""
-    from lazyrestore.cli import default_store
+    from lazyrestore.command import default_store
     from lazyrestore.errors import LazyrestoreError
     from lazyrestore.store import ImageStore
 
@@ -89,15 +82,3 @@ def complete_name(ctx: click.Context, parameter: click.Parameter, incomplete: st
             return [each.name for each in images.ls() if each.name.startswith(incomplete)]
     except LazyrestoreError:
         return []
-
-
-def end_like_ctrl_c() -> None:
-    """Let SIGTERM and SIGHUP raise KeyboardInterrupt too: what was begun is ended, and no copy stays behind unknown."""
-    import signal
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, interrupt)

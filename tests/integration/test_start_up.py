@@ -14,10 +14,13 @@ import pytest
 from helpers import Victims, alive, until
 
 import lazyrestore
-from lazyrestore.cli import COMMANDS
+from lazyrestore import restore_command
+from lazyrestore.cli import COMMANDS, main
+from lazyrestore.command import default_store
 from lazyrestore.errors import NotAStore
 
 ENTRY = "from lazyrestore.__main__ import entry; entry()"  # what the console script does
+WITHOUT_CLICK = (".command", ".restore_command", ".errors")  # what a plain restore is told from others by
 # For people only, for writing only, or for one command only.
 RICH = {"rich", "json", "shutil", "pathlib", "subprocess", "ctypes", "importlib.metadata", "logging", "asyncio"}
 # For what click and msgspec can do and no command wants.
@@ -25,6 +28,14 @@ REPLACED = {"inspect", "ast", "dis", "gettext", "locale", "platform", "datetime"
 STORE = {"lmdb", "msgspec", "dataclasses", "lazyrestore.api", "lazyrestore.store"}
 PROCESSES = {"lazyrestore._native", "lazyrestore.kernel", "lazyrestore.manifest", "lazyrestore.resources", "socket"}
 WRITING = {"blake3", "zstandard", "concurrent.futures", "lazyrestore.snapshot", "lazyrestore.store.writer"}
+RESOURCES = {  # what makes plans
+    "lazyrestore.manifest",
+    "lazyrestore.program",
+    "lazyrestore.restore_program",
+    "lazyrestore.resources.descriptors",
+    "lazyrestore.resources.vma",
+    "lazyrestore.kernel.tracee",
+}
 SURVEY = {"lazyrestore.kernel.fdinfo", "lazyrestore.kernel.unix_diag", "lazyrestore.kernel.features"}
 
 
@@ -40,7 +51,7 @@ def test_help_imports_click_and_nothing_of_its_own() -> None:
     modules, text = imports("--help")
     assert text.startswith("Usage:")
     own = {module for module in modules if module.startswith("lazyrestore")}
-    assert own == {"lazyrestore", "lazyrestore.__main__", "lazyrestore.cli", "lazyrestore.stand_ins"}
+    assert own == {f"lazyrestore{name}" for name in ("", ".__main__", ".cli", ".stand_ins", *WITHOUT_CLICK)}
     assert not modules & (RICH | REPLACED | STORE | PROCESSES | WRITING)
 
 
@@ -60,12 +71,82 @@ def test_restore_imports_nothing_of_the_snapshotter(run: Path, victims: Victims)
     with lazyrestore.Store.open(run / "store") as store:
         store.snapshot(victim.pid, name="x", kill=True).close()
     victim.gone()
-    modules, text = imports("--store", run / "store", "restore", "x", "--detach", "--pid", "same")
     pid = victim.pid
-    assert text == f"{pid}\n"
-    os.kill(pid, signal.SIGKILL)
-    until(lambda: not alive(pid), "the end of the copy")
-    assert not modules & (RICH | REPLACED | SURVEY | WRITING | {"dataclasses", "hashlib"})
+    for more, unwanted in (([], {"click"} | RESOURCES), (["--pid", "same"], RESOURCES), (["--pid", "new"], set())):
+        modules, text = imports("--store", run / "store", "restore", "x", "--detach", *more)
+        assert text == f"{pid}\n" or more == ["--pid", "new"]
+        os.kill(int(text), signal.SIGKILL)
+        until(lambda: not alive(int(text)), "the end of the copy")  # noqa: B023
+        assert not modules & (RICH | REPLACED | SURVEY | WRITING | unwanted | {"dataclasses", "hashlib"})
+
+
+PLAIN = (
+    "restore x",
+    "restore --detach x",
+    "restore x --detach --json",
+    "--store S restore --json x",
+)
+NOT_PLAIN = (
+    "",
+    "restore",
+    "restore x y",
+    "restore --help",
+    "restore x --pid new",
+    "restore x -n 2",
+    "restore --detach -- x",
+    "restore x --store S",
+    "--store= restore x",
+    "--store --debug restore x",
+    "--store S --store T restore x",
+    "--debug restore x",
+    "-h restore x",
+    "ls x",
+    "snapshot restore x",
+    "restore x --det",
+    "restore -x",
+)
+
+
+@pytest.mark.parametrize("words", PLAIN)
+@pytest.mark.parametrize("store", [None, "", "/of/the/environment"])
+def test_plain_words_are_read_as_click_reads_them(
+    words: str, store: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LAZYRESTORE_STORE", raising=False)
+    if store is not None:
+        monkeypatch.setenv("LAZYRESTORE_STORE", store)
+    read = restore_command.plain(words.split())
+    assert read is not None
+    with main.make_context("lazyrestore", words.split()) as outer:
+        outer.obj = outer.params["store"] or default_store()
+        name, command, rest = main.resolve_command(outer, [*outer._protected_args, *outer.args])
+        assert command is not None
+        with command.make_context(name, rest, parent=outer) as inner:
+            given = {key: value for key, value in inner.params.items() if value}
+            assert read == (given.pop("name"), inner.obj, given.pop("detach", False), given.pop("json_output", False))
+            assert given == {"net": "same", "fill": "none"}  # what they are by default
+
+
+@pytest.mark.parametrize("words", NOT_PLAIN)
+def test_other_words_are_clicks(words: str) -> None:
+    assert restore_command.plain(words.split()) is None
+
+
+def test_completion_is_clicks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_LAZYRESTORE_COMPLETE", "bash_complete")
+    assert restore_command.plain(["restore", "x"]) is None
+
+
+@pytest.mark.parametrize("words", ["restore x", "restore x --detach --json"])
+def test_errors_of_a_plain_restore_are_clicks(run: Path, words: str) -> None:
+    """The same line and status, with or without click."""
+    found = []
+    for more in ([], ["--pid", "same"]):
+        command = [sys.executable, "-c", ENTRY, "--store", str(run / "none"), *words.split(), *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        found.append((done.returncode, done.stdout, done.stderr))
+    assert found[0] == found[1]
+    assert found[0][0] == NotAStore.exit_status
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
