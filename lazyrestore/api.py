@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lazyrestore.manifest import Manifest
     from lazyrestore.pager.client import PagerClient, PagerStats
     from lazyrestore.readiness import ReadySocket
-    from lazyrestore.restore import Checked, Prepared
+    from lazyrestore.restore import Prepared, Started
     from lazyrestore.restore_options import Options
     from lazyrestore.restore_plan import RestorePlan
     from lazyrestore.store import ImageStore, Report, StoredImage, Summary
@@ -283,22 +283,19 @@ class Snapshot:
         self, options: Options, streams: Sequence[int], listen: Mapping[int, int], reuseport: bool
     ) -> RestoredProcess:
         began = time.perf_counter()
-        from lazyrestore import restore
         from lazyrestore.kernel.cpu_latency import awake
         from lazyrestore.pager.client import PagerGone
 
         with awake():
-            checked, pager = self._get_ready(options, listen, reuseport)
             try:
-                started = restore.run(checked, pager, streams)
+                started = self._start(options, streams, listen, reuseport)
             except PagerGone:
-                # It exited for want of work just as we came; a connected one stays.
+                # It exited for want of work, or was killed, just as we came; a connected one stays.
                 with self._lock:
-                    if self._pager is pager:
-                        self._gone.append(pager)
+                    if self._pager is not None:
+                        self._gone.append(self._pager)
                         self._pager = None
-                checked, pager = self._get_ready(options, listen, reuseport)
-                started = restore.run(checked, pager, streams)
+                started = self._start(options, streams, listen, reuseport)
         restore_ms = (time.perf_counter() - began) * 1e3
         started.phases = {"prepare": restore_ms - started.restore_ms, **started.phases}
         started.restore_ms = restore_ms
@@ -396,8 +393,8 @@ class Snapshot:
                     self._prepared[key] = restore.prepare(self.name, self._image, own, stored=self._stored)
             return self._prepared[key]
 
-    def _get_ready(self, options: Options, listen: Mapping[int, int], reuseport: bool) -> tuple[Checked, PagerClient]:
-        """What one restore needs. A pager that has to be started starts while the rest is done."""
+    def _start(self, options: Options, streams: Sequence[int], listen: Mapping[int, int], reuseport: bool) -> Started:
+        """One attempt. A pager that has to be started starts while the rest is done."""
         from lazyrestore import restore
         from lazyrestore.pager import launch
 
@@ -405,10 +402,14 @@ class Snapshot:
         filled = pager.filled_working_set() if pager else b""
         with launch.begin(self._image, linger_ms=LINGER_MS) if self._pager is None else nullcontext() as connecting:
             checked = restore.check(self._prepare(listen, reuseport), options, filled)
-            with self._lock:
-                if self._pager is None and connecting is not None:
-                    self._pager = connecting.answered()
-            return checked, pager or self._connect()
+
+            def answered() -> PagerClient:
+                with self._lock:
+                    if self._pager is None and connecting is not None:
+                        self._pager = connecting.answered()
+                return pager or self._connect()
+
+            return restore.run(checked, answered, connecting.template if connecting else -1, streams)
 
     def _connect(self) -> PagerClient:
         from lazyrestore.pager.launch import connect_or_start

@@ -25,7 +25,7 @@ import msgspec
 from lazyrestore import memory_files, spawn, stored_plan
 from lazyrestore.errors import MissingFeature, PidTaken, RestoreError
 from lazyrestore.new_process import NewProcess, Piece, kill
-from lazyrestore.pager.client import PagerClient
+from lazyrestore.pager.client import PagerClient, PagerGone
 from lazyrestore.resources import addresses
 from lazyrestore.restore_checks import check_host, check_huge_pages, check_pid_free
 from lazyrestore.restore_options import AS_IT_WAS, Options
@@ -165,20 +165,29 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"")
     return Checked(prepared, plan, options, own_pages, phases)
 
 
-def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)) -> Started:
-    """Restore once. `streams` are the caller's descriptors for the new process's standard streams, where it needs
-    them."""
+def run(
+    checked: Checked, answered: Callable[[], PagerClient], template: int, streams: Sequence[int] = (0, 1, 2)
+) -> Started:
+    """Restore once.
+
+    answered: gives the pager, and is called when that is needed; template: its template, which the new process maps
+    before, or -1. `streams` are the caller's descriptors for the new process's standard streams, where it needs them.
+    Raises PagerGone if the pager is another one than that of the template, too.
+    """
     prepared, plan, options, phases = checked.prepared, checked.plan, checked.options, checked.phases
+    pager = answered() if template < 0 or prepared.image.hugetlb else None
     phases.done("pager")
     with ExitStack() as owned:
         shared = {
             index: memory_files.shared(prepared.name, about, prepared.image, owned)
             for index, about in enumerate(plan.shared)
         }
-        hugetlb = pager.hugetlb_fd
+        hugetlb = pager.hugetlb_fd if pager else None
         if hugetlb is not None:
             check_huge_pages(prepared.name, prepared.huge_pages, hugetlb)
-        template = pager.template_fd
+        if pager:
+            template = pager.template_fd
+        mapped = os.fstat(template)
         streams = [stream if _is_stream(stream) else _nothing(owned) for stream in streams]
         inherited = dict(options.inherited)
         program = memory_files.new("lazyrestore-program", owned)
@@ -212,6 +221,11 @@ def run(checked: Checked, pager: PagerClient, streams: Sequence[int] = (0, 1, 2)
             ahead = prepared.pieces or _take(contents, AHEAD)  # while it maps
             child.reach_stop()
             phases.done("map")
+            if pager is None:
+                pager = answered()
+                if not os.path.samestat(mapped, os.fstat(pager.template_fd)):
+                    raise PagerGone(f"pager of {prepared.name}", "connect", "another one has taken its place")
+                phases.done("pager")
             userfaultfd = child.take(pidfd, plan.userfaultfd)
             try:
                 lazy_shared = {k: fd for k, fd in shared.items() if plan.shared[k].anonymous}

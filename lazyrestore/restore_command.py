@@ -131,7 +131,10 @@ def _told(process: RestoredProcess) -> str:
 
 
 def as_json(process: RestoredProcess) -> str:
-    return command.to_json(facts(process))
+    """As command.to_json(), whose module takes longer to import than the answer to be awaited."""
+    from msgspec.json import encode, format
+
+    return format(encode(facts(process)), indent=0).decode()
 
 
 def foreground(snapshot: Snapshot, choices: Mapping[str, Any], json_output: bool) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from importlib import import_module
 from typing import Any

@@ -128,7 +128,11 @@ def _make_private(path: StrPath) -> None:
 
 
 class Connecting:
-    """A connection to a pager that may not have answered yet. One thread; `close()` it, or leave it as a context."""
+    """A connection to a pager that may not have answered yet. One thread; `close()` it, or leave it as a context.
+
+    template: the template's memory file, if the pager is being started by us: it can be mapped before the pager
+    answers, but not touched; else -1. Valid until answered() or close().
+    """
 
     def __init__(self, image: StoredImage, directory: str, linger_ms: int) -> None:
         self._image, self._directory, self._linger_ms = image, directory, linger_ms
@@ -136,6 +140,7 @@ class Connecting:
         self._started = False
         self._starter = 0  # the child that starts the pager, until it is collected
         self._connection: socket.socket | None = None
+        self.template = -1
         with _locked(self._path):
             try:
                 self._connection = _dial(self._path)
@@ -169,6 +174,9 @@ class Connecting:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+        if self.template >= 0:
+            os.close(self.template)
+            self.template = -1
         if self._starter:
             with contextlib.suppress(ChildProcessError):  # somebody else's waitpid(-1) was faster
                 os.waitpid(self._starter, 0)
@@ -184,8 +192,13 @@ class Connecting:
 
     def _start(self) -> None:
         try:
-            self._starter = _start(self._image, self._directory, self._path, self._linger_ms)
+            self.template = os.memfd_create("lazyrestore", os.MFD_CLOEXEC)
+            self._starter = _start(self._image, self._directory, self._path, self._linger_ms, self.template)
+        except PagerError:
+            self.close()
+            raise
         except OSError as error:
+            self.close()
             raise PagerError(self._name, "start", advice=self._advice(), errno=error.errno) from error
         self._started = True
         try:
@@ -358,7 +371,7 @@ def _image_memfd(image: StoredImage) -> int:
     return memfd
 
 
-def _start(image: StoredImage, directory: str, path: str, linger_ms: int) -> int:
+def _start(image: StoredImage, directory: str, path: str, linger_ms: int, template: int) -> int:
     """Returns the process id of the child that starts the pager and ends; it is to be collected."""
     with contextlib.ExitStack() as stack:
 
@@ -379,6 +392,7 @@ def _start(image: StoredImage, directory: str, path: str, linger_ms: int) -> int
             "--lock": owned(_open_lock(path)),
             "--log": owned(os.open(_log(directory), log_flags, 0o600)),
             "--image": owned(_image_memfd(image)),
+            "--template": template,
         }
         # posix_spawn's dup2 onto itself makes a descriptor inheritable in the child only. The pager refuses 0 to 2.
         duplicates = {k: owned(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)) for k, fd in fds.items() if fd < 3}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import Victims, alive, until
@@ -16,7 +17,7 @@ from helpers import Victims, alive, until
 import lazyrestore
 from lazyrestore import restore_command
 from lazyrestore.cli import COMMANDS, main
-from lazyrestore.command import default_store
+from lazyrestore.command import default_store, to_json
 from lazyrestore.errors import NotAStore
 
 ENTRY = "from lazyrestore.__main__ import entry; entry()"  # what the console script does
@@ -130,6 +131,14 @@ def test_plain_words_are_read_as_click_reads_them(
 @pytest.mark.parametrize("words", NOT_PLAIN)
 def test_other_words_are_clicks(words: str) -> None:
     assert restore_command.plain(words.split()) is None
+
+
+def test_json_of_a_restore_looks_like_that_of_other_commands() -> None:
+    phases = {"map": 1.23456, "write": 2.0, "finish": 0.0}
+    process = SimpleNamespace(name="a.b:c@d-e", pid=42, restore_ms=12345.6789, phases=phases)
+    text = restore_command.as_json(process)  # type: ignore[arg-type]
+    assert text == to_json(restore_command.facts(process))  # type: ignore[arg-type]
+    assert text.startswith('{"name": "a.b:c@d-e", "pid": 42, ')
 
 
 def test_completion_is_clicks(monkeypatch: pytest.MonkeyPatch) -> None:

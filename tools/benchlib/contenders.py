@@ -168,7 +168,7 @@ def _pager_cpu_ms(snapshot: lazyrestore.Snapshot) -> float:
 def _restored_by(snapshot: lazyrestore.Snapshot, pager: PagerClient) -> RestoredProcess:
     """A restore as the library makes it, with something else in the pager's place."""
     checked = restore.check(snapshot._prepare({}, False))
-    return RestoredProcess(snapshot.name, snapshot._image.key, restore.run(checked, pager))
+    return RestoredProcess(snapshot.name, snapshot._image.key, restore.run(checked, lambda: pager, -1))
 
 
 class _Unhelpful(PagerClient):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import select
@@ -144,8 +145,10 @@ def zeros(report: Report, folder: Path) -> None:
 def command_line(report: Report, folder: Path) -> None:
     """Start-up of the command line, interleaved with the bare interpreter's. Raises RuntimeError, Unresponsive.
 
-    The own start-up of `restore` is all of the command but the library's restore call, which has goals of its own.
+    The own start-up of `restore` is all of the command but the library's restore call, which has goals of its own. The
+    package's bytecode is there, as pip leaves it, also where PYTHONDONTWRITEBYTECODE is set.
     """
+    compileall.compile_dir(Path(lazyrestore.__file__).parent, quiet=1)
     base = [str(COMMAND), "--store", str(folder / "cli")]
     with running(worker(1), folder / "cli.sock") as victim:
         answer = victim.warm_up()

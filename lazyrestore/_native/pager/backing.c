@@ -51,14 +51,21 @@ void backing_deinit(struct backing *backing) {
 	close(backing->fd);
 }
 
-struct lr_error backing_create_template(const struct image *image, bool hugetlb, struct backing *backing) {
-	unsigned flags = MFD_CLOEXEC | (hugetlb ? MFD_HUGETLB | MFD_HUGE_2MB : 0);
-	scoped_fd fd = memfd_create(hugetlb ? "lazyrestore-huge" : "lazyrestore", flags);
-	if (fd < 0)
-		return lr_fail("memfd_create", errno, 0);
+static struct lr_error make_template(const struct image *image, uint32_t kind, int fd, struct backing *backing) {
 	if (ftruncate(fd, (off_t)LR_ADDRESS_END))
 		return lr_fail("ftruncate of the template", errno, LR_ADDRESS_END);
-	struct lr_error error = backing_init(image, hugetlb ? LR_BACKING_HUGETLB : LR_BACKING_TEMPLATE, fd, backing);
+	return backing_init(image, kind, fd, backing);
+}
+
+struct lr_error backing_take_template(const struct image *image, int fd, struct backing *backing) {
+	return make_template(image, LR_BACKING_TEMPLATE, fd, backing);
+}
+
+struct lr_error backing_create_huge_template(const struct image *image, struct backing *backing) {
+	scoped_fd fd = memfd_create("lazyrestore-huge", MFD_CLOEXEC | MFD_HUGETLB | MFD_HUGE_2MB);
+	if (fd < 0)
+		return lr_fail("memfd_create", errno, 0);
+	struct lr_error error = make_template(image, LR_BACKING_HUGETLB, fd, backing);
 	if (!error.code)
 		fd_release(&fd);
 	return error;

@@ -47,8 +47,11 @@ extern struct fill_stats fill_stats;
 struct lr_error backing_init(const struct image *image, uint32_t kind, int fd, struct backing *backing);
 void backing_deinit(struct backing *backing);
 
-/* A sparse template, 2^47 bytes long: file offset == image address. */
-struct lr_error backing_create_template(const struct image *image, bool hugetlb, struct backing *backing);
+/* A sparse template, made 2^47 bytes long: file offset == image address. Takes the empty memory file `fd` over when it
+ * succeeds. */
+struct lr_error backing_take_template(const struct image *image, int fd, struct backing *backing);
+/* The same of a memory file of its own, in huge pages. */
+struct lr_error backing_create_huge_template(const struct image *image, struct backing *backing);
 
 /* CHUNK_FILLED or CHUNK_BAD, after filling it or waiting for the thread that does. */
 enum chunk_state backing_fill(struct backing *backing, const struct image *image, uint64_t chunk,

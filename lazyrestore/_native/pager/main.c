@@ -2,7 +2,8 @@
  *
  * Start: exec'd by a restorer with descriptors whose numbers are on the command line. The exec'd process forks and exits at
  * once, so that nobody has the pager as a child; the listening socket already queues connections, so no further handshake
- * is needed. The pager opens the image, makes the template, clones the keeper, and accepts.
+ * is needed. The pager opens the image, clones the keeper, and accepts. The template's memory file is made by the restorer,
+ * so that a new process can map it while the pager is still starting.
  * End: when there has been no address space and no connection for the lingering time. Restorers connect or start a pager
  * under an exclusive flock(2) of the lock file; the pager takes the same lock (it must hold its own open file description)
  * before it looks at the queue of connections for the last time and removes the socket. */
@@ -27,7 +28,7 @@
 #include <sys/wait.h>
 
 enum { RECORDER_NICE = 10 };
-enum { LISTEN, DATA, PIN, LOCK, LOG, IMAGE, N_FDS };
+enum { LISTEN, DATA, PIN, LOCK, LOG, IMAGE, TEMPLATE, N_FDS };
 
 struct options {
 	int fds[N_FDS];
@@ -37,7 +38,7 @@ struct options {
 };
 
 static struct lr_error parse(int argc, char **argv, struct options *options) {
-	static const char *const names[N_FDS] = {"--listen", "--data", "--pin", "--lock", "--log", "--image"};
+	static const char *const names[N_FDS] = {"--listen", "--data", "--pin", "--lock", "--log", "--image", "--template"};
 	unsigned seen = 0;
 	options->linger_ms = 1000;
 	options->awake = true;
@@ -109,13 +110,13 @@ static void detach(void) {
 		return; /* never fails; if it did, a mount would stay busy, no more */
 }
 
-static struct lr_error open_backings(struct pager *pager) {
-	struct lr_error error = backing_create_template(&pager->image, false, &pager->template);
+static struct lr_error open_backings(struct pager *pager, int template) {
+	struct lr_error error = backing_take_template(&pager->image, template, &pager->template);
 	if (!error.code)
 		error = keeper_add(&pager->keeper, pager->template.device, pager->template.inode, &pager->template.keeper_slot);
 	if (error.code || !pager->image.hugetlb)
 		return error;
-	error = backing_create_template(&pager->image, true, &pager->huge);
+	error = backing_create_huge_template(&pager->image, &pager->huge);
 	if (!error.code)
 		error = keeper_add(&pager->keeper, pager->huge.device, pager->huge.inode, &pager->huge.keeper_slot);
 	return error;
@@ -141,7 +142,7 @@ static struct lr_error pager_init(struct pager *pager, const struct options *opt
 		error = image_init(options->fds[IMAGE], options->fds[DATA], &pager->image);
 	close(options->fds[IMAGE]);
 	if (!error.code)
-		error = open_backings(pager);
+		error = open_backings(pager, options->fds[TEMPLATE]);
 	working_set_init(&pager->working_set, &pager->image);
 	if (!error.code)
 		error = working_set_load(&pager->working_set);
