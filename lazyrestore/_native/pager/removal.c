@@ -7,6 +7,8 @@
 #include <poll.h>
 #include <string.h>
 
+enum { FEW_CHUNKS = 16 };
+
 static bool is_lazy(struct space *space) {
 	for (uint32_t i = 0; i < space->n_shared; i++)
 		if (!backing_is_complete(space->shared[i]))
@@ -24,6 +26,8 @@ struct removal_guard removal_begin(struct space *space) {
 		return guard;
 	guard.read = REMOVAL_ANY;
 	for (uint32_t i = 0; i < space->n_shared; i++) { /* the same order in all spaces that share them */
+		if (space->shared[i]->n <= FEW_CHUNKS)
+			backing_fill_all(space->shared[i], &space->pager->image, &space->unpacker);
 		if (backing_is_complete(space->shared[i]))
 			continue;
 		if (hold_take(&space->shared[i]->hold).code)

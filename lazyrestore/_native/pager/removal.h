@@ -10,7 +10,8 @@
  * comes, all in the microsecond between look and read, it is read unguarded. Nobody can tell what it was: what it hits is
  * poisoned, SIGBUS rather than a wrong byte.
  * Cost: while shared memory of a process is incomplete, 0.6 us per fault, 11 us per event and shared object; what
- * MADV_DONTNEED hits is brought. Without a userfaultfd for the locks everything is filled at the first event. */
+ * MADV_DONTNEED hits is brought. A small object is brought whole by the first event, in half a millisecond at most: a process may have
+ * hundreds of them. Without a userfaultfd for the locks everything is filled at the first event. */
 #pragma once
 #include "protocol.h"
 #include <stdbool.h>
