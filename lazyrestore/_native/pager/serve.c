@@ -272,8 +272,7 @@ static void record(struct space *space, const struct backing *backing, uint64_t 
 		uint64_t stop = earlier(about->address + about->length, to);
 		uint64_t first = (from - about->address) / LR_PAGE, n = (stop - from) / LR_PAGE;
 		uint16_t pages = records_pages(space, backing, about) ? (uint16_t)(((1u << n) - 1) << first) : ALL_PAGES;
-		if (!working_set_touch(&space->pager->working_set, space->records, chunk, pages))
-			space->records = 0;
+		working_set_touch(&space->pager->working_set, space->records, chunk, pages);
 		from = stop;
 	}
 }
@@ -296,9 +295,10 @@ static struct chunk_stream *choose_stream(struct space *space, uint64_t asked, u
 
 /* Fills what lies behind a page that was asked for, or its chunk if not `single`, for a thread that walks through memory, and moves the
  * job's end there: it is mapped with it, since the walker would ask for it before it could be brought behind its back. None if
- * somebody else waits. */
+ * somebody else waits. `fresh`: the chunk was not filled before; if it was, others are not either: who reads what is left of it may be
+ * a snapshot, which goes no further. */
 static void fill_ahead(struct space *space, struct backing *backing, const struct interval *interval, uint64_t chunk, bool single,
-		       struct job *job) {
+		       bool fresh, struct job *job) {
 	const struct image *image = &space->pager->image;
 	const struct lr_chunk *about = &image->chunks[chunk];
 	uint64_t asked = interval->image + (job->at - interval->start), end = interval->image + (job->end - interval->start);
@@ -315,6 +315,7 @@ static void fill_ahead(struct space *space, struct backing *backing, const struc
 			struct pollfd waiting = {.fd = space->uffd, .events = POLLIN};
 			if (++chunk == backing->first + backing->n || (++about)->address != end ||
 			    (!single && about->length > stop - end) || poll(&waiting, 1, 0) ||
+			    (!single && !fresh && !backing_has(backing, chunk, ALL_PAGES)) ||
 			    backing_fill(backing, image, chunk, &space->unpacker) != CHUNK_FILLED)
 				break;
 		}
@@ -328,6 +329,8 @@ static enum verdict serve_page(struct space *space, uint64_t address, struct fav
 	const struct image *image = &space->pager->image;
 	struct interval interval = locate(space, address);
 	struct backing *backing = space_backing(space, interval.backing);
+	if (space->records && !working_set_records(&space->pager->working_set, space->records))
+		space->records = 0;
 	struct job job = {.page = backing->page, .shared = interval.backing >= LR_BACKING_SHARED};
 	job.at = address & ~(uint64_t)(job.page - 1);
 	job.start = interval.start;
@@ -353,7 +356,7 @@ static enum verdict serve_page(struct space *space, uint64_t address, struct fav
 	job.what = INSTALL_CONTINUE;
 	const struct lr_chunk *chunk = &image->chunks[place.chunk];
 	uint32_t page = (uint32_t)((wanted - chunk->address) / LR_PAGE);
-	bool single = records_pages(space, backing, chunk);
+	bool single = records_pages(space, backing, chunk), fresh = !backing_has(backing, place.chunk, ALL_PAGES);
 	bool there = single ? backing_bring_page(backing, image, place.chunk, page, &space->unpacker)
 			    : backing_fill(backing, image, place.chunk, &space->unpacker) == CHUNK_FILLED;
 	/* Of a damaged chunk, the working set's pack may have brought some pages. */
@@ -365,7 +368,7 @@ static enum verdict serve_page(struct space *space, uint64_t address, struct fav
 		job.end = job.at + LR_PAGE;
 	}
 	if (!alone && backing->page == LR_PAGE && (single || place.end - wanted == job.end - job.at))
-		fill_ahead(space, backing, &interval, place.chunk, single, &job);
+		fill_ahead(space, backing, &interval, place.chunk, single, fresh, &job);
 	enum verdict verdict = install(space, job);
 	if (verdict == SERVED)
 		record(space, backing, place.chunk, later(place.start, wanted - (job.at - job.start)), wanted + (job.end - job.at));

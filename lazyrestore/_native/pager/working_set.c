@@ -128,14 +128,21 @@ static struct lr_touched *entry_of(struct working_set *set, uint64_t chunk) {
 	return &chunks[set->n - 1];
 }
 
-bool working_set_touch(struct working_set *set, uint32_t recording, uint64_t chunk, uint16_t pages) {
+bool working_set_records(struct working_set *set, uint32_t recording) {
+	SCOPED_LOCK(&set->lock);
+	return is_on(set, recording);
+}
+
+void working_set_touch(struct working_set *set, uint32_t recording, uint64_t chunk, uint16_t pages) {
 	SCOPED_LOCK(&set->lock);
 	if (!is_on(set, recording))
-		return false;
+		return;
 	uint32_t known = set->n;
 	struct lr_touched *touched = entry_of(set, chunk);
-	if (!touched)
-		return !end(set, false);
+	if (!touched) {
+		end(set, false);
+		return;
+	}
 	uint64_t before = 0;
 	if (set->n > known) {
 		touched->pages = pages;
@@ -147,7 +154,8 @@ bool working_set_touch(struct working_set *set, uint32_t recording, uint64_t chu
 	if (more)
 		set->last_ns = now_ns();
 	set->bytes += more;
-	return set->bytes < MOST_BYTES || !end(set, false);
+	if (set->bytes >= MOST_BYTES)
+		end(set, false);
 }
 
 bool working_set_end(struct working_set *set) {

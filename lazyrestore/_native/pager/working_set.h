@@ -42,9 +42,11 @@ struct lr_error working_set_load(struct working_set *set);
  * `again`: even if a set is known, which it extends then. */
 uint32_t working_set_claim(struct working_set *set, int32_t pid, bool again);
 
-/* Pages of chunk `chunk`, by lr_touched.pages, are touched by a space that records. Those that name a recording do nothing if that
- * has ended; false: it has. */
-bool working_set_touch(struct working_set *set, uint32_t recording, uint64_t chunk, uint16_t pages);
+/* Whether the recording goes on. Those below that name one do nothing if it has ended. */
+bool working_set_records(struct working_set *set, uint32_t recording);
+
+/* Pages of chunk `chunk`, by lr_touched.pages, are touched by a space that records. */
+void working_set_touch(struct working_set *set, uint32_t recording, uint64_t chunk, uint16_t pages);
 
 /* Ends the recording; true if it was on. */
 bool working_set_end(struct working_set *set);
