@@ -286,20 +286,26 @@ class Snapshot:
         from lazyrestore.kernel.cpu_latency import awake
         from lazyrestore.pager.client import PagerGone
 
-        with awake():
-            try:
-                started = self._start(options, streams, listen, reuseport)
-            except PagerGone:
-                # It exited for want of work, or was killed, just as we came; a connected one stays.
-                with self._lock:
-                    if self._pager is not None:
-                        self._gone.append(self._pager)
-                        self._pager = None
-                started = self._start(options, streams, listen, reuseport)
-        restore_ms = (time.perf_counter() - began) * 1e3
-        started.phases = {"prepare": restore_ms - started.restore_ms, **started.phases}
-        started.restore_ms = restore_ms
-        return RestoredProcess(self.name, self._image.key, started)
+        started = None
+        try:
+            with awake():
+                try:
+                    started = self._start(options, streams, listen, reuseport)
+                except PagerGone:
+                    # It exited for want of work, or was killed, just as we came; a connected one stays.
+                    with self._lock:
+                        if self._pager is not None:
+                            self._gone.append(self._pager)
+                            self._pager = None
+                    started = self._start(options, streams, listen, reuseport)
+            restore_ms = (time.perf_counter() - began) * 1e3
+            started.phases = {"prepare": restore_ms - started.restore_ms, **started.phases}
+            started.restore_ms = restore_ms
+            return RestoredProcess(self.name, self._image.key, started)
+        except BaseException:
+            if started is not None:  # an interrupt, at the last moment
+                started.child.end()
+            raise
 
     def clones(
         self,

@@ -7,7 +7,6 @@ import os
 import signal
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from lazyrestore import spawn
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
 lib, ffi = _core.lib, _core.ffi
 
-STOPPED = 0x7F  # a wait status
 LOCKS = ("flock", "POSIX lock", "OFDLCK lock")  # how the operations that take locks are called (resources/files.py)
 OP, FIRST_ARGUMENT = ffi.sizeof("struct lr_op"), ffi.offsetof("struct lr_op", "arg")
 Piece = tuple[Written, int, bytes]  # address, contents
@@ -185,19 +183,3 @@ class NewProcess:
         if result < 0:
             raise RestoreError(f"process {self.pid}", step, errno=-result)
         return int(result)
-
-
-def kill(pid: int, pidfd: int) -> None:
-    """End a process that did not come up, and collect it: its other threads first, which we trace too."""
-    from lazyrestore.kernel import procfs
-
-    lib.lr_pidfd_send_signal(pidfd, lib.SIGKILL)
-    with suppress(ChildProcessError, NoSuchProcess):  # a failed step has collected it, or the kernel (SIGCHLD ignored)
-        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        for tid in sorted(procfs.threads(pid), key=lambda tid: tid == pid):
-            status = ffi.new("int32_t *", STOPPED)
-            while os.WIFSTOPPED(status[0]):
-                lib.lr_continue(tid, 0)  # from the stop in which a step met it
-                if lib.lr_wait(tid, status) < 0:
-                    break
-    os.close(pidfd)

@@ -88,7 +88,7 @@ def new_namespace(pid: int, *, ends_with_caller: bool = False) -> Namespace:
     try:
         os.pwrite(descriptor, linked.image, 0)
         try:
-            init, pidfd = spawn.start([(descriptor, _PROGRAM)], new_pid_namespace=True, session=1)
+            child = spawn.start([(descriptor, _PROGRAM)], new_pid_namespace=True, session=1)
         except PermissionError as error:
             raise MissingFeature(
                 "pid namespace", "create", "it takes CAP_SYS_ADMIN", "run as root", errno=error.errno
@@ -97,7 +97,9 @@ def new_namespace(pid: int, *, ends_with_caller: bool = False) -> Namespace:
             raise RestoreError("pid namespace", f"create: {error.filename}", errno=error.errno) from error
     finally:
         os.close(descriptor)
-    namespace = Namespace(init, pidfd, -1)
+    init = child.pid
+    namespace = Namespace(init, -1, -1)
+    namespace.pidfd, child.pidfd = child.pidfd, -1
     try:
         spawn.enter(init, linked, _PROGRAM)
         status, result = ffi.new("int32_t *"), ffi.new("int64_t *")

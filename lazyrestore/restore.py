@@ -24,7 +24,7 @@ import msgspec
 
 from lazyrestore import memory_files, spawn, stored_plan
 from lazyrestore.errors import MissingFeature, PidTaken, RestoreError
-from lazyrestore.new_process import NewProcess, Piece, kill
+from lazyrestore.new_process import NewProcess, Piece
 from lazyrestore.pager.client import PagerClient, PagerGone
 from lazyrestore.resources import addresses
 from lazyrestore.restore_checks import check_host, check_huge_pages, check_pid_free
@@ -44,10 +44,9 @@ TYPE = 0o170000  # S_IFMT: what kind of file a mode tells
 
 
 class Started(msgspec.Struct):
-    """A restored process that runs: pid (ours, not its namespace's), pidfds that the caller owns, times in ms."""
+    """A restored process that runs: child (its pid is ours, not its namespace's), to be let go; times in ms."""
 
-    pid: int
-    pidfd: int
+    child: spawn.Child
     init: Namespace | None
     restore_ms: float
     phases: dict[str, float]
@@ -208,30 +207,30 @@ def run(
 
             namespace = new_namespace(plan.pid, ends_with_caller=options.ends_with_caller)
         try:
-            pid, pidfd = _spawn(plan, pairs, namespace)
+            child = _spawn(plan, pairs, namespace)
         except BaseException:
             if namespace:
                 namespace.end()
             raise
         phases.done("spawn")
         try:
-            child = NewProcess(plan, prepared.image, partial(_named_program, checked, plan), pid)
-            child.start(program)
-            contents = child.contents()
+            process = NewProcess(plan, prepared.image, partial(_named_program, checked, plan), child.pid)
+            process.start(program)
+            contents = process.contents()
             ahead = prepared.pieces or _take(contents, AHEAD)  # while it maps
-            child.reach_stop()
+            process.reach_stop()
             phases.done("map")
             if pager is None:
                 pager = answered()
                 if not os.path.samestat(mapped, os.fstat(pager.template_fd)):
                     raise PagerGone(f"pager of {prepared.name}", "connect", "another one has taken its place")
                 phases.done("pager")
-            userfaultfd = child.take(pidfd, plan.userfaultfd)
+            userfaultfd = process.take(child.pidfd, plan.userfaultfd)
             try:
                 lazy_shared = {k: fd for k, fd in shared.items() if plan.shared[k].anonymous}
                 pager.attach(
                     userfaultfd,
-                    pidfd,
+                    child.pidfd,
                     plan.ranges,
                     lazy_shared,
                     record=options.record,
@@ -241,21 +240,21 @@ def run(
             finally:
                 os.close(userfaultfd)
             phases.done("attach")
-            child.write(ahead if prepared.pieces else chain(ahead, contents))
+            process.write(ahead if prepared.pieces else chain(ahead, contents))
             if not prepared.pieces and sum(len(data) for _, _, data in ahead) < AHEAD:
                 prepared.pieces = ahead
             phases.done("write")
-            child.run_to_end()
-            child.let_go(parked=options.parked)
+            process.run_to_end()
+            process.let_go(parked=options.parked)
             if namespace:
                 namespace.watch()
         except BaseException:
-            kill(pid, pidfd)
+            child.end()
             if namespace:
                 namespace.end()
             raise
     phases.done("finish")
-    return Started(pid, pidfd, namespace, (time.perf_counter() - phases.began) * 1e3, phases.ms)
+    return Started(child, namespace, (time.perf_counter() - phases.began) * 1e3, phases.ms)
 
 
 # -- pieces of one restore ---------------------------------------------------------------------------------------------
@@ -331,8 +330,8 @@ def _take(contents: Iterator[Piece], limit: int) -> list[Piece]:
     return taken
 
 
-def _spawn(plan: RestorePlan, pairs: list[tuple[int, int]], namespace: Namespace | None) -> tuple[int, int]:
-    """The new process, stopped at its first instruction; returns (pid, pidfd)."""
+def _spawn(plan: RestorePlan, pairs: list[tuple[int, int]], namespace: Namespace | None) -> spawn.Child:
+    """The new process, stopped at its first instruction."""
     in_namespace = namespace.descriptor if namespace else -1
     try:
         return spawn.start(pairs, wanted_pid=plan.pid, pid_namespace=in_namespace, session=plan.session)

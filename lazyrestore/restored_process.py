@@ -24,13 +24,14 @@ class RestoredProcess:
     def __init__(self, name: str, key: str, started: Started) -> None:
         self.name = name
         self._key = key
-        self.pid = started.pid
+        self.pid = started.child.pid
         self.restore_ms = started.restore_ms
         self.phases = started.phases
         self.returncode: int | None = None
-        self._pidfd = started.pidfd
+        self._pidfd = -1
         self._namespace = started.init
         self._lock = threading.Lock()
+        self._pidfd, started.child.pidfd = started.child.pidfd, -1  # last: until here, whoever drops `started` ends it
 
     def __enter__(self) -> Self:
         return self

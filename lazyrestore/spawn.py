@@ -10,14 +10,17 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from contextlib import suppress
 
 from lazyrestore._native import _core
+from lazyrestore.errors import NoSuchProcess
 from lazyrestore.restore_plan import Linked
 
 lib, ffi = _core.lib, _core.ffi
 
 ADDRESS = 0x0F_F000_0000  # where the executable is linked: 64 GiB less 256 MiB, below every hole that we choose
 SYSCALL = b"\x0f\x05"
+STOPPED = 0x7F  # a wait status
 CODE = SYSCALL + b"\xff\xe3"  # jmp *%rbx
 STEPS = {
     lib.LR_SPAWN_CLONE: "clone3",
@@ -34,6 +37,39 @@ _executable: int | None = None
 _executable_lock = threading.Lock()
 
 
+class Child:
+    """A process that was started here. Whoever drops it ends it: an interrupt (Ctrl-C) can drop it anywhere, on its way
+    out of a function that returned it, too. To let it go: take the pidfd, and put -1 in its place, in one statement
+    without a call, since interrupts come at calls."""
+
+    __slots__ = ("pid", "pidfd")
+
+    def __init__(self, pid: int, pidfd: int) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+
+    def end(self) -> None:
+        """Kill it, if it was not let go, and collect it: its other threads first, which we trace too."""
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd < 0:
+            return
+        lib.lr_pidfd_send_signal(pidfd, lib.SIGKILL)
+        from lazyrestore.kernel import procfs
+
+        with suppress(ChildProcessError, NoSuchProcess):  # a failed step has collected it, or the kernel does (SIGCHLD)
+            os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            for tid in sorted(procfs.threads(self.pid), key=lambda tid: tid == self.pid):
+                status = ffi.new("int32_t *", STOPPED)
+                while os.WIFSTOPPED(status[0]):
+                    lib.lr_continue(tid, 0)  # from the stop in which a step met it
+                    if lib.lr_wait(tid, status) < 0:
+                        break
+        os.close(pidfd)
+
+    def __del__(self) -> None:
+        self.end()
+
+
 def start(
     pairs: list[tuple[int, int]],
     *,
@@ -41,8 +77,8 @@ def start(
     pid_namespace: int = -1,
     new_pid_namespace: bool = False,
     session: int = 0,
-) -> tuple[int, int]:
-    """A new process, stopped and traced by this thread. Returns (pid, pidfd); OSError with the step as its filename.
+) -> Child:
+    """A new process, stopped and traced by this thread. OSError with the step as its filename.
 
     pairs: (our descriptor, its number there); all other descriptors are closed. wanted_pid: 0 for any. pid_namespace: a
     descriptor of one to start in. session: 1 for setsid(), 2 for setpgid(0, 0).
@@ -59,10 +95,15 @@ def start(
     request.new_session = session
     request.descriptor_limit = max(target for _, target in pairs) + 16
     request.trace = 1
-    error = lib.lr_spawn(request)
-    if error:
-        raise OSError(-error, os.strerror(-error), STEPS.get(request.step, "clone3"))
-    return request.pid, request.pidfd
+    request.pidfd = -1
+    try:
+        error = lib.lr_spawn(request)
+        if error:
+            raise OSError(-error, os.strerror(-error), STEPS.get(request.step, "clone3"))
+    except BaseException:  # an interrupt that came meanwhile is raised as soon as the call has returned
+        Child(request.pid, request.pidfd).end()
+        raise
+    return Child(request.pid, request.pidfd)
 
 
 def enter(pid: int, linked: Linked, descriptor: int) -> None:

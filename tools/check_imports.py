@@ -26,7 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resources": {"program", "kernel", "_native", "manifest"},
     "origin": {"resources", "kernel", "pager", "store"},
     "snapshot": {"stored_plan", "origin", "manifest", "program", "resources", "kernel", "store", "_native"},
-    "spawn": {"_native"},
+    "spawn": {"_native", "kernel"},
     "pid_namespace": {"_native", "kernel", "program", "spawn"},
     "network_namespace": {"_native", "program"},
     "restore_options": set(),

@@ -18,7 +18,7 @@ from helpers_cli import MAIN, command, run_cli
 from helpers_copies import Copies
 
 import lazyrestore
-from lazyrestore import errors
+from lazyrestore import errors, restore, spawn
 from lazyrestore.new_process import NewProcess
 from lazyrestore.restore_plan import signature_of
 
@@ -109,6 +109,48 @@ def rebuild(path: Path) -> None:
     path.write_bytes(data)
     path.chmod(0o755)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+class Interrupting:
+    """Another object but for one function: an interrupt that came while it ran is raised as soon as it has returned."""
+
+    def __init__(self, real: object, name: str) -> None:
+        self.real, self.name = real, name
+
+    def __getattr__(self, name: str) -> object:
+        function = getattr(self.real, name)
+        if name != self.name:
+            return function
+
+        def interrupted(*arguments: object, **more: object) -> None:
+            function(*arguments, **more)
+            raise KeyboardInterrupt
+
+        return interrupted
+
+
+@pytest.mark.requires("root")
+@pytest.mark.parametrize(
+    ("where", "owner", "name"),
+    [(spawn, "lib", "lr_spawn"), (restore, "spawn", "start"), (restore, "run", "__call__")],
+)
+def test_interrupted_as_a_step_returns(
+    run: Path, start: Start, copies: Copies, monkeypatch: pytest.MonkeyPatch, where: object, owner: str, name: str
+) -> None:
+    """Ctrl-C drops what a function has just returned; the new process must not outlive it."""
+    victim = start()
+    snapshot = copies.snapshot(victim.pid, "s", kill=True)
+    victim.gone()
+    interrupting = Interrupting(getattr(where, owner), name)
+    with monkeypatch.context() as patch:
+        patch.setattr(where, owner, interrupting if name != "__call__" else getattr(interrupting, name))
+        with pytest.raises(KeyboardInterrupt):
+            snapshot.restore()
+    assert not alive(victim.pid)
+    copy = snapshot.restore()
+    assert ask(run / "control", "hello")
+    copy.kill()
+    copy.wait()
 
 
 @pytest.mark.parametrize("damage", [grow, rebuild, Path.unlink])

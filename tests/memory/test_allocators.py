@@ -95,7 +95,7 @@ def test_returns_memory_and_takes_it_again(
             else:
                 both("empty")
             both("work", 20 + generation, 1500)
-            dropped = returned(copy)
+            dropped, before = returned(copy), resident(copy.pid)
             both("empty")
             if allocator.lazily:
                 assert lazily_freed(twins.never.pid)
@@ -104,6 +104,7 @@ def test_returns_memory_and_takes_it_again(
                 # its threads ran, and it may be one that was taken after the restore, which raises no event.
                 if name != "glibc":  # the pager counts an event after it has let its caller go on
                     until(lambda copy=copy, dropped=dropped: returned(copy) > dropped, "an event to be counted")
-                assert resident(copy.pid) < resident(twins.never.pid) * 1.25 + SLACK
+                # Or half of it: of a heap that its threads share, either of the two may keep twice what the other does.
+                assert resident(copy.pid) < max(resident(twins.never.pid) * 1.25 + SLACK, before / 2)
             both("work", 30 + generation, 1000)
             both("check")

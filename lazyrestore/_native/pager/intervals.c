@@ -58,7 +58,8 @@ struct lr_error intervals_of(struct pager *pager, int pidfd, struct lr_range **r
 	interval_map_init(&map);
 	struct lr_error error = space_visit(pager, pidfd, &space, &map);
 	/* Who asks is about to read its memory. A forked child is not found. */
-	if ((error.code || space->records) && working_set_end_early(&pager->working_set, error.code ? 0 : space->records))
+	uint32_t recording = error.code ? 0 : space->records; /* 0: of whoever records */
+	if ((error.code || recording) && working_set_end_early(&pager->working_set, recording))
 		pager_wake(pager);
 	if (error.code)
 		return error;

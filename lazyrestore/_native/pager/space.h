@@ -56,7 +56,7 @@ struct space {
 	int32_t pid;
 	uint32_t generation;
 	bool poison; /* UFFDIO_POISON works */
-	uint32_t records; /* the recording of the working set that its faults make; 0: none */
+	_Atomic uint32_t records; /* the recording of the working set that its faults make; 0: none */
 	bool replays; /* it gets the working set */
 	bool has_own_pages; /* of it: those that are private copies */
 	bool fill_now, fill_idle; /* it gets all of its private memory: after the working set; once it is filled */
