@@ -18,9 +18,9 @@ enum {
 	LR_PAGES_OF_FILE = 3
 };
 
-/* With LR_PAGES_WITH_CONTENT guard pages (MADV_GUARD_INSTALL) come too, from Linux 6.15 on, as ranges of their own whose end is odd.
- * The ranges of [start, end) whose pages are of that kind, by PAGEMAP_SCAN (Linux 6.7) on a descriptor of /proc/PID/pagemap.
- * Returns how many ranges (start, end pairs) were written to `ranges`; when room runs out, *next is where to go on, else
- * *next == end. -errno on failure (-ENOTTY: an older kernel). */
+/* The ranges of [start, end) whose pages are of that kind, by PAGEMAP_SCAN (Linux 6.7) on a descriptor of /proc/PID/pagemap.
+ * With LR_PAGES_WITH_CONTENT guard pages (MADV_GUARD_INSTALL) come too, from Linux 6.15 on, as ranges of their own whose end
+ * is odd. Returns how many ranges (start, end pairs) were written to `ranges`; when room runs out, *next is where to go on,
+ * else *next == end. -errno on failure (-ENOTTY: an older kernel). */
 int64_t lr_scan_pages(int32_t pagemap, uint64_t start, uint64_t end, int32_t kind, uint64_t *ranges, size_t room,
 		      uint64_t *next);

@@ -57,6 +57,16 @@ def victim(client: PagerClient, memfd: int, make_victim: Callable[[], Victim]) -
     return victim
 
 
+@pytest.fixture
+def grown(client: PagerClient, memfd: int, make_victim: Callable[[], Victim]) -> Victim:
+    """Attached with the first two chunks mapped; the mapping grew since."""
+    victim = make_victim()
+    map_shared(victim, memfd, 2 * CHUNK)
+    victim.attach(client, ranges(2 * CHUNK), {NUMBER: memfd})
+    assert victim.ask("grow", AT, 2 * CHUNK, SIZE) == "ok"
+    return victim
+
+
 def crc(raw: bytes | bytearray) -> str:
     return str(zlib.crc32(raw))
 
@@ -124,16 +134,10 @@ def test_punched_out_after_a_move(image: Image, victim: Victim) -> None:
     assert victim.ask("crc", there, 2 * CHUNK) == crc(raw[:CHUNK] + bytes(CHUNK))
 
 
-def test_punched_out_where_the_mapping_grew(
-    image: Image, client: PagerClient, memfd: int, make_victim: Callable[[], Victim]
-) -> None:
-    victim = make_victim()
-    map_shared(victim, memfd, 2 * CHUNK)
-    victim.attach(client, ranges(2 * CHUNK), {NUMBER: memfd})
-    assert victim.ask("grow", AT, 2 * CHUNK, SIZE) == "ok"
-    assert victim.ask("punch", AT + 3 * CHUNK, PAGE) == "ok"
+def test_punched_out_where_the_mapping_grew(image: Image, grown: Victim) -> None:
+    assert grown.ask("punch", AT + 3 * CHUNK, PAGE) == "ok"
     raw = image.raw(SHARED, SIZE)
-    assert victim.ask("crc", AT, SIZE) == crc(raw[: 3 * CHUNK] + bytes(PAGE) + raw[3 * CHUNK + PAGE :])
+    assert grown.ask("crc", AT, SIZE) == crc(raw[: 3 * CHUNK] + bytes(PAGE) + raw[3 * CHUNK + PAGE :])
 
 
 def test_punched_out_by_a_forked_child(image: Image, victim: Victim) -> None:
@@ -159,14 +163,8 @@ def test_punches_beside_faults(image: Image, client: PagerClient, make_victim: C
         assert victim.ask("punches", AT, SIZE) == f"{crc(kept)} {sum(kept[PAGE :: 2 * PAGE])}"
 
 
-def test_mapping_that_grows_shows_the_file(
-    image: Image, client: PagerClient, memfd: int, make_victim: Callable[[], Victim]
-) -> None:
-    victim = make_victim()
-    map_shared(victim, memfd, 2 * CHUNK)
-    victim.attach(client, ranges(2 * CHUNK), {NUMBER: memfd})
-    assert victim.ask("grow", AT, 2 * CHUNK, SIZE) == "ok"
-    assert victim.ask("crc", AT, SIZE) == crc(image.raw(SHARED, SIZE))
+def test_mapping_that_grows_shows_the_file(image: Image, grown: Victim) -> None:
+    assert grown.ask("crc", AT, SIZE) == crc(image.raw(SHARED, SIZE))
 
 
 def test_eager_fills_before_anybody_reads_the_descriptor(
