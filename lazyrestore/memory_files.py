@@ -1,4 +1,4 @@
-"""Memory files that are made for one new process: its program, its shared memory."""
+"""Memory files that are made for new processes: their executable, their programs, their shared memory."""
 
 from __future__ import annotations
 

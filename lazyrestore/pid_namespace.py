@@ -18,15 +18,13 @@ sender and value are lost on the way.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import struct
 from collections.abc import Iterable
+from contextlib import ExitStack, suppress
 from functools import lru_cache
 
-import msgspec
-
-from lazyrestore import spawn
+from lazyrestore import memory_files, spawn
 from lazyrestore._native import _core
 from lazyrestore.errors import MissingFeature, RestoreError
 from lazyrestore.program import OpList, Program, Word, lib
@@ -41,15 +39,16 @@ SIGCHLD = 17
 PASSED_ON = ((1 << 64) - 1) & ~sum(1 << (number - 1) for number in (lib.SIGKILL, lib.SIGSTOP, lib.SIGTRAP, SIGCHLD))
 
 
-class Namespace(msgspec.Struct, eq=False):
-    """A namespace whose init is stopped until watch() is called.
+class Namespace:
+    """A namespace whose init is stopped until watch() is called; whoever drops it before ends it."""
 
-    pid and pidfd are init's; descriptor is the namespace's.
-    """
+    __slots__ = ("_init", "_watching", "descriptor", "pid")
 
-    pid: int
-    pidfd: int
-    descriptor: int
+    def __init__(self, init: spawn.Child) -> None:
+        self._init = init
+        self._watching = -1  # init's pidfd once it is let go
+        self.pid = init.pid
+        self.descriptor = -1  # the namespace's
 
     def watch(self) -> None:
         """Let init run: from now on it waits for the restored process, and ends with it."""
@@ -57,20 +56,28 @@ class Namespace(msgspec.Struct, eq=False):
         self._close_namespace()
         if error < 0:
             raise RestoreError("pid namespace", "detach init", errno=-error)
+        self._watching, self._init.pidfd = self._init.pidfd, -1
 
     def end(self) -> None:
-        """Kill init, and with it all that is in the namespace."""
-        lib.lr_pidfd_send_signal(self.pidfd, lib.SIGKILL)
-        self.collect()
+        """Kill init, if it was not let go, and with it all that is in the namespace."""
+        self._init.end()
+        self._close_namespace()
 
     def collect(self) -> None:
-        """Wait for init's end."""
-        self._close_namespace()
-        if self.pidfd >= 0:
-            with contextlib.suppress(ChildProcessError):
-                os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-            os.close(self.pidfd)
-            self.pidfd = -1
+        """Wait for the end of init, once it was let go."""
+        if self._watching >= 0:
+            with suppress(ChildProcessError):
+                os.waitid(os.P_PIDFD, self._watching, os.WEXITED)
+            self._close_watching()
+
+    def __del__(self) -> None:
+        self.end()
+        self._close_watching()
+
+    def _close_watching(self) -> None:
+        if self._watching >= 0:
+            os.close(self._watching)
+            self._watching = -1
 
     def _close_namespace(self) -> None:
         if self.descriptor >= 0:
@@ -84,22 +91,18 @@ def new_namespace(pid: int, *, ends_with_caller: bool = False) -> Namespace:
     ends_with_caller: all in it is killed when the calling thread ends, even by kill -9.
     """
     linked = _linked(pid, ends_with_caller)
-    descriptor = os.memfd_create("lazyrestore-init", os.MFD_CLOEXEC)
-    try:
-        os.pwrite(descriptor, linked.image, 0)
+    with ExitStack() as owned:
+        program = memory_files.new("lazyrestore-init", owned)
+        memory_files.write(program, linked.image, 0)
         try:
-            child = spawn.start([(descriptor, _PROGRAM)], new_pid_namespace=True, session=1)
+            namespace = Namespace(spawn.start([(program, _PROGRAM)], new_pid_namespace=True, session=1))
         except PermissionError as error:
             raise MissingFeature(
                 "pid namespace", "create", "it takes CAP_SYS_ADMIN", "run as root", errno=error.errno
             ) from error
         except OSError as error:
             raise RestoreError("pid namespace", f"create: {error.filename}", errno=error.errno) from error
-    finally:
-        os.close(descriptor)
-    init = child.pid
-    namespace = Namespace(init, -1, -1)
-    namespace.pidfd, child.pidfd = child.pidfd, -1
+    init = namespace.pid
     try:
         spawn.enter(init, linked, _PROGRAM)
         status, result = ffi.new("int32_t *"), ffi.new("int64_t *")

@@ -10,8 +10,9 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 
+from lazyrestore import memory_files
 from lazyrestore._native import _core
 from lazyrestore.errors import NoSuchProcess
 from lazyrestore.restore_plan import Linked
@@ -78,7 +79,7 @@ def start(
     new_pid_namespace: bool = False,
     session: int = 0,
 ) -> Child:
-    """A new process, stopped and traced by this thread. OSError with the step as its filename.
+    """A new process, stopped and traced by this thread. RestoreError, OSError with the step as its filename.
 
     pairs: (our descriptor, its number there); all other descriptors are closed. wanted_pid: 0 for any. pid_namespace: a
     descriptor of one to start in. session: 1 for setsid(), 2 for setpgid(0, 0).
@@ -130,7 +131,7 @@ def _check(result: int) -> None:
 
 
 def executable() -> int:
-    """The descriptor of the executable, a memory file, made once."""
+    """The descriptor of the executable, a memory file, made once. Raises RestoreError."""
     global _executable
     with _executable_lock:
         if _executable is None:
@@ -139,7 +140,9 @@ def executable() -> int:
             )  # ET_EXEC, EM_X86_64
             load = struct.pack("<IIQQQQQQ", 1, 5, 0, ADDRESS, ADDRESS, 180, 180, 4096)
             stack = struct.pack("<IIQQQQQQ", 0x6474E551, 6, 0, 0, 0, 0, 0, 16)  # PT_GNU_STACK, not executable
-            descriptor = os.memfd_create("lazyrestore-start", os.MFD_CLOEXEC)
-            os.write(descriptor, header + load + stack + CODE)
-            _executable = descriptor
+            with ExitStack() as owned:
+                descriptor = memory_files.new("lazyrestore-start", owned)
+                memory_files.write(descriptor, header + load + stack + CODE, 0)
+                owned.pop_all()  # it stays open
+                _executable = descriptor
         return _executable

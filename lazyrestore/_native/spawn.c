@@ -189,7 +189,7 @@ lr_spawn(struct lr_spawn *spawn)
 		if (pid < 0)
 			error = (int)-pid;
 		else
-			spawn->pid = (int32_t)pid, spawn->pidfd = pidfd;
+			spawn->pid = (int32_t)pid;
 	}
 	if (own_namespace >= 0) {
 		setns(own_namespace, CLONE_NEWPID);
@@ -217,5 +217,6 @@ lr_spawn(struct lr_spawn *spawn)
 			return got < 0 ? -errno : -ECHILD;
 		}
 	}
+	spawn->pidfd = pidfd;
 	return 0;
 }

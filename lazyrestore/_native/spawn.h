@@ -20,7 +20,7 @@ struct lr_spawn {
 	uint64_t descriptor_limit; /* the soft RLIMIT_NOFILE needed while descriptors are placed; 0: leave it */
 	int32_t trace;           /* 1: PTRACE_TRACEME, and wait for the stop at exec */
 	int32_t pid;             /* out */
-	int32_t pidfd;           /* out */
+	int32_t pidfd;           /* out; as it was after an error: the process is collected then */
 	int32_t step;            /* out, on failure: enum lr_spawn_step */
 };
 

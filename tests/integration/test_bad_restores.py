@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -13,12 +14,12 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from helpers import GUARD_SECONDS, Builder, Victim, Victims, alive, ask, children_of, until
+from helpers import GUARD_SECONDS, Builder, Victim, Victims, alive, ask, children_of, open_descriptors, until
 from helpers_cli import MAIN, command, run_cli
 from helpers_copies import Copies
 
 import lazyrestore
-from lazyrestore import errors, restore, spawn
+from lazyrestore import errors, pid_namespace, restore, spawn
 from lazyrestore.new_process import NewProcess
 from lazyrestore.restore_plan import signature_of
 
@@ -132,7 +133,13 @@ class Interrupting:
 @pytest.mark.requires("root")
 @pytest.mark.parametrize(
     ("where", "owner", "name"),
-    [(spawn, "lib", "lr_spawn"), (restore, "spawn", "start"), (restore, "run", "__call__")],
+    [
+        (spawn, "lib", "lr_spawn"),
+        (restore, "spawn", "start"),
+        (restore, "run", "__call__"),
+        (pid_namespace, "spawn", "start"),
+        (pid_namespace, "new_namespace", "__call__"),
+    ],
 )
 def test_interrupted_as_a_step_returns(
     run: Path, start: Start, copies: Copies, monkeypatch: pytest.MonkeyPatch, where: object, owner: str, name: str
@@ -141,16 +148,28 @@ def test_interrupted_as_a_step_returns(
     victim = start()
     snapshot = copies.snapshot(victim.pid, "s", kill=True)
     victim.gone()
+    before = children_of(os.getpid())
     interrupting = Interrupting(getattr(where, owner), name)
     with monkeypatch.context() as patch:
         patch.setattr(where, owner, interrupting if name != "__call__" else getattr(interrupting, name))
         with pytest.raises(KeyboardInterrupt):
-            snapshot.restore()
+            snapshot.restore(new_pid=where is pid_namespace)
     assert not alive(victim.pid)
+    assert children_of(os.getpid()) == before
     copy = snapshot.restore()
     assert ask(run / "control", "hello")
     copy.kill()
     copy.wait()
+
+
+def test_a_process_that_cannot_be_started() -> None:
+    """The error names the step, and all that was opened for it is closed once."""
+    spawn.executable()  # made once, and kept
+    before = children_of(os.getpid()), open_descriptors()
+    with pytest.raises(OSError) as caught:
+        spawn.start([(-1, 100)])
+    assert (caught.value.errno, caught.value.filename) == (errno.EBADF, "dup3")
+    assert (children_of(os.getpid()), open_descriptors()) == before
 
 
 @pytest.mark.parametrize("damage", [grow, rebuild, Path.unlink])
@@ -335,14 +354,17 @@ def test_a_lock_that_another_holds(run: Path, victims: Victims, copies: Copies) 
         os.close(writer)
 
 
-def test_a_limit_on_the_size_of_files(run: Path, victims: Victims, copies: Copies) -> None:
+@pytest.mark.requires("root")
+@pytest.mark.parametrize(("limit", "new_pid"), [(100, False), (100, True), (8192, False), (8192, True)])
+def test_a_limit_on_the_size_of_files(run: Path, victims: Victims, copies: Copies, limit: int, new_pid: bool) -> None:
     """It counts for memory files, too, and a write up to it succeeds in part. The pager is there already."""
     victim = victims.start(["sleep", "1000000"])
     victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
     snapshot = end(victim, copies)
     other = snapshot.restore(new_pid=True)
-    limit = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192)); {MAIN}"
-    answer = run_cli(run / "store", "restore", snapshot.name, "--detach", code=limit)
+    limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); {MAIN}"
+    words = ["--pid", "new"] if new_pid else []
+    answer = run_cli(run / "store", "restore", snapshot.name, "--detach", *words, code=limited)
     other.kill()
     other.wait()
     assert answer.returncode == errors.RestoreError.exit_status, answer.stderr
