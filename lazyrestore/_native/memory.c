@@ -109,11 +109,12 @@ lr_scan_pages(int32_t pagemap, uint64_t start, uint64_t end, int32_t kind, uint6
 		[LR_PAGES_OWN] = {.absent = PAGE_IS_PFNZERO | PAGE_IS_FILE},
 		[LR_PAGES_ZERO] = {.required = PAGE_IS_PFNZERO},
 		[LR_PAGES_OF_FILE] = {.required = PAGE_IS_FILE},
+		[LR_PAGES_GUARD] = {.required = PAGE_IS_GUARD},
 	};
 	static _Atomic bool no_guards; /* before Linux 6.15 */
 	struct page_region regions[256];
 	size_t written = 0;
-	while (start < end) {
+	while (start < end && !(kind == LR_PAGES_GUARD && no_guards)) {
 		struct pm_scan_arg scan = {
 			.size = sizeof scan,
 			.start = start,
@@ -122,14 +123,14 @@ lr_scan_pages(int32_t pagemap, uint64_t start, uint64_t end, int32_t kind, uint6
 			.vec_len = 256,
 			.category_inverted = kinds[kind].absent,
 			.category_mask = kinds[kind].absent | kinds[kind].required,
-			.category_anyof_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+			.category_anyof_mask = kind == LR_PAGES_GUARD ? 0 : PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 			.return_mask = PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
 		};
 		bool guards = kind == LR_PAGES_WITH_CONTENT && !no_guards;
 		if (guards)
 			scan.return_mask |= PAGE_IS_GUARD;
 		long count = ioctl(pagemap, PAGEMAP_SCAN, &scan);
-		if (count < 0 && errno == EINVAL && guards) {
+		if (count < 0 && errno == EINVAL && (guards || kind == LR_PAGES_GUARD)) {
 			no_guards = true;
 			continue;
 		}

@@ -15,7 +15,8 @@ enum {
 	LR_PAGES_WITH_CONTENT = 0, /* not the kernel's zero page */
 	LR_PAGES_OWN = 1,	   /* the process's own: neither the zero page nor a page of a file */
 	LR_PAGES_ZERO = 2,	   /* the kernel's zero page */
-	LR_PAGES_OF_FILE = 3
+	LR_PAGES_OF_FILE = 3,
+	LR_PAGES_GUARD = 4 /* a guard page (MADV_GUARD_INSTALL); none before Linux 6.15 */
 };
 
 /* The ranges of [start, end) whose pages are of that kind, by PAGEMAP_SCAN (Linux 6.7) on a descriptor of /proc/PID/pagemap.

@@ -20,7 +20,7 @@ from lazyrestore._native import _core
 from lazyrestore.errors import SnapshotFailed
 from lazyrestore.kernel.host import KERNEL_MAPPINGS
 from lazyrestore.kernel.procfs import Mapping
-from lazyrestore.resources.inherited import OBJECT_SPAN, Origin, Piece, Ranges, settle, union, within
+from lazyrestore.resources.inherited import OBJECT_SPAN, Origin, Piece, Ranges, settle, union, within, without
 from lazyrestore.resources.vma import (
     ANONYMOUS_HUGETLB_NAME,
     ANONYMOUS_SHARED_NAME,
@@ -106,7 +106,8 @@ class Planner:
             self._guards.clear()
             first_run = len(self.plan.runs)
             vma = self._vma(mapping)
-            self.plan.vmas += _apart(vma, self._guards, self.plan.runs[first_run:]) if self._guards else [vma]
+            runs = None if is_template(mapping) else self.plan.runs[first_run:]
+            self.plan.vmas += _apart(vma, self._guards, runs) if self._guards else [vma]
         if self._origin is not None:
             self._settle(self._origin)
         return self.plan
@@ -184,12 +185,19 @@ class Planner:
     def _add_lazy(self, m: Mapping, start: int, end: int, shift: int = 0) -> int:
         """Store addresses [start, end) of a restored mapping, whether its content has arrived or not; returns the
         bytes."""
+        guards = self._pages(start, end, lib.LR_PAGES_GUARD)
+        if guards and m.shared:
+            cause = "guard pages (MADV_GUARD_INSTALL) of shared memory cannot be stored yet"
+            raise SnapshotFailed(f"mapping {m.start:x}-{m.end:x}", "plan", cause)
+        self._guards += guards
+        parts = without([(start, end)], guards)
         if self._origin is None or not self._origin.serves(m):
-            return self._add(m, [(start, end)], shift)
-        read, inherited = self._origin.divide(m, start, end, shift, self._pages)
-        self._add(m, read, shift)
-        self._inherited += inherited
-        return end - start
+            return self._add(m, parts, shift)
+        for low, high in parts:
+            read, inherited = self._origin.divide(m, low, high, shift, self._pages)
+            self._add(m, read, shift)
+            self._inherited += inherited
+        return sum(high - low for low, high in parts)
 
     def _hugetlb(self, m: Mapping) -> Vma:
         where, anonymous = f"mapping {m.start:x}-{m.end:x}", m.path == ANONYMOUS_HUGETLB_NAME
@@ -287,7 +295,7 @@ class Planner:
     def _pages_before_6_7(self, start: int, end: int, kind: int) -> Ranges:
         """The same without PAGEMAP_SCAN: zero pages cannot be told from the process's own, and are taken for these."""
         found: list[tuple[int, int]] = []
-        if kind == lib.LR_PAGES_ZERO:
+        if kind in (lib.LR_PAGES_ZERO, lib.LR_PAGES_GUARD):
             return found
         for base in range(start, end, PAGE << 16):
             entries = memoryview(
@@ -305,13 +313,14 @@ class Planner:
         return found
 
 
-def _apart(vma: Vma, guards: Ranges, runs: list[Run]) -> list[Vma]:
+def _apart(vma: Vma, guards: Ranges, runs: list[Run] | None) -> list[Vma]:
     """A VMA as several: its guard pages are mappings of their own when it is restored. Nothing that the pager installs
-    then lies over one: UFFDIO_CONTINUE takes a guard for a page that is missing (6.18; tried). runs: its content."""
+    then lies over one: UFFDIO_CONTINUE takes a guard for a page that is missing (6.18; tried). runs: its content;
+    None: all of it was lazily restored."""
     parts = []
     at = vma.start
     for start, end in [*guards, (vma.end, vma.end)]:
-        stored = sum(run.length for run in runs if at <= run.address < start)
+        stored = start - at if runs is None else sum(run.length for run in runs if at <= run.address < start)
         kind: Kind = "anonymous" if vma.kind == "lazy" and not stored else vma.kind
         if at < start:
             lowest = vma.grows_down and at == vma.start

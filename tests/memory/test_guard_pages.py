@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import Builder, Victims
 from helpers_lazy_twin import twins_in
-from helpers_twin import ANONYMOUS, ARENA, ARENA_END, PAGE
+from helpers_twin import ANONYMOUS, ARENA, ARENA_END, PAGE, SHARED
 
 import lazyrestore
 
@@ -54,4 +54,34 @@ def test_guard_pages(victims: Victims, build: Builder, store: lazyrestore.Store,
             twins.both("read", start, length)
             twins.both("write", start, length, 9)
         twins.restore()
+        twins.both("digest")
+
+
+@pytest.mark.requires("root")
+@pytest.mark.parametrize("kind", [ANONYMOUS, SHARED], ids=["private", "shared"])
+def test_guards_of_a_copy(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path, kind: int) -> None:
+    """A copy makes guard pages of memory that has not arrived, between pages that arrive."""
+    if not has_guard_pages():
+        pytest.skip("needs Linux 6.15")
+    program = build.c("twin")
+    with twins_in(
+        victims, store, run / f"made-{kind}", lambda control: [program, control, hex(ARENA), hex(ARENA_END)]
+    ) as twins:
+        twins.both("map", ARENA, 256 * PAGE, 3, kind, 0, 0)
+        twins.both("write", ARENA, 256 * PAGE, 5)
+        twins.copy = twins.snapshot().restore(record=False)  # while it records, a fault brings one page
+        for first, pages in ((1, 1), (6, 2), (67, 1), (80, 100)):
+            assert twins.both("advise", ARENA + first * PAGE, pages * PAGE, GUARD_INSTALL).startswith("0")
+        for page in (0, 4, 64, 200):  # each brings its neighbours
+            twins.both("read", ARENA + page * PAGE, PAGE)
+        twins.both("read", ARENA, 256 * PAGE)
+        twins.both("fork", ARENA, 256 * PAGE, 0)
+        twins.both("digest")
+        for first, pages in ((1, 1), (7, 1), (66, 3)):
+            twins.both("advise", ARENA + first * PAGE, pages * PAGE, GUARD_REMOVE)
+            twins.both("read", ARENA + first * PAGE, pages * PAGE)
+        if kind == ANONYMOUS:  # a snapshot of that; of shared memory it is refused
+            twins.restore()
+            twins.both("digest")
+        twins.both("advise", ARENA, 256 * PAGE, GUARD_REMOVE)
         twins.both("digest")

@@ -58,8 +58,7 @@ static bool find_in_text(int maps, uint64_t address, struct proc_place *place) {
 	return found && place->inode;
 }
 
-/* A file of /proc/PID. -1: it cannot be opened, or the process has ended, and its pid may be another's. */
-static int open_file(const struct space *space, const char *name) {
+int proc_open(const struct space *space, const char *name) {
 	char path[32];
 	struct pollfd ended = {.fd = space->pidfd, .events = POLLIN};
 	if (space->pidfd < 0)
@@ -74,7 +73,7 @@ static int open_file(const struct space *space, const char *name) {
 
 bool proc_place(struct space *space, uint64_t address, struct proc_place *place) {
 	if (space->maps < 0)
-		space->maps = open_file(space, "maps");
+		space->maps = proc_open(space, "maps");
 	if (space->maps < 0)
 		return false;
 	struct procmap_query_v1 query = {.size = sizeof query, .query_addr = address};
@@ -87,7 +86,7 @@ bool proc_place(struct space *space, uint64_t address, struct proc_place *place)
 
 static bool open_task(struct space *space) {
 	if (space->task < 0)
-		space->task = open_file(space, "task");
+		space->task = proc_open(space, "task");
 	return space->task >= 0;
 }
 

@@ -11,6 +11,9 @@
 
 struct space;
 
+/* A file of /proc/PID. -1: it cannot be opened, or the process has ended, and its pid may be another's. */
+int proc_open(const struct space *space, const char *name);
+
 /* Where in which file an address is mapped. */
 struct proc_place {
 	dev_t device;

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "replay.h"
 
+#include "guards.h"
 #include "pieces.h"
 #include "uffd.h"
 #include <errno.h>
@@ -31,6 +32,14 @@ static struct uffd_result install_copy(struct space *space, uint64_t start, uint
 static int map_piece(struct space *space, uint64_t *at, uint64_t end, bool copy) {
 	uint64_t to = end;
 	for (unsigned surprises = 0; *at < end && surprises < MAX_SURPRISES;) {
+		enum guards guards = guards_avoid(space, *at, at, &to);
+		if (guards == GUARDS_BUSY)
+			return EAGAIN;
+		if (guards == GUARDS_AT) {
+			*at = to;
+			to = end;
+			continue;
+		}
 		struct uffd_result result = copy ? install_copy(space, *at, to) : uffd_continue(space->uffd, *at, to);
 		stats_add(&space->stats, LR_COUNT_REPLAYED, result.done / LR_PAGE);
 		*at += result.done;

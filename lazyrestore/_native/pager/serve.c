@@ -1,6 +1,5 @@
 /* Answering one page fault: what belongs at the address, and one ioctl that puts it there, with its neighbourhood. */
-#include "space.h"
-
+#include "guards.h"
 #include "log.h"
 #include "uffd.h"
 #include <errno.h>
@@ -59,11 +58,20 @@ static void count_pages(struct space *space, enum install what, uint64_t bytes) 
 		stats_add(&space->stats, what == INSTALL_CONTINUE ? LR_COUNT_PAGES : LR_COUNT_ZERO_PAGES, bytes / LR_PAGE);
 }
 
+/* One page of a file's contents, unless it is a guard page by now. */
+static struct uffd_result show_file(struct space *space, uint64_t at, uint32_t page) {
+	uint64_t start = at, end = at + page;
+	enum guards guards = guards_avoid(space, at, &start, &end);
+	if (guards != GUARDS_AVOIDED)
+		return (struct uffd_result){.code = guards == GUARDS_AT ? EEXIST : EAGAIN};
+	return uffd_continue(space->uffd, start, end);
+}
+
 /* One page of a shared file that no chunk covers: it is there if the process wrote it, else it is zero. */
-static struct uffd_result settle_shared(int uffd, uint64_t at, uint32_t page) {
-	struct uffd_result result = uffd_continue(uffd, at, at + page);
+static struct uffd_result settle_shared(struct space *space, uint64_t at, uint32_t page) {
+	struct uffd_result result = show_file(space, at, page);
 	if (result.code == EFAULT)
-		result = uffd_zero(uffd, at, at + page);
+		result = uffd_zero(space->uffd, at, at + page);
 	return result;
 }
 
@@ -82,10 +90,19 @@ static enum verdict give_up(struct space *space, struct job job, int code) {
 
 static enum verdict install(struct space *space, struct job job) {
 	bool served = false; /* the page at job.at is there */
+	if (job.what == INSTALL_CONTINUE && job.page == LR_PAGE) {
+		enum guards guards = guards_avoid(space, job.at, &job.start, &job.end);
+		if (guards == GUARDS_BUSY)
+			return AGAIN;
+		if (guards == GUARDS_AT) { /* since its fault: who waits there gets the signal */
+			uffd_wake(space->uffd, job.at, job.at + job.page);
+			return SERVED;
+		}
+	}
 	while (job.start < job.end) {
 		struct uffd_result result = attempt(space->uffd, job.what, job.start, job.end);
 		if (job.shared && result.code == (job.what == INSTALL_ZERO ? EEXIST : EFAULT) && !result.done)
-			result = settle_shared(space->uffd, job.start, job.page);
+			result = settle_shared(space, job.start, job.page);
 		count_pages(space, job.what, result.done);
 		if (job.at - job.start < result.done)
 			served = true;
@@ -101,7 +118,7 @@ static enum verdict install(struct space *space, struct job job) {
 			stats_add(&space->stats, LR_COUNT_EEXIST, 1);
 			if (job.start == job.at) {
 				if (job.what == INSTALL_ZERO) /* or the file's, if it is shared and the map has lost it */
-					uffd_continue(space->uffd, job.at, job.at + job.page);
+					show_file(space, job.at, job.page);
 				uffd_wake(space->uffd, job.at, job.at + job.page);
 				served = true;
 			} else if (served && job.what != INSTALL_CONTINUE) {

@@ -3,6 +3,7 @@
 
 #include "array.h"
 #include "callers.h"
+#include "guards.h"
 #include "log.h"
 #include "proc.h"
 #include "removal.h"
@@ -24,7 +25,7 @@ struct space *space_new(struct pager *pager) {
 	if (!space)
 		return NULL;
 	space->pager = pager;
-	space->uffd = space->pidfd = space->maps = space->task = -1;
+	space->uffd = space->pidfd = space->maps = space->task = space->pagemap = -1;
 	interval_map_init(&space->map);
 	window_init(&space->window);
 	pthread_mutex_init(&space->map_lock, NULL);
@@ -47,6 +48,8 @@ void space_free(struct space *space) {
 		close(space->maps);
 	if (space->task >= 0)
 		close(space->task);
+	if (space->pagemap >= 0)
+		close(space->pagemap);
 	interval_map_deinit(&space->map);
 	pthread_mutex_destroy(&space->map_lock);
 	pthread_cond_destroy(&space->settled);
@@ -385,6 +388,7 @@ static void *space_main(void *argument) {
 	struct pager *pager = space->pager;
 	prctl(PR_SET_NAME, "lr-space");
 	hurry();
+	guards_begin(space);
 	serve_space(space);
 	latency_end(&pager->latency, &space->latency, now_ns());
 	window_abandon(space);

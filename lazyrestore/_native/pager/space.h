@@ -52,6 +52,7 @@ struct space {
 	uint64_t id;
 	int uffd;  /* owned */
 	int maps, task; /* owned; /proc/PID/maps and task, once they were asked (proc.h), else -1 */
+	int pagemap; /* owned; /proc/PID/pagemap, or -1 (guards.h) */
 	int pidfd; /* owned; -1: a forked child, or the process ended but its memory lives on (vfork) */
 	int32_t pid;
 	uint32_t generation;
