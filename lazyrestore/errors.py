@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+_ESCAPED = {code: f"\\x{code:02x}" for code in (*range(32), 127)}  # a path may have a newline in it
+
 
 class LazyrestoreError(Exception):
     """Base of all errors raised on purpose.
@@ -28,7 +30,7 @@ class LazyrestoreError(Exception):
         self.reason = reason or (os.strerror(errno) if errno is not None else "")
         self.advice = advice
         line = ": ".join(part for part in (resource, step, self.reason) if part)
-        super().__init__(f"{line}; {advice}" if advice else line)
+        super().__init__((f"{line}; {advice}" if advice else line).translate(_ESCAPED))
 
 
 # -- the process to be snapshotted -------------------------------------------------------------------------------------

@@ -88,4 +88,4 @@ def decode(data: bytes | memoryview, name: str) -> Manifest:
             return msgspec.convert(_translated(msgspec.msgpack.decode(data), _UNESCAPE), Manifest, strict=False)
         return _decoder.decode(data)
     except msgspec.MsgspecError as error:
-        raise ChunkInvalid(f"snapshot {name}", "read manifest", str(error), "run lazyrestore verify") from error
+        raise ChunkInvalid(f"snapshot {name}", "read manifest", str(error), "see `lazyrestore verify`") from error

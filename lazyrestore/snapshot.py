@@ -384,7 +384,8 @@ class _Buffer:
         try:
             self._map = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise OutOfMemory("copy buffer", "mmap", errno=error.errno) from error
+            advice = "free some memory, or raise the limit on it (ulimit -v)"
+            raise OutOfMemory("copy buffer", "mmap", advice=advice, errno=error.errno) from error
         self._map.madvise(mmap.MADV_HUGEPAGE)
         with suppress(OSError):  # before Linux 5.14, or too little memory: it is populated on use
             self._map.madvise(lib.MADV_POPULATE_WRITE)

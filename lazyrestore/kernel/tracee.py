@@ -353,7 +353,10 @@ class Frozen:
             if not any(before) and (not any(there) or abandoned):
                 return start
         raise SnapshotFailed(
-            f"process {self.pid}", "prepare", "no executable mapping has room behind its code", "see lazyrestore doctor"
+            f"process {self.pid}",
+            "prepare",
+            "no executable mapping has room behind its code",
+            "see `lazyrestore doctor`",
         )
 
 

@@ -29,6 +29,7 @@ from .client import PagerClient, PagerGone, PagerStats
 PAGERD = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__))), "_native", "pagerd")
 StrPath = str | os.PathLike[str]  # results are str: pathlib takes 4 ms to import, longer than most restores
 _SOCKET = ".sock"
+_ELSEWHERE = "set XDG_RUNTIME_DIR to a short path that is yours"
 _LONGEST_PATH = 107  # sockaddr_un.sun_path without its zero byte
 
 
@@ -120,10 +121,10 @@ def _make_private(path: StrPath) -> None:
                 os.mkdir(path, 0o700)
             about = os.lstat(path)
     except OSError as error:
-        raise PagerError(f"run-time directory {path}", "mkdir", errno=error.errno) from error
+        raise PagerError(f"run-time directory {path}", "mkdir", advice=_ELSEWHERE, errno=error.errno) from error
     if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
         raise PagerError(
-            f"run-time directory {path}", "check", "not a private directory of ours", "remove it or set XDG_RUNTIME_DIR"
+            f"run-time directory {path}", "check", "not a private directory of ours", f"remove it, or {_ELSEWHERE}"
         )
 
 
@@ -296,7 +297,9 @@ def _directory(given: StrPath | None) -> str:
 def _socket_path(directory: StrPath, key: str) -> str:
     path = os.path.join(directory, blake2b(f"{wire.VERSION} {key}".encode(), digest_size=8).hexdigest() + _SOCKET)
     if len(os.fsencode(path)) > _LONGEST_PATH:
-        raise PagerError(f"run-time directory {directory}", "socket", "path too long", errno=errno.ENAMETOOLONG)
+        raise PagerError(
+            f"run-time directory {directory}", "socket", "path too long", _ELSEWHERE, errno=errno.ENAMETOOLONG
+        )
     return path
 
 

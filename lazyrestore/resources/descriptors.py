@@ -20,14 +20,13 @@ import socket
 import stat as modes
 import struct
 from collections.abc import Callable, Iterable
-from errno import EACCES, EPERM, ESRCH
+from errno import EIO, ENOENT, ESRCH
 from functools import cache, cmp_to_key
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from lazyrestore._native import _core
-from lazyrestore.errors import LazyrestoreError, NoSuchProcess, NotPermitted
 from lazyrestore.resources import (
     devices,
     epoll,
@@ -195,7 +194,7 @@ def survey(pid: int, pidfd: int, contents: bool | None = None) -> FdTable:
     """Everything that the process's descriptors refer to. Nothing is consumed or changed.
 
     contents: whether to read what waits in pipes and sockets, too; None: if the process is stopped. NoSuchProcess,
-    NotPermitted.
+    NotPermitted, SnapshotFailed.
     """
     # Here: a restore needs neither, and the survey before the freeze bears the cost.
     from lazyrestore.kernel import libc
@@ -208,11 +207,10 @@ def survey(pid: int, pidfd: int, contents: bool | None = None) -> FdTable:
             own_network = os.readlink(f"/proc/{pid}/ns/net") == os.readlink("/proc/self/ns/net")
             return _survey(Survey(pid, pidfd, contents, diag, own_network), libc.same_file_table)
     except OSError as error:
-        if error.errno in (ESRCH, 2):
-            raise NoSuchProcess(f"process {pid}", "descriptors", errno=ESRCH) from error
-        if error.errno in (EPERM, EACCES):
-            raise NotPermitted(f"process {pid}", "descriptors", errno=error.errno) from error
-        raise LazyrestoreError(f"process {pid}", "descriptors", errno=error.errno) from error
+        from lazyrestore.kernel.tracee import check
+
+        check(-(ESRCH if error.errno == ENOENT else error.errno or EIO), pid, "descriptors")
+        raise
 
 
 def _survey(survey: Survey, same_table: Callable[[int, int], bool]) -> FdTable:

@@ -61,12 +61,13 @@ def restore(items: list[Item[Fifo]], build: Build) -> None:
 def check(title: str, record: Fifo) -> None:
     """Refuse a FIFO that is gone or no FIFO any more. FileChanged."""
     path = os.fsdecode(record.path)
+    advice = f"put it back (mkfifo {path})"
     try:
         found = os.stat(path)
     except OSError as error:
-        raise FileChanged(title, "open", errno=error.errno, advice=f"put it back (mkfifo {path})") from error
+        raise FileChanged(title, "open", errno=error.errno, advice=advice) from error
     if not modes.S_ISFIFO(found.st_mode):
-        raise FileChanged(title, "open", "is no FIFO any more")
+        raise FileChanged(title, "open", "is no FIFO any more", advice)
 
 
 def _restore_fifo(path: bytes, ends: list[Item[Fifo]], build: Build) -> None:

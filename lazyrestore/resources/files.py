@@ -158,10 +158,10 @@ def check(title: str, record: FileRecord) -> None:
     if record.path.startswith(b"/proc/self/"):
         return
     path = os.fsdecode(record.path)
+    advice = f"put {path} back, or take a new snapshot"
     try:
         found = os.lstat(path) if isinstance(record, Location) and record.mode == modes.S_IFLNK else os.stat(path)
     except OSError as error:
-        advice = f"put {path} back, or take a new snapshot"
         raise FileChanged(title, "open", errno=error.errno, advice=advice) from error
     wanted = record.mode if isinstance(record, Location) else None
     if isinstance(record, RegularFile):
@@ -170,14 +170,14 @@ def check(title: str, record: FileRecord) -> None:
         wanted = modes.S_IFDIR
     now = modes.S_IFMT(found.st_mode)
     if now != wanted:
-        raise FileChanged(title, "open", f"was a {_KINDS.get(wanted or 0)}, is a {_KINDS.get(now)} now")
+        raise FileChanged(title, "open", f"was a {_KINDS.get(wanted or 0)}, is a {_KINDS.get(now)} now", advice)
     if (
         isinstance(record, RegularFile)
         and access_of(record.flags) & READ
         and found.st_size < record.position <= record.size
     ):
         reason = f"is {found.st_size} bytes long now, but was read up to byte {record.position} of {record.size}"
-        raise FileChanged(title, "open", reason, f"put {path} back, or take a new snapshot")
+        raise FileChanged(title, "open", reason, advice)
 
 
 def _locks(view: View) -> tuple[Lock, ...]:

@@ -115,7 +115,9 @@ def _restore_file(key: tuple[int, int], items: list[Item[Memfd]], build: Build) 
             seals = seals & ~fcntl.F_SEAL_WRITE | lib.F_SEAL_FUTURE_WRITE
     else:
         if record.contents is None:
-            raise RestoreError(items[0].title, "restore", "the snapshot does not hold its contents")
+            raise RestoreError(
+                items[0].title, "restore", "the snapshot does not hold its contents", "take a new snapshot"
+            )
         own = source = _recreate(record, record.contents, build)
     if record.permissions != _DEFAULT_MODE:
         ops.call(lib.SYS_fchmod, source, record.permissions)

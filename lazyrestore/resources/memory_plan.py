@@ -262,7 +262,9 @@ class Planner:
         if path not in self._files:
             identity = self._identities.get(path) or identify(path, "")
             if identity is None:
-                raise SnapshotFailed(f"file {path}", "identify", "it is mapped and cannot be read")
+                raise SnapshotFailed(
+                    f"file {path}", "identify", "it is mapped and cannot be read", "let root, or the caller, read it"
+                )
             self._files[path] = len(self.plan.files)
             self.plan.files.append(identity)
         return self._files[path]

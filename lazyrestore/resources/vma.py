@@ -199,7 +199,7 @@ def check_file(identity: FileIdentity) -> None:
             f"file {identity.path}",
             "map",
             "it was mapped at the snapshot and is gone",
-            "put it back or snapshot again",
+            "put it back, or take a new snapshot",
             errno=error.errno,
         ) from error
     if status.st_size != identity.size:
@@ -207,7 +207,7 @@ def check_file(identity: FileIdentity) -> None:
             f"file {identity.path}",
             "map",
             f"its size was {identity.size} bytes and is {status.st_size}",
-            "put the old file back or snapshot again",
+            "put the old file back, or take a new snapshot",
         )
     if identity.shared:
         return
@@ -219,7 +219,7 @@ def check_file(identity: FileIdentity) -> None:
         return
     else:
         changed = "it was modified since the snapshot (mtime differs)"
-    raise FileChanged(f"file {identity.path}", "map", changed, "put the old file back or snapshot again")
+    raise FileChanged(f"file {identity.path}", "map", changed, "put the old file back, or take a new snapshot")
 
 
 def shared_identity(identity: FileIdentity) -> FileIdentity:

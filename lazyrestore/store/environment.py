@@ -46,6 +46,7 @@ from lazyrestore.store.address import address_of
 
 MAP_BYTES = 1 << 40  # of address space; more than any store, less than the 47 bits that a process has
 MAP_LEAST = 64 << 20  # where a limit on address space leaves less than this, opening fails
+NAME_ANOTHER = "name a store, or a directory that does not exist yet"
 READERS = 1022  # simultaneous read transactions of all processes; LMDB's table of 64-byte slots then fills 16 pages
 
 PAGE_HEADER = struct.Struct("<QHHI")  # page number, unused, flags, pages: lmdb's MDB_page of an overflow page
@@ -165,7 +166,7 @@ class Environment:
             self.resource,
             "open",
             "an LMDB environment of another program",
-            "name a store, or a directory that does not exist yet",
+            NAME_ANOTHER,
         )
         with self.read() as txn:
             data = txn.get(format.IDENTITY)
@@ -289,7 +290,7 @@ class Environment:
         """A value that must be there. Raises ChunkInvalid."""
         value: memoryview | None = txn.get(key)
         if value is None:
-            raise ChunkInvalid(self.resource, "read", f"nothing stored under {key!r}", "see `verify`")
+            raise ChunkInvalid(self.resource, "read", f"nothing stored under {key!r}", "see `lazyrestore verify`")
         return value
 
     def records(self, txn: Transaction, table: bytes) -> Iterator[tuple[memoryview, memoryview]]:
@@ -340,7 +341,9 @@ class Environment:
             room = pages * self.page - PAGE_HEADER.size
             if number * self.page == head and flags == OVERFLOW and len(value) <= room:
                 return offset
-        raise ChunkInvalid(self.resource, "locate a value", f"file offset {offset} does not hold it", "see `verify`")
+        raise ChunkInvalid(
+            self.resource, "locate a value", f"file offset {offset} does not hold it", "see `lazyrestore verify`"
+        )
 
     def pages_of(self, value: memoryview) -> tuple[int, int]:
         """File offsets, end exclusive, of the pages that a long value of a running transaction occupies, header
@@ -419,11 +422,9 @@ def _number(error: Exception) -> int:
 
 def _translate(resource: str, step: str, error: Exception) -> StoreError:
     if isinstance(error, (lmdb.InvalidError, lmdb.VersionMismatchError)):
-        return NotAStore(
-            resource, step, "data.mdb is not an LMDB 0.9 file", "name a store, or a directory that does not exist yet"
-        )
+        return NotAStore(resource, step, "data.mdb is not an LMDB 0.9 file", NAME_ANOTHER)
     if isinstance(error, (lmdb.CorruptedError, lmdb.PageNotFoundError, lmdb.PanicError, lmdb.BadTxnError)):
-        return ChunkInvalid(resource, step, f"damaged ({error})", "see `verify`")
+        return ChunkInvalid(resource, step, f"damaged ({error})", "see `lazyrestore verify`")
     if isinstance(error, lmdb.ReadonlyError):
         return StoreReadOnly(resource, step, str(error))
     if isinstance(error, lmdb.ReadersFullError):

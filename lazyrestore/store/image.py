@@ -142,7 +142,7 @@ class StoredImage(msgspec.Struct, eq=False):
 
     def invalid(self, address: int, reason: str) -> ChunkInvalid:
         return ChunkInvalid(
-            f"snapshot {self.name}", f"chunk at {address:#x}", reason, "the store is damaged: see `verify`"
+            f"snapshot {self.name}", f"chunk at {address:#x}", reason, "the store is damaged: see `lazyrestore verify`"
         )
 
     @property
@@ -255,7 +255,7 @@ def index_of(environment: Environment, txn: Transaction, snapshot: int, record: 
     sums = 4 * -(-chunks // format.INDEX_BLOCK) if record.sums else 0
     if chunks < 0 or chunks * format.ENTRY.size + sums > len(value):
         raise ChunkInvalid(
-            environment.resource, "read an index", f"{len(value)} bytes for {chunks} chunks", "see `verify`"
+            environment.resource, "read an index", f"{len(value)} bytes for {chunks} chunks", "see `lazyrestore verify`"
         )
     return value[: chunks * format.ENTRY.size]
 
@@ -294,7 +294,9 @@ def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int
     for pack in record.packs:
         value = environment.need(txn, format.key(format.PACKS, pack))
         if len(value) > format.PACK_MAX:
-            raise ChunkInvalid(environment.resource, f"read pack {pack}", f"{len(value)} bytes", "see `verify`")
+            raise ChunkInvalid(
+                environment.resource, f"read pack {pack}", f"{len(value)} bytes", "see `lazyrestore verify`"
+            )
         packs.append((environment.file_offset(value), len(value)))
     working_set = _working_set(bytes(txn.get(format.key(format.WORKING_SETS, snapshot), b"")), record.chunks)
     pack = txn.get(format.key(format.WORKING_SET_PACKS, snapshot))

@@ -49,19 +49,21 @@ class Parent:
             stored = environment.need(txn, format.key(format.INDEXES, snapshot))
             sums = format.sums_of(index) if record.sums else b""
             if stored[len(index) : len(index) + len(sums)] != sums:
-                raise ChunkInvalid(environment.resource, "read an index", "a checksum is wrong", "see `verify`")
+                raise ChunkInvalid(
+                    environment.resource, "read an index", "a checksum is wrong", "see `lazyrestore verify`"
+                )
             self._hashes = bytes(environment.need(txn, format.key(format.HASHES, snapshot)))
             lengths = [len(environment.need(txn, format.key(format.PACKS, pack))) for pack in record.packs]
         if len(self._hashes) != record.chunks * format.HASH:
             reason = f"{len(self._hashes)} bytes for {record.chunks} chunks"
-            raise ChunkInvalid(environment.resource, "read the hashes", reason, "see `verify`")
+            raise ChunkInvalid(environment.resource, "read the hashes", reason, "see `lazyrestore verify`")
         self._packs = record.packs
         self._entries = list(format.entries(index))
         self._starts, self._ends = array("Q"), array("Q")
         end = 0
         for entry in self._entries:
             if fault := format.fault_in(entry, end, lengths):
-                raise ChunkInvalid(environment.resource, f"chunk at {entry[0]:#x}", fault, "see `verify`")
+                raise ChunkInvalid(environment.resource, f"chunk at {entry[0]:#x}", fault, "see `lazyrestore verify`")
             end = entry[0] + entry[1]
             self._starts.append(entry[0])
             self._ends.append(end)

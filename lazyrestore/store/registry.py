@@ -8,7 +8,7 @@ import threading
 
 from lazyrestore.errors import NotAStore
 from lazyrestore.store import locks
-from lazyrestore.store.environment import Environment
+from lazyrestore.store.environment import NAME_ANOTHER, Environment
 
 OWN_FILES = {"data.mdb", "lock.mdb", "writer.lock", "pins"}
 
@@ -69,7 +69,7 @@ def _prepare(directory: str, create: bool) -> bool:
         advice = "no snapshot was taken into it yet (`lazyrestore snapshot` makes it), or another one is meant"
         raise NotAStore(resource, "open", "it does not exist", advice, errno=errno.ENOENT) from error
     except NotADirectoryError as error:
-        raise NotAStore(resource, "open", "not a directory", errno=errno.ENOTDIR) from error
+        raise NotAStore(resource, "open", "not a directory", NAME_ANOTHER, errno=errno.ENOTDIR) from error
     except PermissionError as error:
         raise locks.not_allowed(directory, directory, create=create) from error
     except OSError as error:
@@ -78,7 +78,7 @@ def _prepare(directory: str, create: bool) -> bool:
         return False
     if not create or files - OWN_FILES:
         reason = "a directory with other files in it" if files else "an empty directory"
-        raise NotAStore(resource, "open", reason, "name a store, or a directory that does not exist yet")
+        raise NotAStore(resource, "open", reason, NAME_ANOTHER)
     return True
 
 

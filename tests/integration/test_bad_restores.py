@@ -198,15 +198,21 @@ def test_unchanged_files_are_known_by_their_signature(copies: Copies, start: Sta
     assert files and all(identity.seen == signature_of(os.stat(identity.path)) for identity in files)
 
 
-def test_vanished_open_file(run: Path, victims: Victims, copies: Copies) -> None:
-    (run / "text").write_text("text")
-    with (run / "text").open() as text:
-        victim = victims.start(["sleep", "1000000"], stdin=text.fileno())
+def test_vanished_or_shortened_open_file(run: Path, victims: Victims, copies: Copies) -> None:
+    """Or one that is shorter than what was read of it. The message is one line, whatever the file is called."""
+    text = run / "a\ntext"
+    text.write_text("text")
+    with text.open() as opened:
+        opened.seek(3)
+        victim = victims.start(["sleep", "1000000"], stdin=opened.fileno())
     victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
     snapshot = end(victim, copies)
-    os.rename(run / "text", run / "away")
-    assert str(run / "text") in refused(run, victims, snapshot, errors.FileChanged)
-    os.rename(run / "away", run / "text")
+    os.rename(text, run / "away")
+    assert f"{run}/a\\x0atext" in refused(run, victims, snapshot, errors.FileChanged)
+    refused_by_cli(run, snapshot, errors.FileChanged)
+    text.write_text("te")
+    assert "is 2 bytes long now" in refused(run, victims, snapshot, errors.FileChanged)
+    os.rename(run / "away", text)
     copies.restore(snapshot)
 
 

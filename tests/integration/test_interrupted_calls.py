@@ -57,7 +57,11 @@ def tasks(pid: int) -> dict[str, Path]:
 
 def stop(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
-    until(lambda: all(state(task) == "T" for task in tasks(pid).values()), "a stopped process")
+    until(lambda: is_stopped(pid), "a stopped process")
+
+
+def is_stopped(pid: int) -> bool:
+    return all(state(task) == "T" for task in tasks(pid).values())
 
 
 def state(task: Path) -> str:
@@ -95,6 +99,7 @@ def test_signals_before_the_freeze(run: Path, victim: Victim, copies: Copies) ->
     check(run / "control", ENDED)
     victim.kill()
     copy = copies.restore(snapshot)
+    copy.until(lambda: is_stopped(copy.pid), "a copy that is stopped, as the process was")
     os.kill(copy.pid, signal.SIGCONT)
     check(run / "control", ENDED)
     copy.check()
