@@ -49,7 +49,12 @@ struct uffdio_poison {
 #define PAGE_IS_SWAPPED (1 << 4)
 #define PAGE_IS_PFNZERO (1 << 5)
 #define PAGE_IS_HUGE (1 << 6)
-#define PAGE_IS_SOFT_DIRTY (1 << 7) /* Linux 6.8 */
+#define PAGE_IS_SOFT_DIRTY (1 << 7) /* Linux 6.11: the number in the caller's PID namespace of a thread of another one, whose file this is called on */
+#ifndef NS_GET_PID_FROM_PIDNS
+#define NS_GET_PID_FROM_PIDNS _IOR(0xb7, 0x6, int)
+#endif
+
+/* Linux 6.8 */
 #define PAGE_IS_GUARD (1 << 8) /* Linux 6.15 */
 #ifndef MADV_GUARD_INSTALL
 #define MADV_GUARD_INSTALL 102 /* Linux 6.13 */

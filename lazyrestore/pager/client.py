@@ -83,7 +83,7 @@ class SpaceStats(Struct, frozen=True):
     """One living address space."""
 
     pid: int
-    """In the pager's PID namespace; 0: a forked child, whose pid the kernel does not tell."""
+    """In the pager's PID namespace; 0: a forked child that has not been found by its faults."""
     generation: int
     """0: restored; 1: forked by it; and so on."""
     id: int

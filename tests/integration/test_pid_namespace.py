@@ -78,3 +78,35 @@ def test_copy_that_is_killed_leaves_nothing(run: Path, victims: Victims, store: 
         assert not os.path.exists(f"/proc/{init}")
     snapshot.close()
     assert len(open_descriptors()) <= len(before)
+
+
+FORKING = """
+import os, sys, time
+directory, data = sys.argv[1], os.urandom(8 << 20)
+open(directory + "/ready", "w").close()
+while not os.path.exists(directory + "/go"):
+    time.sleep(0.02)
+if os.fork():
+    os.wait()
+sum(data[::4096])
+open(directory + "/part", "w").write(str(os.getpid()))
+os.rename(directory + "/part", directory + "/report")
+while True:
+    time.sleep(1)
+"""
+
+
+def test_stats_name_a_forked_child(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    """In the pager's PID namespace, though its faults tell of its thread in another one."""
+    script = run / "forking.py"
+    script.write_text(FORKING)
+    victim = victims.start(["/usr/bin/python3", script, run])
+    victim.until((run / "ready").exists, "a ready victim")
+    with store.snapshot(victim.pid, name="x", kill=True) as snapshot, snapshot.restore(new_pid=True) as copy:
+        (run / "go").touch()
+        inside = until((run / "report").read_text, "the child's report")
+        outside = next(space.pid for space in copy.stats().spaces if space.generation == 1)
+        status = Path(f"/proc/{outside}/status").read_text()
+        assert next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1] == inside
+        assert f"\nPPid:\t{copy.pid}\n" in status
+        copy.kill()

@@ -72,6 +72,7 @@ def test_guards_of_a_copy(victims: Victims, build: Builder, store: lazyrestore.S
         twins.copy = twins.snapshot().restore(record=False)  # while it records, a fault brings one page
         for first, pages in ((1, 1), (6, 2), (67, 1), (80, 100)):
             assert twins.both("advise", ARENA + first * PAGE, pages * PAGE, GUARD_INSTALL).startswith("0")
+        twins.both("fork", ARENA + 254 * PAGE, PAGE, 0)  # the child brings all of it, with the guards
         for page in (0, 4, 64, 200):  # each brings its neighbours
             twins.both("read", ARENA + page * PAGE, PAGE)
         twins.both("read", ARENA, 256 * PAGE)

@@ -169,7 +169,7 @@ struct lr_totals {
 };
 
 struct lr_space_stats {
-	int32_t pid;         /* in the pager's PID namespace; 0: a forked child, unknown */
+	int32_t pid;         /* in the pager's PID namespace; 0: a forked child that is not known (yet) */
 	uint32_t generation; /* 0: restored; 1: its child; and so on */
 	uint64_t id;         /* counts up over the pager's life */
 	uint64_t intervals;

@@ -1,4 +1,5 @@
 /* Answering one page fault: what belongs at the address, and one ioctl that puts it there, with its neighbourhood. */
+#include "forked.h"
 #include "guards.h"
 #include "log.h"
 #include "uffd.h"
@@ -91,6 +92,10 @@ static enum verdict give_up(struct space *space, struct job job, int code) {
 static enum verdict install(struct space *space, struct job job) {
 	bool served = false; /* the page at job.at is there */
 	if (job.what == INSTALL_CONTINUE && job.page == LR_PAGE) {
+		if (forked_sought(space)) {
+			job.start = job.at;
+			job.end = job.at + job.page;
+		}
 		enum guards guards = guards_avoid(space, job.at, &job.start, &job.end);
 		if (guards == GUARDS_BUSY)
 			return AGAIN;

@@ -92,7 +92,7 @@ static bool send_reply(struct connection *connection, struct lr_error error, con
 static struct lr_space_stats space_stats(const struct space *space) {
 	struct quantiles times = stats_quantiles(&space->stats);
 	struct lr_space_stats out = {
-		.pid = space->pid,
+		.pid = space->generation ? pid_behind(space->child) : space->pid,
 		.generation = space->generation,
 		.id = space->id,
 		.intervals = atomic_load_explicit(&space->intervals, memory_order_relaxed),

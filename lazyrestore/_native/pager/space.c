@@ -3,6 +3,7 @@
 
 #include "array.h"
 #include "callers.h"
+#include "forked.h"
 #include "guards.h"
 #include "log.h"
 #include "proc.h"
@@ -25,7 +26,7 @@ struct space *space_new(struct pager *pager) {
 	if (!space)
 		return NULL;
 	space->pager = pager;
-	space->uffd = space->pidfd = space->maps = space->task = space->pagemap = -1;
+	space->uffd = space->pidfd = space->maps = space->task = space->pagemap = space->child = space->pid_namespace = -1;
 	interval_map_init(&space->map);
 	window_init(&space->window);
 	pthread_mutex_init(&space->map_lock, NULL);
@@ -48,8 +49,9 @@ void space_free(struct space *space) {
 		close(space->maps);
 	if (space->task >= 0)
 		close(space->task);
-	if (space->pagemap >= 0)
-		close(space->pagemap);
+	scoped_close(&space->pagemap);
+	scoped_close(&space->child);
+	scoped_close(&space->pid_namespace);
 	interval_map_deinit(&space->map);
 	pthread_mutex_destroy(&space->map_lock);
 	pthread_cond_destroy(&space->settled);
@@ -108,6 +110,7 @@ static struct lr_error adopt_child(struct space *parent, struct space *child) {
 	child->poison = parent->poison;
 	child->records = parent->records;
 	child->bytes_registered = parent->bytes_registered;
+	forked_begin(parent, child);
 	child->shared = calloc(parent->n_shared ? parent->n_shared : 1, sizeof *child->shared);
 	if (!child->shared)
 		return lr_fail("calloc", ENOMEM, 0);
@@ -152,7 +155,8 @@ static int on_fault(struct space *space, const struct uffd_msg *message, uint64_
 	stats_add(&space->stats, flags & UFFD_PAGEFAULT_FLAG_MINOR ? LR_COUNT_MINOR : LR_COUNT_MISSING, 1);
 	if (flags & UFFD_PAGEFAULT_FLAG_WRITE)
 		stats_add(&space->stats, LR_COUNT_WRITE, 1);
-	space->faults[space->n_faults++] = (struct fault){message->arg.pagefault.address & ~(uint64_t)(LR_PAGE - 1), now};
+	space->faults[space->n_faults++] = (struct fault){
+	    message->arg.pagefault.address & ~(uint64_t)(LR_PAGE - 1), now, (int32_t)message->arg.pagefault.feat.ptid};
 	return 0;
 }
 
@@ -291,7 +295,10 @@ bool space_serve_all(struct space *space) {
 		if (verdict == AGAIN || space->first_fault == space->n_faults)
 			continue;
 		struct fault fault = space->faults[space->first_fault];
-		switch (serve_fault(space, &fault)) {
+		struct forked_look look = forked_look(space, &fault);
+		verdict = serve_fault(space, &fault);
+		forked_confirm(space, &look);
+		switch (verdict) {
 		case DEAD:
 			return false;
 		case SERVED:
@@ -388,7 +395,8 @@ static void *space_main(void *argument) {
 	struct pager *pager = space->pager;
 	prctl(PR_SET_NAME, "lr-space");
 	hurry();
-	guards_begin(space);
+	if (!space->generation)
+		guards_begin(space);
 	serve_space(space);
 	latency_end(&pager->latency, &space->latency, now_ns());
 	window_abandon(space);

@@ -44,6 +44,7 @@ struct chunk_stream {
 struct fault {
 	uint64_t address;
 	uint64_t read_ns;
+	int32_t thread; /* in its own PID namespace */
 };
 
 struct space {
@@ -56,6 +57,9 @@ struct space {
 	int pidfd; /* owned; -1: a forked child, or the process ended but its memory lives on (vfork) */
 	int32_t pid;
 	uint32_t generation;
+	int child;         /* owned; a forked child's pidfd, once it was found (forked.h), else -1; changed under the pager's lock */
+	int pid_namespace; /* owned; of its children, and a forked child's own, once they were asked for, else -1 */
+	uint32_t looks;    /* at who the child is */
 	bool poison; /* UFFDIO_POISON works */
 	_Atomic uint32_t records; /* the recording of the working set that its faults make; 0: none */
 	bool replays; /* it gets the working set */
