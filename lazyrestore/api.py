@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Self
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lazyrestore.stored_plan import Settings
 
 Progress = Callable[[int, int], None]
+_snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
 LINGER_MS = 2000  # how long a pager stays when its last process and connection are gone
 
 
@@ -130,6 +132,7 @@ class Snapshot:
         self._pager: PagerClient | None = None
         self._gone: list[PagerClient] = []  # other threads may still be using their descriptors
         self._lock = threading.Lock()
+        _snapshots.add(self)
 
     def __enter__(self) -> Self:
         return self
@@ -201,6 +204,15 @@ class Snapshot:
         from lazyrestore.store import working_sets
 
         return working_sets.raw_bytes(self._image)
+
+    def _forget_pager(self) -> None:
+        """In a forked child: the connection is its parent's too, and one would get the other's replies."""
+        self._lock = threading.Lock()
+        if self._pager is not None:
+            self._gone.append(self._pager)
+            self._pager = None
+        while self._gone:
+            self._gone.pop().close()
 
     def close(self) -> None:
         """Let go of the image and of the connection to the pager; restored processes are not affected."""
@@ -410,9 +422,8 @@ class Snapshot:
             checked = restore.check(self._prepare(listen, reuseport), options, filled)
 
             def answered() -> PagerClient:
-                with self._lock:
-                    if self._pager is None and connecting is not None:
-                        self._pager = connecting.answered()
+                if pager is None and connecting is not None:
+                    return self._share(connecting.answered())
                 return pager or self._connect()
 
             return restore.run(checked, answered, connecting.template if connecting else -1, streams)
@@ -420,10 +431,27 @@ class Snapshot:
     def _connect(self) -> PagerClient:
         from lazyrestore.pager.launch import connect_or_start
 
+        return self._pager or self._share(connect_or_start(self._image, linger_ms=LINGER_MS))
+
+    def _share(self, pager: PagerClient) -> PagerClient:
+        """The connection that all threads use: this one, or the one that another thread made meanwhile.
+
+        Nobody waits for a pager with the lock held: one of those who wait for the lock may be the tracer of a new
+        process that a killed pager's keeper ends, which the next pager waits for.
+        """
         with self._lock:
             if self._pager is None:
-                self._pager = connect_or_start(self._image, linger_ms=LINGER_MS)
+                self._pager = pager
+            else:
+                pager.close()
             return self._pager
 
+
+def _forget_pagers() -> None:
+    for snapshot in list(_snapshots):
+        snapshot._forget_pager()
+
+
+os.register_at_fork(after_in_child=_forget_pagers)
 
 __all__ = ["LazyrestoreError", "RestoredProcess", "Snapshot", "Store"]

@@ -20,9 +20,11 @@ that is emptied within HOLD_SECONDS begins to refill by so much later.
 from __future__ import annotations
 
 import asyncio
+import os
 import queue
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -125,6 +127,7 @@ class Pool:
             threading.Thread(target=self._fill, name="lazyrestore-pool", daemon=True) for _ in range(FILLERS)
         ]
         self._reaper = threading.Thread(target=self._reap, name="lazyrestore-pool-reaper", daemon=True)
+        _pools.add(self)
         for thread in (*self._threads, self._reaper):
             thread.start()
 
@@ -197,6 +200,15 @@ class Pool:
             thread.join()
         self._ended.put(None)
         self._reaper.join()
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child, which has neither the threads nor the clones: closed."""
+        self._changed, self._closing = threading.Condition(), threading.Event()
+        self._closing.set()
+        self._parked.clear()
+        self._idle.clear()
+        self._taken.clear()
+        self._waiting.clear()
 
     # -- handing out and taking back -----------------------------------------------------------------------------------
 
@@ -324,6 +336,15 @@ class Pool:
             clone.process.wait()
 
 
+def _leave_to_parents() -> None:
+    for pool in list(_pools):
+        pool._leave_to_parent()
+
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+os.register_at_fork(after_in_child=_leave_to_parents)
+
+
 def _abandon(ready: Future[Clone]) -> None:
     """Nobody waits for the clone any more; one that came all the same has served nobody, but it runs."""
     if not ready.cancel() and ready.exception() is None:
@@ -331,7 +352,7 @@ def _abandon(ready: Future[Clone]) -> None:
 
 
 def _closed() -> PoolClosed:
-    return PoolClosed("pool", "take", "it was closed")
+    return PoolClosed("pool", "take", "it was closed, or is that of the process that forked this one")
 
 
 def _bytes_written(pid: int) -> int:

@@ -272,7 +272,10 @@ class PagerClient:
         """The contents of the memory file that the reply carries."""
         with self._lock:
             self._send(request, fds)
-            data, received, _, _ = socket.recv_fds(self._socket, wire.REPLY.size, 1)
+            try:
+                data, received, _, _ = socket.recv_fds(self._socket, wire.REPLY.size, 1)
+            except ConnectionError as error:
+                raise self._gone(error.errno) from error
             try:
                 self._check(data)
                 if not received:

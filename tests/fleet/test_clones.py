@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import Victims, alive, in_threads, until
+from helpers import Victims, alive, in_threads, sockets_of, until
 from helpers_cli import command, run_cli
 from helpers_fleet import descriptors, report, reporter
 
@@ -73,6 +73,30 @@ def test_threads_share_the_first_restore(run: Path, victims: Victims, store: laz
 def _ended(process: lazyrestore.RestoredProcess) -> None:
     process.kill()
     assert process.wait(60) == -signal.SIGKILL
+
+
+def test_a_forked_child_asks_for_itself(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    """Over one connection, it would get its parent's replies, and its parent those to it."""
+    victim = reporter(run, victims)
+    expected = report(run, victim.pid)
+    with store.snapshot(victim.pid, name="x") as snapshot:
+        _ended(snapshot.restore(new_pid=True))
+        connection = os.fstat(snapshot._connect()._socket.fileno()).st_ino
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                process = snapshot.restore(new_pid=True)
+                alone = connection not in sockets_of(os.getpid())
+                right = report(run, process.pid) == ["2", *expected[1:]]
+                _ended(process)
+                status = 0 if alone and right else 2
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0) == (child, 0)
+        process = snapshot.restore(new_pid=True)
+        assert report(run, process.pid) == ["2", *expected[1:]]
+        _ended(process)
 
 
 def test_processes_restore_one_snapshot_at_once(run: Path, victims: Victims, store: lazyrestore.Store) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from lazyrestore._native import _core
 from lazyrestore.errors import PoolClosed, RestoreError
 from lazyrestore.fleet.pool import Clone, Limits, Pool
 from lazyrestore.kernel import procfs
+from lazyrestore.pager import launch
 
 STOPPED = 0x7F  # a wait status
 OWNER = """
@@ -55,6 +57,15 @@ def report_of(run: Path, pid: int) -> str | None:
     """What a reporter wrote that was signalled while it was parked, or before."""
     path = run / f"report-{os.stat(f'/proc/{pid}/ns/pid').st_ino}"
     return path.read_text() if path.exists() else None
+
+
+def end_of_tracee(pid: int) -> None:
+    """Let a process that we trace, and somebody has killed, end."""
+    status = _core.ffi.new("int32_t *")
+    while os.WIFSTOPPED(status[0] or STOPPED):
+        assert _core.lib.lr_continue(pid, 0) in (0, -errno.ESRCH)
+        if _core.lib.lr_wait(pid, status) < 0:
+            break
 
 
 def test_a_parked_clone_runs_nothing_and_sees_nothing(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
@@ -265,12 +276,77 @@ def test_pager_killed_while_a_debugger_holds_a_clone(run: Path, victims: Victims
         assert _core.lib.lr_seize(held.pid, _core.lib.PTRACE_O_TRACEEXIT) == 0
         os.kill(snapshot._connect().pids()[0], signal.SIGKILL)
         until(lambda: all(clone.process.poll() is not None for clone in others), "the end of the others")
-        status = _core.ffi.new("int32_t *")
-        while os.WIFSTOPPED(status[0] or STOPPED):
-            assert _core.lib.lr_continue(held.pid, 0) in (0, -errno.ESRCH)
-            if _core.lib.lr_wait(held.pid, status) < 0:
-                break
+        end_of_tracee(held.pid)
     assert set(victims.marked()) == {pid}
+
+
+def test_pager_killed_before_it_accepts(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    """Who waits in its queue may be the tracer of a process that its keeper ends, and hears of it all the same."""
+    pid = listening(run, victims)
+    with store.snapshot(pid, name="x") as snapshot, snapshot.pool(1) as pool:
+        assert pool.wait_until_full(60)
+        held = pool._parked[0]
+        assert _core.lib.lr_seize(held.pid, _core.lib.PTRACE_O_TRACEEXIT) == 0
+        pager, _ = snapshot._connect().pids()
+        os.kill(pager, signal.SIGSTOP)
+        until(lambda: state(pager)["State"][0] == "T", "a stopped pager")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as queued:
+            queued.settimeout(60)
+            queued.connect(launch.socket_path(snapshot._image.key))
+            os.kill(pager, signal.SIGKILL)
+            try:
+                assert queued.recv(1) == b""
+            finally:
+                end_of_tracee(held.pid)
+        with pool.take(60) as clone:
+            assert ask(clone) == f"1 {pid}"
+    assert set(victims.marked()) == {pid}
+
+
+def test_pager_killed_while_it_is_asked_for_its_working_set(
+    run: Path, victims: Victims, store: lazyrestore.Store
+) -> None:
+    """What was sent and never read makes the end of a connection an error (unix(7), ECONNRESET), and no end of file."""
+    victim = reporter(run, victims)
+    with store.snapshot(victim.pid, name="x") as snapshot, snapshot.restore(new_pid=True) as process:
+        client = snapshot._connect()
+        helpers = client.pids()
+        for helper in helpers:
+            os.kill(helper, signal.SIGSTOP)
+            until(lambda helper=helper: state(helper)["State"][0] == "T", "a stopped helper")  # type: ignore[misc]
+        process.kill()
+        answers: list[bytes] = []
+        asker = threading.Thread(target=lambda: answers.append(client.filled_working_set()))
+        asker.start()
+        wait = Path(f"/proc/self/task/{asker.native_id}/wchan")
+        until(lambda: "skb_wait" in wait.read_text(), "a thread that waits for the pager")
+        for helper in reversed(helpers):  # in this order nobody shuts the connection down
+            os.kill(helper, signal.SIGKILL)
+        asker.join()
+        assert answers == [b""]
+        with snapshot.pool(1) as pool, pool.take(60) as clone:
+            assert report(run, clone.pid)[0] == "1"
+
+
+def test_a_forked_child_has_no_pool(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    pid = listening(run, victims)
+    with store.snapshot(pid, name="x") as snapshot, snapshot.pool(2) as pool:
+        taken = pool.take()
+        assert pool.wait_until_full(60)
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                taken.give_back()
+                with pytest.raises(PoolClosed), pool:
+                    pool.take(60)
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0) == (child, 0)
+        assert ask(taken) == f"1 {pid}"
+        with pool.take(60) as other:
+            assert ask(other) == f"1 {pid}"
 
 
 def test_who_would_notice_is_not_parked(run: Path, victims: Victims, store: lazyrestore.Store) -> None:

@@ -125,16 +125,21 @@ unsigned keeper_kill_mappers(const struct keeper_files *files, uint64_t only) {
 }
 
 /* Clients must learn of the pager's death now, though its descriptors stay open: one may be the tracer of a new process,
- * which cannot die before its tracer lets it. Not so who connects now: the next pager is to come when the keeper is gone. */
+ * which cannot die before its tracer lets it. So must those whom the pager had not accepted yet: who starts a pager lets a process
+ * map its template meanwhile. Not so who connects from now on: the next pager is to come when the keeper is gone. */
 static void end_connections(void) {
 	scoped_fd table = open("/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	_Alignas(8) char buffer[16384];
 	long n;
 	while (table >= 0 && (n = syscall(SYS_getdents64, table, buffer, sizeof buffer)) > 0)
 		for (long at = 0; at < n; at += ((struct entry *)(void *)(buffer + at))->length) {
-			int fd = atoi(((struct entry *)(void *)(buffer + at))->name), listens = 1;
-			if (!getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &(socklen_t){sizeof listens}) && !listens)
+			int fd = atoi(((struct entry *)(void *)(buffer + at))->name), listens, waiting;
+			if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &(socklen_t){sizeof listens}))
+				continue;
+			if (!listens)
 				shutdown(fd, SHUT_RDWR);
+			while (listens && (waiting = accept4(fd, NULL, NULL, SOCK_CLOEXEC)) >= 0)
+				shutdown(waiting, SHUT_RDWR);
 		}
 }
 
