@@ -24,9 +24,10 @@ def entry() -> None:
     """Run the command line and end the process with its exit status."""
     try:
         _run()
-    except KeyboardInterrupt:  # before there was a command to end
-        os.write(2, b"lazyrestore: interrupted\n")
-        os._exit(130)  # 128 + SIGINT
+    except KeyboardInterrupt as error:  # before there was a command to end
+        from lazyrestore.commands import failed
+
+        os._exit(failed(error, debug=False))
 
 
 def _run() -> None:
@@ -34,10 +35,10 @@ def _run() -> None:
     while (null := os.open(os.devnull, os.O_RDWR)) <= LAST_STREAM:
         os.set_inheritable(null, True)
     os.close(null)
-    from lazyrestore import restore_command
+    from lazyrestore.commands import plain
 
-    if words := restore_command.plain(sys.argv[1:]):
-        os._exit(_flushed(restore_command.run(words)) & 0xFF)
+    if words := plain.read(sys.argv[1:]):
+        os._exit(_flushed(plain.run(words)) & 0xFF)
     from lazyrestore.stand_ins import bring
 
     bring("click")

@@ -5,7 +5,7 @@ handed over and written around it.
 this file. So with a plan that was stored beside its snapshot (`stored_plan`) a restore needs neither.
 """
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: msgspec would compile each annotation again to read it.
 
 import os
 

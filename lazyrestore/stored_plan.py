@@ -14,7 +14,7 @@ outlives an upgrade of the package does not take the new code's plans for its ow
 Cost. 50 to 100 KB per snapshot. A package without its sources stores nothing and uses nothing.
 """
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: msgspec would compile each annotation again to read it.
 
 import os
 import struct
@@ -87,7 +87,7 @@ def settings(credentials: bytes) -> Settings:
     )
 
 
-def made_of(manifest: Manifest, encoded: bytes) -> bytes:
+def made_of(manifest: "Manifest", encoded: bytes) -> bytes:
     """What is to be stored beside a manifest, which is `encoded` there: the plan of a restore as it was by the calling
     process. Nothing if there is none, or it could not be told later which code made it."""
     from lazyrestore.restore_program import make_plan

@@ -84,8 +84,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "__init__": {"api"},
     "cli": {
-        "command",
-        "restore_command",
+        "commands",
         "stand_ins",
         "working_set",
         "readiness",
@@ -101,9 +100,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         "program",
         "resources",
     },
-    "command": set(),
-    "restore_command": {"api", "command", "stand_ins"},
-    "__main__": {"cli", "restore_command", "stand_ins"},
+    "commands": {"stand_ins", "api", "store", "pager", "resources"},
+    "__main__": {"cli", "commands", "stand_ins"},
 }
 
 

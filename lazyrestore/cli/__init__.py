@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lazyrestore.command import default_store, failed
+from lazyrestore.commands import complain, default_store, failed
 
 COMMANDS = {
     "snapshot": "lazyrestore.cli.snapshot:snapshot_command",
@@ -114,7 +114,7 @@ class LazyGroup(click.Group):
         except OSError as error:  # --help and --version print from here
             if isinstance(error, BrokenPipeError):
                 raise  # click ends quietly
-            click.echo(f"lazyrestore: {error}", err=True)
+            complain(f"lazyrestore: {error}")
             raise click.exceptions.Exit(1) from None
 
     def invoke(self, ctx: click.Context) -> object:

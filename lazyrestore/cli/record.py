@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lazyrestore.cli.words import Command, complete_name, size
-from lazyrestore.command import end_like_ctrl_c, to_json
+from lazyrestore.cli.parameters import Command, complete_name
+from lazyrestore.commands import complain, end_like_ctrl_c, say, to_json
+from lazyrestore.commands.words import size
 
 if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot
@@ -94,11 +95,11 @@ def record_command(
     with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
         chunks, found = len(snapshot.working_set), snapshot.working_set_bytes
     if json_output:
-        click.echo(to_json({"name": name, "kept": kept, "chunks": chunks, "bytes": found}))
+        say(to_json({"name": name, "kept": kept, "chunks": chunks, "bytes": found}))
     elif kept:
-        click.echo(f"{name}: working set of {chunks} chunks, {size(found)}")
+        say(f"{name}: working set of {chunks} chunks, {size(found)}")
     else:
-        click.echo(f"{name}: it touched nothing; the working set is as it was")
+        say(f"{name}: it touched nothing; the working set is as it was")
 
 
 def _warn_of_another_port(snapshot: Snapshot, address: str) -> None:
@@ -109,7 +110,7 @@ def _warn_of_another_port(snapshot: Snapshot, address: str) -> None:
     if address.isdecimal() and int(address) not in ports:
         there = ", ".join(map(str, ports)) or "none"
         text = f"{snapshot.name} listens on TCP ports: {there}; waiting for it to answer on {address}"
-        click.echo(f"lazyrestore: {text}", err=True)
+        complain(f"lazyrestore: {text}")
 
 
 def _ask(process: RestoredProcess, address: str, request: bytes) -> None:

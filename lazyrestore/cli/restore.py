@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, TypedDict
 
 import click
 
-from lazyrestore import command, restore_command
-from lazyrestore.cli.words import Command, complete_name
+from lazyrestore.cli.parameters import Command, complete_name
+from lazyrestore.commands import end_like_ctrl_c, say, to_json
+from lazyrestore.commands.restore import detached, facts, foreground, streams
 from lazyrestore.stand_ins import bring
 
 if TYPE_CHECKING:
@@ -118,20 +119,20 @@ def restore(
         **shape,
         "record": False if no_record else None,
         "fill": fill,
-        "streams": restore_command.streams(pipes=keep_pipes or not (detach or count is not None)),
+        "streams": streams(pipes=keep_pipes or not (detach or count is not None)),
     }
     new_pid = pid_choice == "new" or count is not None
     with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
         if explain:
             lines = snapshot.explain(new_pid=new_pid, **shape)
-            click.echo(command.to_json(lines) if json_output else "\n".join(lines))
+            say(to_json(lines) if json_output else "\n".join(lines))
         elif count is not None:
-            command.end_like_ctrl_c()
+            end_like_ctrl_c()
             _start_clones(snapshot, count, choices, json_output)
         elif detach:
-            restore_command.detached(snapshot, {"new_pid": new_pid, **choices}, json_output)
+            detached(snapshot, {"new_pid": new_pid, **choices}, json_output)
         else:
-            sys.exit(restore_command.foreground(snapshot, {"new_pid": new_pid, **choices}, json_output))
+            sys.exit(foreground(snapshot, {"new_pid": new_pid, **choices}, json_output))
 
 
 class Shape(TypedDict):
@@ -195,9 +196,9 @@ def _start_clones(snapshot: Snapshot, count: int, choices: Choices, json_output:
     processes = snapshot.clones(count, **choices)
     try:
         if json_output:
-            click.echo(command.to_json([restore_command.facts(process) for process in processes]))
+            say(to_json([facts(process) for process in processes]))
         else:
-            click.echo("\n".join(str(process.pid) for process in processes))
+            say("\n".join(str(process.pid) for process in processes))
     except BaseException:
         clones.end(processes)
         raise

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import click
 
-from lazyrestore.cli.words import Command, ProcessId, size
+from lazyrestore.cli.parameters import Command, ProcessId
+from lazyrestore.commands import say, to_json
+from lazyrestore.commands.words import size
 
 
 @click.command("snapshot", cls=Command)
@@ -54,9 +55,9 @@ def snapshot_command(
             "seconds": round(snapshot.seconds, 3),
             "killed": kill,
         }
-        click.echo(json.dumps(fields))
+        say(to_json(fields))
         return
-    click.echo(
+    say(
         f"{name}: {snapshot.pages} pages, {size(snapshot.raw_bytes)} raw, {size(snapshot.stored_bytes)} stored "
         f"(ratio {ratio:.2f}), paused {snapshot.pause_ms:.1f} ms, took {snapshot.seconds:.2f} s"
     )

@@ -9,13 +9,14 @@ Offsets are verified one by one: one pread() per pack. Everything a reader takes
 used.
 """
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: msgspec would compile each annotation again to read it.
 
 import mmap
 import os
 import sys
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Self
 
 import msgspec
 
@@ -168,7 +169,7 @@ class StoredImage(msgspec.Struct, eq=False):
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def __enter__(self) -> StoredImage:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -1,6 +1,6 @@
 """What a store holds and how much of it is shared."""
 
-from __future__ import annotations
+# Without `from __future__ import annotations`: msgspec would compile each annotation again to read it.
 
 import os
 

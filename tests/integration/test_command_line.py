@@ -232,8 +232,8 @@ def test_a_word_that_is_no_process_id(run: Path, words: list[str], said: str) ->
 def test_a_default_store_that_was_not_made_yet(run: Path) -> None:
     """Is as good as empty; what names a snapshot says how there would be one."""
     code = (
-        "import os; os.environ.pop('LAZYRESTORE_STORE', None); import lazyrestore.command as command; "
-        f"command.default_store = lambda: {str(run / 'none')!r}; from lazyrestore.cli import main; main()"
+        "import os; os.environ.pop('LAZYRESTORE_STORE', None); import lazyrestore.commands as commands; "
+        f"commands.default_store = lambda: {str(run / 'none')!r}; from lazyrestore.cli import main; main()"
     )
     for words in (["ls"], ["stats"], ["verify"]):
         answer = run_cli(None, *words, code=code)

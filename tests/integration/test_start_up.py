@@ -9,19 +9,19 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers import Victims, alive, until
+from hypothesis import given
+from hypothesis import strategies as st
 
 import lazyrestore
-from lazyrestore import restore_command
 from lazyrestore.cli import COMMANDS, main
-from lazyrestore.command import default_store, to_json
+from lazyrestore.commands import default_store, plain, to_json
 from lazyrestore.errors import NotAStore
 
 ENTRY = "from lazyrestore.__main__ import entry; entry()"  # what the console script does
-WITHOUT_CLICK = (".command", ".restore_command", ".errors")  # what a plain restore is told from others by
+WITHOUT_CLICK = (".commands", ".commands.plain", ".errors")  # what plain words are told from others by
 # For people only, for writing only, or for one command only.
 RICH = {"rich", "json", "shutil", "pathlib", "subprocess", "ctypes", "importlib.metadata", "logging", "asyncio"}
 # For what click and msgspec can do and no command wants.
@@ -61,7 +61,14 @@ def test_ls_knows_no_process(run: Path) -> None:
     modules, text = imports("--store", run / "store", "ls")
     assert text.startswith("no snapshots in ")
     assert "lmdb" in modules
-    assert not modules & (RICH | REPLACED | PROCESSES | WRITING | {"lazyrestore.api", "dataclasses"})
+    assert not modules & (RICH | REPLACED | PROCESSES | WRITING | {"lazyrestore.api", "dataclasses", "click"})
+
+
+@pytest.mark.parametrize("words", ["ls --json", "verify", "stats --json"])
+def test_plain_commands_need_neither_click_nor_json(run: Path, words: str) -> None:
+    lazyrestore.Store.open(run / "store").close()
+    modules, _ = imports("--store", run / "store", *words.split())
+    assert not modules & {"click", "json", "msgspec.json", "inspect", "lazyrestore.api"}
 
 
 @pytest.mark.requires("root")
@@ -73,7 +80,8 @@ def test_restore_imports_nothing_of_the_snapshotter(run: Path, victims: Victims)
         store.snapshot(victim.pid, name="x", kill=True).close()
     victim.gone()
     pid = victim.pid
-    for more, unwanted in (([], {"click"} | RESOURCES), (["--pid", "same"], RESOURCES), (["--pid", "new"], set())):
+    without_click = {"click", "msgspec.json"} | RESOURCES
+    for more, unwanted in (([], without_click), (["--pid", "same"], RESOURCES), (["--pid", "new"], set())):
         modules, text = imports("--store", run / "store", "restore", "x", "--detach", *more)
         assert text == f"{pid}\n" or more == ["--pid", "new"]
         os.kill(int(text), signal.SIGKILL)
@@ -86,6 +94,17 @@ PLAIN = (
     "restore --detach x",
     "restore x --detach --json",
     "--store S restore --json x",
+    "ls",
+    "--store S ls --json",
+    "show x",
+    "show --json x",
+    "rm x",
+    "rm x y --json z",
+    "verify",
+    "verify --json",
+    "--store S verify x",
+    "stats",
+    "stats --json",
 )
 NOT_PLAIN = (
     "",
@@ -102,6 +121,16 @@ NOT_PLAIN = (
     "--debug restore x",
     "-h restore x",
     "ls x",
+    "ls --detach",
+    "show",
+    "show x y",
+    "rm",
+    "rm --json",
+    "rm x -y",
+    "verify x y",
+    "stats 42",
+    "doctor",
+    "completion bash",
     "snapshot restore x",
     "restore x --det",
     "restore -x",
@@ -116,42 +145,50 @@ def test_plain_words_are_read_as_click_reads_them(
     monkeypatch.delenv("LAZYRESTORE_STORE", raising=False)
     if store is not None:
         monkeypatch.setenv("LAZYRESTORE_STORE", store)
-    read = restore_command.plain(words.split())
+    read = plain.read(words.split())
     assert read is not None
     with main.make_context("lazyrestore", words.split()) as outer:
         outer.obj = outer.params["store"] or default_store()
         name, command, rest = main.resolve_command(outer, [*outer._protected_args, *outer.args])
         assert command is not None
         with command.make_context(name, rest, parent=outer) as inner:
-            given = {key: value for key, value in inner.params.items() if value}
-            assert read == (given.pop("name"), inner.obj, given.pop("detach", False), given.pop("json_output", False))
-            assert given == {"net": "same", "fill": "none"}  # what they are by default
+            chosen = {key: value for key, value in inner.params.items() if value}
+            assert (read.command, read.store) == (name, inner.obj)
+            named = chosen.pop("name", None)
+            assert read.names == chosen.pop("names", (named,) if named else ())
+            flags = {"--detach": chosen.pop("detach", False), "--json": chosen.pop("json_output", False)}
+            assert read.flags == {flag for flag, is_given in flags.items() if is_given}
+            assert chosen in ({}, {"net": "same", "fill": "none"})  # what they are by default
 
 
 @pytest.mark.parametrize("words", NOT_PLAIN)
 def test_other_words_are_clicks(words: str) -> None:
-    assert restore_command.plain(words.split()) is None
+    assert plain.read(words.split()) is None
 
 
-def test_json_of_a_restore_looks_like_that_of_other_commands() -> None:
-    phases = {"map": 1.23456, "write": 2.0, "finish": 0.0}
-    process = SimpleNamespace(name="a.b:c@d-e", pid=42, restore_ms=12345.6789, phases=phases)
-    text = restore_command.as_json(process)  # type: ignore[arg-type]
-    assert text == to_json(restore_command.facts(process))  # type: ignore[arg-type]
-    assert text.startswith('{"name": "a.b:c@d-e", "pid": 42, ')
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner),
+)
+
+
+@given(JSON)
+def test_json_is_that_of_the_json_module(value: object) -> None:
+    assert to_json(value) == json.dumps(value)
 
 
 def test_completion_is_clicks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_LAZYRESTORE_COMPLETE", "bash_complete")
-    assert restore_command.plain(["restore", "x"]) is None
+    assert plain.read(["restore", "x"]) is None
 
 
-@pytest.mark.parametrize("words", ["restore x", "restore x --detach --json"])
-def test_errors_of_a_plain_restore_are_clicks(run: Path, words: str) -> None:
+@pytest.mark.parametrize("words", ["restore x", "restore x --detach --json", "ls", "show x", "rm x y", "verify x"])
+def test_errors_of_plain_words_are_clicks(run: Path, words: str) -> None:
     """The same line and status, with or without click."""
     found = []
-    for more in ([], ["--pid", "same"]):
-        command = [sys.executable, "-c", ENTRY, "--store", str(run / "none"), *words.split(), *more]
+    for store in (["--store", str(run / "none")], [f"--store={run / 'none'}"]):
+        assert (plain.read([*store, *words.split()]) is None) == (len(store) == 1)
+        command = [sys.executable, "-c", ENTRY, *store, *words.split()]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found.append((done.returncode, done.stdout, done.stderr))
     assert found[0] == found[1]
@@ -160,10 +197,10 @@ def test_errors_of_a_plain_restore_are_clicks(run: Path, words: str) -> None:
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS)])
 def test_help_is_the_same_with_stand_ins(command: list[str]) -> None:
-    plain = "from lazyrestore.cli import main; main(prog_name='lazyrestore')"
+    without = "from lazyrestore.cli import main; main(prog_name='lazyrestore')"
     ours, clicks = (
         subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, check=True).stdout
-        for code in (f"import sys; sys.argv[0] = 'lazyrestore'; {ENTRY}", plain)
+        for code in (f"import sys; sys.argv[0] = 'lazyrestore'; {ENTRY}", without)
     )
     assert ours == clicks
 
@@ -200,10 +237,10 @@ print("done")
 def test_help_is_as_wide_as_click_has_it(columns: str) -> None:
     environment = {**os.environ, "COLUMNS": columns}
     code = "import click; from lazyrestore.cli import LazyGroup, main; "
-    plain = f"{code} LazyGroup.make_context = click.Group.make_context; main(prog_name='lazyrestore')"
+    without = f"{code} LazyGroup.make_context = click.Group.make_context; main(prog_name='lazyrestore')"
     ours, clicks = (
         subprocess.run([sys.executable, "-c", program, "--help"], env=environment, capture_output=True, check=True)
-        for program in (f"{code} main(prog_name='lazyrestore')", plain)
+        for program in (f"{code} main(prog_name='lazyrestore')", without)
     )
     assert ours.stdout == clicks.stdout
 

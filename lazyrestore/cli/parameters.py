@@ -1,9 +1,8 @@
-"""How numbers are written for people, and records for programs."""
+"""What the words of several commands have in common: process ids, names of snapshots."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 
 import click
 
@@ -12,45 +11,12 @@ from lazyrestore.stand_ins import bring
 LARGEST_PID = (1 << 31) - 1  # a C int
 
 
-def size(count: float) -> str:
-    """Bytes in binary units: "12.3 MiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"
-
-
-def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> list[str]:
-    """Rows of words as aligned lines; the columns in `right` are aligned to the right."""
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    return [
-        "  ".join(
-            word.rjust(width) if index in right else word.ljust(width)
-            for index, (word, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def nothing_stored(store: str) -> bool:
-    """Whether it is the default store and was not made yet: then it is as good as empty. One that was named must be."""
-    from lazyrestore.command import default_store
-
-    return store == default_store() and not os.path.lexists(store)
-
-
 class Command(click.Command):
     """A command that needs msgspec when it runs, though not to show its help."""
 
     def invoke(self, ctx: click.Context) -> object:
         bring("msgspec")
         return super().invoke(ctx)
-
-
-def counted(count: int, noun: str) -> str:
-    """ "1 chunk", "2 chunks"."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 class ProcessId(click.ParamType[int]):
@@ -71,7 +37,7 @@ class ProcessId(click.ParamType[int]):
 
 def complete_name(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
     """The store's snapshot names that begin with what was typed."""
-    from lazyrestore.command import default_store
+    from lazyrestore.commands import default_store
     from lazyrestore.errors import LazyrestoreError
     from lazyrestore.store import ImageStore
 

@@ -1,4 +1,4 @@
-"""What commands have in common that are run by click, or without it: the store, output, errors, signals."""
+"""What commands do, without click, which `lazyrestore.cli` reads their words with; here, what they have in common."""
 
 from __future__ import annotations
 
@@ -20,13 +20,40 @@ def default_store() -> str:
     return os.path.join(base, "lazyrestore")
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
+def nothing_stored(store: str) -> bool:
+    """Whether it is the default store and was not made yet: then it is as good as empty. One that was named must be."""
+    return store == default_store() and not os.path.lexists(store)
+
+
+def say(text: str) -> None:
     """A line of output, written at once. Raises OSError if it cannot be."""
-    print(text, file=stream, flush=True)
+    _write(text, sys.stdout)
+
+
+def complain(text: str) -> None:
+    """A line on standard error, written at once. Raises OSError if it cannot be."""
+    _write(text, sys.stderr)
+
+
+def _write(text: str, stream: TextIO | None) -> None:
+    if stream is not None:  # Python started with it closed; print() would take standard output instead
+        print(text, file=stream, flush=True)
 
 
 def to_json(value: object) -> str:
-    """One line of JSON. Its module is imported here, since most calls are not for programs."""
+    """One line of JSON, as json.dumps() has it. Importing its module takes longer than most answers."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{to_json(str(key))}: {to_json(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(to_json, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", False: "false", True: "true"}[value]
+    if isinstance(value, int):
+        return repr(value)
+    if isinstance(value, float) and value - value == 0:  # neither infinite nor NaN
+        return repr(value)
+    if isinstance(value, str) and value.isascii() and value.isprintable() and '"' not in value and "\\" not in value:
+        return f'"{value}"'
     import json
 
     return json.dumps(value)
@@ -48,7 +75,7 @@ def failed(error: BaseException, *, debug: bool) -> int:
     else:
         raise error
     if not isinstance(error, BrokenPipeError):
-        say(f"lazyrestore: {text}", sys.stderr)
+        complain(f"lazyrestore: {text}")
     return status
 
 

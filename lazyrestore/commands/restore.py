@@ -1,21 +1,16 @@
-"""What `lazyrestore restore` does with a snapshot, without click: also what a plain `restore NAME` is run by.
-
-Facts. Most restores are started by programs, as `restore NAME --detach` or `restore NAME`. Importing click costs as
-much as the bare interpreter, and it is half of what such a command takes. Choice: words of that form are read here
-(`plain`), and all else, wrong words too, by click. Cost: the form has two readers; a test compares them.
-"""
+"""What `lazyrestore restore` does with a snapshot: in the foreground a parent that passes signals and the terminal on,
+or detached."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from lazyrestore import command
-from lazyrestore.stand_ins import bring
+from lazyrestore.commands import complain, end_like_ctrl_c, say, to_json
 
 if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot
@@ -34,60 +29,24 @@ FORWARDED = (
 SI_KERNEL = 0x80  # a signal the kernel made, such as the terminal's Ctrl-C: the whole foreground group got it
 
 
-class Words(NamedTuple):
-    """A plain restore."""
+def restore(store: str, name: str, *, detach: bool, json_output: bool) -> int:
+    """Restore it as it was; returns the exit status."""
+    from lazyrestore.api import Store
 
-    name: str
-    store: str
-    detach: bool
-    json: bool
-
-
-def plain(words: Sequence[str]) -> Words | None:
-    """What `lazyrestore [--store DIR] restore NAME [--detach] [--json]` asks for, in any order behind `restore`. None:
-    it is something else, or may be."""
-    store, names, flags = None, [], set()
-    left = list(words)
-    if "_LAZYRESTORE_COMPLETE" in os.environ:
-        return None
-    if left[:1] == ["--store"] and len(left) > 2:
-        store, left = left[1], left[2:]
-    if left[:1] != ["restore"]:
-        return None
-    for word in left[1:]:
-        if word in ("--detach", "--json"):
-            flags.add(word)
-        else:
-            names.append(word)
-    if len(names) != 1 or not names[0] or names[0].startswith("-") or store == "" or (store or "").startswith("-"):
-        return None
-    store = store or os.environ.get("LAZYRESTORE_STORE") or command.default_store()
-    return Words(names[0], store, "--detach" in flags, "--json" in flags)
-
-
-def run(words: Words) -> int:
-    """Do it; returns the exit status."""
-    try:
-        bring("msgspec")
-        bring("socket")
-        from lazyrestore.api import Store
-
-        with Store.open(words.store, create=False) as opened, opened.get(words.name) as snapshot:
-            own = streams(pipes=not words.detach)
-            if not words.detach:
-                return foreground(snapshot, {"streams": own}, words.json)
-            detached(snapshot, {"streams": own}, words.json)
-            return 0
-    except BaseException as error:
-        return command.failed(error, debug=False)
+    with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
+        own = streams(pipes=not detach)
+        if not detach:
+            return foreground(snapshot, {"streams": own}, json_output)
+        detached(snapshot, {"streams": own}, json_output)
+        return 0
 
 
 def detached(snapshot: Snapshot, choices: Mapping[str, Any], json_output: bool) -> None:
     """Restore and say which process it is; if nobody can read that, none is left."""
-    command.end_like_ctrl_c()
+    end_like_ctrl_c()
     process = snapshot.restore(**choices)
     try:
-        command.say(as_json(process) if json_output else _told(process))
+        say(to_json(facts(process)) if json_output else _told(process))
     except BaseException:  # nobody would know its process id
         process.kill()
         process.wait()
@@ -130,13 +89,6 @@ def _told(process: RestoredProcess) -> str:
     return f"{process.name}: process {process.pid}, restored in {process.restore_ms:.1f} ms"
 
 
-def as_json(process: RestoredProcess) -> str:
-    """As command.to_json(), whose module takes longer to import than the answer to be awaited."""
-    from msgspec.json import encode, format
-
-    return format(encode(facts(process)), indent=0).decode()
-
-
 def foreground(snapshot: Snapshot, choices: Mapping[str, Any], json_output: bool) -> int:
     """Restore, be a good parent, return the exit status."""
     awaited = {*FORWARDED, signal.SIGCHLD}
@@ -144,7 +96,7 @@ def foreground(snapshot: Snapshot, choices: Mapping[str, Any], json_output: bool
     try:
         process = snapshot.restore(**choices)
         if json_output:
-            command.say(as_json(process), sys.stderr)
+            complain(to_json(facts(process)))
         with _terminal_given_to(process.pid):
             same_group = os.getpgid(process.pid) == os.getpgid(0)
             while (status := process.poll()) is None:
@@ -171,7 +123,7 @@ def _explain_sigbus(process: RestoredProcess) -> None:
         return
     if poisoned:
         text = f"snapshot {process.name} is damaged, and its process needed what is lost; see `verify {process.name}`"
-        command.say(f"lazyrestore: {text}", sys.stderr)
+        complain(f"lazyrestore: {text}")
 
 
 def _stopped(pid: int) -> bool:
