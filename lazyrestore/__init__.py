@@ -12,9 +12,11 @@ Importing the package costs next to nothing; its parts are imported when they ar
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # as typing has it, whose import takes half as long as all that `import lazyrestore` does
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from lazyrestore.api import RestoredProcess, Snapshot, Store
     from lazyrestore.errors import LazyrestoreError
 

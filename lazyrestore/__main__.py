@@ -12,9 +12,9 @@ what is written to a standard stream, here or in a restored process, would be wr
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
-from contextlib import suppress
 
 COLLECT_AFTER = 100_000  # new containers, some 10 MB
 LAST_STREAM = 2
@@ -35,6 +35,11 @@ def _run() -> None:
     while (null := os.open(os.devnull, os.O_RDWR)) <= LAST_STREAM:
         os.set_inheritable(null, True)
     os.close(null)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is None:  # it was closed when Python started
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115  # until the end
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: no path is a UnicodeEncodeError
     from lazyrestore.commands import plain
 
     if words := plain.read(sys.argv[1:]):
@@ -56,13 +61,13 @@ def _run() -> None:
 def _flushed(status: int) -> int:
     """Write out what is buffered. Returns `status`, or 1 if it is 0 and output was lost, which is said in one line."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is None:  # Python started with it closed
-            continue
         try:
             stream.flush()
         except (OSError, ValueError) as error:
-            if status == 0 and stream is sys.stdout and sys.stderr and not isinstance(error, BrokenPipeError):
-                with suppress(OSError, ValueError):
+            import contextlib  # by now it is there; when this file is imported, garbage is not collected rarely yet
+
+            if status == 0 and stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                with contextlib.suppress(OSError, ValueError):
                     print(f"lazyrestore: standard output: {error}", file=sys.stderr)
             status = status or 1  # if it is not 0, a command that could not write has said so
     return status

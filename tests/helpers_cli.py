@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-MAIN = "from lazyrestore.cli import main; main()"
+MAIN = "from lazyrestore.__main__ import entry; entry()"  # what the console script does
 # For a run as somebody else: the interpreter itself may live where only root may read, so everything is imported first.
 AS_NOBODY = """
 import importlib, json, os, pkgutil, encodings.idna
@@ -17,8 +17,8 @@ for module in pkgutil.walk_packages(lazyrestore.__path__, "lazyrestore."):
 os.setgroups([])
 os.setresgid(65534, 65534, 65534)
 os.setresuid(65534, 65534, 65534)
-from lazyrestore.cli import main
-main()
+from lazyrestore.__main__ import entry
+entry()
 """
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lazyrestore.commands import complain, default_store, failed
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 COMMANDS = {
     "snapshot": "lazyrestore.cli.snapshot:snapshot_command",
@@ -56,6 +59,12 @@ def _choose_debug(ctx: click.Context, parameter: click.Parameter, debug: bool) -
         ctx.find_root().params["debug"] = True
 
 
+def _folders(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="dir")]
+
+
 DEBUG_HERE = click.Option(
     ["--debug"],
     is_flag=True,
@@ -68,6 +77,7 @@ STORE_HERE = click.Option(
     metavar="DIR",
     expose_value=False,
     callback=_choose_store,
+    shell_complete=_folders,
     help="The store, here or before the command.",
 )
 
@@ -148,6 +158,7 @@ def help_width() -> int:
     metavar="DIR",
     envvar="LAZYRESTORE_STORE",
     callback=_not_empty,
+    shell_complete=_folders,
     help="The store; default $LAZYRESTORE_STORE, else /var/lib/lazyrestore as root, ~/.local/share/lazyrestore else.",
 )
 @click.option("--debug", is_flag=True, help="On errors, print the traceback.")

@@ -41,7 +41,7 @@ def print_table(features: list[Feature]) -> None:
     from rich.table import Table
 
     console = Console()
-    console.width = max(console.width, NARROWEST) if sys.stdout.isatty() else 140
+    console.width = max(console.width, NARROWEST) if console.is_terminal else 140
     table = Table(box=None, pad_edge=False)
     for heading in ("feature", "", "result"):
         table.add_column(heading, no_wrap=True)
@@ -69,7 +69,7 @@ def doctor_command(json_output: bool) -> None:
     """Try every kernel feature and privilege that matters; exit status 0 only if snapshot and restore will work."""
     features = try_all()
     if json_output:
-        click.echo(json.dumps(as_json(features), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(as_json(features), indent=2))
     else:
         print_table(features)
     if not usable(features):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import TextIO
 
 from lazyrestore.errors import LazyrestoreError
 
@@ -27,17 +26,12 @@ def nothing_stored(store: str) -> bool:
 
 def say(text: str) -> None:
     """A line of output, written at once. Raises OSError if it cannot be."""
-    _write(text, sys.stdout)
+    print(text, flush=True)
 
 
 def complain(text: str) -> None:
     """A line on standard error, written at once. Raises OSError if it cannot be."""
-    _write(text, sys.stderr)
-
-
-def _write(text: str, stream: TextIO | None) -> None:
-    if stream is not None:  # Python started with it closed; print() would take standard output instead
-        print(text, file=stream, flush=True)
+    print(text, file=sys.stderr, flush=True)
 
 
 def to_json(value: object) -> str:

@@ -84,7 +84,7 @@ def facts(process: RestoredProcess) -> dict[str, object]:
 
 def _told(process: RestoredProcess) -> str:
     """For a person a sentence, for `$(...)` the process id."""
-    if sys.stdout is None or not sys.stdout.isatty():
+    if not sys.stdout.isatty():
         return str(process.pid)
     return f"{process.name}: process {process.pid}, restored in {process.restore_ms:.1f} ms"
 

@@ -119,7 +119,7 @@ class Environment:
         while True:
             try:
                 return lmdb.open(
-                    self.directory,
+                    os.fsencode(self.directory),
                     map_size=size,
                     readonly=not self.writable,
                     lock=self.locked,

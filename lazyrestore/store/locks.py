@@ -23,7 +23,6 @@ import errno
 import fcntl
 import os
 import struct
-import weakref
 from types import TracebackType
 
 from lazyrestore.errors import StoreBusy, StoreError, StoreFull, StoreReadOnly
@@ -32,7 +31,7 @@ FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, p
 
 _WRITES = 0  # the byte of writer.lock that who writes has locked
 
-_held: weakref.WeakSet[WriterLock] = weakref.WeakSet()
+_held: set[WriterLock] = set()
 
 
 def _forget_in_child() -> None:

@@ -29,14 +29,14 @@ kept = held & ~(1 << 0 | 1 << 19 | 1 << 21)  # CHOWN, SYS_PTRACE, SYS_ADMIN; <li
 low, high = kept & 0xffffffff, kept >> 32
 header, data = struct.pack("Ii", 0x20080522, 0), struct.pack("6I", low, low, 0, high, high, 0)
 assert ctypes.CDLL(None).syscall(126, header, data) == 0  # capset
-from lazyrestore.cli import main; main()
+from lazyrestore.__main__ import entry; entry()
 """
 
 IN_A_USER_NAMESPACE = """
 import ctypes
 assert ctypes.CDLL(None).unshare(0x10000000) == 0  # CLONE_NEWUSER
 open("/proc/self/uid_map", "w").write("0 0 1")
-from lazyrestore.cli import main; main()
+from lazyrestore.__main__ import entry; entry()
 """
 
 
@@ -61,7 +61,7 @@ def interrupted(*arguments, **more):
     os.kill(os.getpid(), signal.SIGINT)
     return result
 setattr(owner, {name!r}, interrupted)
-from lazyrestore.cli import main; main()
+from lazyrestore.__main__ import entry; entry()
 """
 
 
@@ -233,7 +233,7 @@ def test_a_default_store_that_was_not_made_yet(run: Path) -> None:
     """Is as good as empty; what names a snapshot says how there would be one."""
     code = (
         "import os; os.environ.pop('LAZYRESTORE_STORE', None); import lazyrestore.commands as commands; "
-        f"commands.default_store = lambda: {str(run / 'none')!r}; from lazyrestore.cli import main; main()"
+        f"commands.default_store = lambda: {str(run / 'none')!r}; from lazyrestore.__main__ import entry; entry()"
     )
     for words in (["ls"], ["stats"], ["verify"]):
         answer = run_cli(None, *words, code=code)
@@ -295,3 +295,50 @@ def test_doctor_keeps_the_names_whole_in_a_narrow_window(run: Path) -> None:
     for name in (b"uffd-missing-hugetlb", b"uffd-copy-on-write"):
         assert b"\n" + name + b" " in text
     assert not re.search(rb" +\r\n", text.split(b"\n", 2)[2])  # behind the headings
+
+
+def test_a_store_whose_path_is_not_utf8(run: Path, victims: Victims) -> None:
+    """Its bytes reach the pager and what it starts; to say them no encoding is needed."""
+    store = os.fsdecode(os.fsencode(run) + b"/\xff")
+    victim = victims.start(["sleep", "1000000"])
+    victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
+    taken = run_cli(store, "snapshot", victim.pid, "--name", "x", "--kill")
+    assert taken.returncode == 0, taken.stderr
+    victim.gone()
+    recorded = run_cli(store, "record", "x", "--for", "0")
+    assert (recorded.returncode, recorded.stderr) == (0, "")
+    removed, listed = run_cli(store, "rm", "x"), run_cli(store, "ls")
+    assert (removed.returncode, listed.returncode) == (0, 0), removed.stderr
+    assert listed.stdout == f"no snapshots in {run}/\\udcff\n"
+
+
+@pytest.mark.parametrize("words", [["ls"], ["ls", "--debug"]])
+def test_what_an_encoding_lacks_is_written_in_escapes(run: Path, words: list[str]) -> None:
+    lazyrestore.Store.open(run / "dépôt").close()
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command(run / "dépôt", *words), capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == f"no snapshots in {run}/d\\xe9p\\xf4t\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize(
+    ("words", "status"), [("doctor", 0), ("show nope", errors.SnapshotNotFound.exit_status), ("show", 2)]
+)
+def test_closed_standard_streams(run: Path, words: str, status: int, closed: str) -> None:
+    """What is to be said there is lost, and nothing else; an error does not go to the output of the others."""
+    lazyrestore.Store.open(run / "store").close()
+    script = ["bash", "-c", f'exec "$@" {closed}', "-", *command(run / "store", *words.split())]
+    done = subprocess.run(script, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    assert done.returncode == status
+    assert (done.stdout == "") == (">&-" in closed.split() or words != "doctor")
+    assert (done.stderr == "") == ("2>&-" in closed or words == "doctor")
+
+
+def test_the_exit_statuses_are_documented() -> None:
+    """docs/exit-statuses.md: one row for each class, in the order of errors.py."""
+    text = (Path(__file__).parents[2] / "docs" / "exit-statuses.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| `(\w+)` \|", text, re.MULTILINE)
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    assert rows == [(str(kind.exit_status), kind.__name__) for kind in kinds]
+    assert len({kind.exit_status for kind in kinds}) == len(kinds)

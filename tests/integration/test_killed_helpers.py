@@ -35,7 +35,7 @@ def announced(frozen, tid):
         if stays:
             sys.stdin.read()
 tracee.Frozen._stop = announced
-from lazyrestore.cli import main; main()
+from lazyrestore.__main__ import entry; entry()
 """
 
 

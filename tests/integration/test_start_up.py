@@ -25,7 +25,19 @@ WITHOUT_CLICK = (".commands", ".commands.plain", ".errors")  # what plain words 
 # For people only, for writing only, or for one command only.
 RICH = {"rich", "json", "shutil", "pathlib", "subprocess", "ctypes", "importlib.metadata", "logging", "asyncio"}
 # For what click and msgspec can do and no command wants.
-REPLACED = {"inspect", "ast", "dis", "gettext", "locale", "platform", "datetime", "selectors", "msgspec.inspect"}
+REPLACED = {
+    "inspect",
+    "ast",
+    "dis",
+    "gettext",
+    "locale",
+    "platform",
+    "datetime",
+    "selectors",
+    "msgspec.inspect",
+    "decimal",
+    "numbers",
+}
 STORE = {"lmdb", "msgspec", "dataclasses", "lazyrestore.api", "lazyrestore.store"}
 PROCESSES = {"lazyrestore._native", "lazyrestore.kernel", "lazyrestore.manifest", "lazyrestore.resources", "socket"}
 WRITING = {"blake3", "zstandard", "concurrent.futures", "lazyrestore.snapshot", "lazyrestore.store.writer"}
