@@ -21,6 +21,7 @@ from helpers_copies import Copies
 import lazyrestore
 from lazyrestore import errors, pid_namespace, restore, spawn
 from lazyrestore.new_process import NewProcess
+from lazyrestore.pager import PagerClient, launch
 from lazyrestore.restore_plan import signature_of
 
 Start = Callable[..., Victim]
@@ -160,6 +161,31 @@ def test_interrupted_as_a_step_returns(
     assert ask(run / "control", "hello")
     copy.kill()
     copy.wait()
+
+
+def test_a_pager_whose_template_is_another(
+    run: Path, start: Start, copies: Copies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Than the one that the new process has mapped meanwhile, as if it was replaced: the restore begins anew."""
+    victim = start()
+    snapshot = end(victim, copies)
+    real = launch.Connecting.answered
+    others: list[PagerClient] = []
+
+    def answered(connecting: launch.Connecting) -> PagerClient:
+        client = real(connecting)
+        if others:
+            return client
+        client.close()
+        with launch.begin(snapshot._image, runtime_dir=run / "other") as another:
+            others.append(real(another))
+        return others[0]
+
+    monkeypatch.setattr(launch.Connecting, "answered", answered)
+    copy = copies.restore(snapshot)
+    assert not others[0].stats().spaces
+    assert ask(run / "control", "0") == "1001\n"
+    copy.check()
 
 
 def test_a_process_that_cannot_be_started() -> None:

@@ -111,6 +111,20 @@ def test_recorded_until_the_process_ends(start: Start, make_image: MakeImage, ma
     replayed(client, FULL * CHUNK // PAGE)
 
 
+def test_what_was_asked_for_is_kept_however_little(
+    start: Start, make_image: MakeImage, make_victim: MakeVictim
+) -> None:
+    image = make_image()
+    client, victim = start(image), make_victim()
+    victim.clone(client, BASE, LENGTH, record=True)
+    victim.ask("touch", BASE + 9 * CHUNK)
+    stats_when(client, lambda stats: stats.faults == 1)
+    victim.process.kill()
+    victim.process.wait()
+    stats_when(client, lambda stats: stats.spaces_ended == 1)
+    assert numbers(client.working_set()) == (slot_of(image, 9),)
+
+
 def test_little_is_kept_and_the_shutdown_is_not(
     tmp_path: Path, start: Start, make_image: MakeImage, make_victim: MakeVictim
 ) -> None:
