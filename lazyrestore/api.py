@@ -130,7 +130,6 @@ class Snapshot:
             self._manifest = self.manifest
         self._prepared: dict[object, Prepared] = {}  # by how it shall listen
         self._pager: PagerClient | None = None
-        self._gone: list[PagerClient] = []  # other threads may still be using their descriptors
         self._lock = threading.Lock()
         _snapshots.add(self)
 
@@ -209,10 +208,8 @@ class Snapshot:
         """In a forked child: the connection is its parent's too, and one would get the other's replies."""
         self._lock = threading.Lock()
         if self._pager is not None:
-            self._gone.append(self._pager)
+            self._pager.close()
             self._pager = None
-        while self._gone:
-            self._gone.pop().close()
 
     def close(self) -> None:
         """Let go of the image and of the connection to the pager; restored processes are not affected."""
@@ -220,8 +217,6 @@ class Snapshot:
             if self._pager is not None:
                 self._pager.close()
                 self._pager = None
-            while self._gone:
-                self._gone.pop().close()
             self._image.close()
 
     def explain(
@@ -304,11 +299,10 @@ class Snapshot:
                 try:
                     started = self._start(options, streams, listen, reuseport)
                 except PagerGone:
-                    # It exited for want of work, or was killed, just as we came; a connected one stays.
+                    # It exited for want of work, or was killed, just as we came; a connected one stays. Its
+                    # descriptors are closed when the last restore that still uses them lets go of it.
                     with self._lock:
-                        if self._pager is not None:
-                            self._gone.append(self._pager)
-                            self._pager = None
+                        self._pager = None
                     started = self._start(options, streams, listen, reuseport)
             restore_ms = (time.perf_counter() - began) * 1e3
             started.phases = {"prepare": restore_ms - started.restore_ms, **started.phases}

@@ -72,6 +72,11 @@ class RestoredProcess:
         assert self.returncode is not None
         return self.returncode
 
+    def fileno(self) -> int:
+        """A descriptor (a pidfd) that is readable once it has ended, for poll() and event loops; -1 when its end was
+        collected by poll() or wait(), which close it."""
+        return self._pidfd
+
     def send_signal(self, number: int) -> None:
         """Send a signal; does nothing if the process has ended."""
         if self.poll() is None:

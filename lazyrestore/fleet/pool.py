@@ -6,12 +6,15 @@ its namespace along (pid_namespaces(7)).
 
 Choice. Background threads that live as long as the pool restore all clones, so all of them are killed by the kernel
 when this process ends, in whatever way. Three, since half of a restore is waiting for the new process and the pager.
-Another thread collects the ended ones, so that giving back waits for nothing. Who takes a clone gets it from a queue,
-and leaves a Future in another one if there is none; an asyncio caller awaits the same Future.
+Another thread, the attendant, waits for the end of all of them (an epoll of their pidfds): it collects them, so that
+giving back waits for nothing, and takes the place of one that ended while it was parked away, so that another is
+restored. Who takes a clone gets it from a queue, and leaves a Future in another one if there is none; an asyncio caller
+awaits the same Future.
 
 A clone that was just handed out is about to answer. A restore beside it takes the CPU and Python's global lock that it
 and its caller need: with two CPUs it doubles the time to the first response. So its place stays empty for HOLD_SECONDS,
-unless it is given back earlier, or somebody waits.
+unless it is given back earlier, or somebody waits. Taking one wakes no thread of ours, either: a timerfd, which the
+attendant waits for, too, tells when the place is due.
 
 Cost. Restoring takes Python's global lock for about half of its time: a busy pool slows down its own process. A pool
 that is emptied within HOLD_SECONDS begins to refill by so much later.
@@ -21,7 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import queue
+import select
 import threading
 import time
 import weakref
@@ -35,6 +38,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from lazyrestore.errors import PoolClosed
+from lazyrestore.kernel import libc
 
 if TYPE_CHECKING:
     import socket
@@ -61,13 +65,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """parked, idle (given back, to be used again), taken: clones as of now; started, retired: sums."""
+    """parked, idle (given back, to be used again), taken: clones as of now; started, retired: sums.
+
+    died: those that ended while they were parked or idle, which are in no other figure but `started`.
+    """
 
     parked: int
     idle: int
     taken: int
     started: int
     retired: int
+    died: int
 
 
 class Clone:
@@ -113,22 +121,27 @@ class Pool:
         if size < 1:
             raise ValueError("a pool has at least one clone")
         self._start, self._size, self._limits = start, size, limits
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)  # for who waits until it is full, or to try again
+        self._due = threading.Condition(lock)  # for the fillers: there is, or may be, a clone to be restored
         self._parked: deque[Clone] = deque()
         self._idle: list[Clone] = []
         self._taken: set[Clone] = set()
         self._held: deque[float] = deque()  # until when (time.monotonic()) a place stays empty; sorted
         self._waiting: deque[Future[Clone]] = deque()
         self._closing = threading.Event()
-        self._started = self._retired = 0
-        self._ended: queue.SimpleQueue[Clone | None] = queue.SimpleQueue()
+        self._started = self._retired = self._died = 0
         self._starting = 0
+        self._alive: dict[int, Clone] = {}  # by their descriptors
+        self._epoll = select.epoll()
+        self._timer = libc.timerfd_create()  # when the first place in _held is due
+        self._epoll.register(self._timer, select.EPOLLIN)
         self._threads = [
             threading.Thread(target=self._fill, name="lazyrestore-pool", daemon=True) for _ in range(FILLERS)
         ]
-        self._reaper = threading.Thread(target=self._reap, name="lazyrestore-pool-reaper", daemon=True)
+        self._attendant = threading.Thread(target=self._attend, name="lazyrestore-pool-attendant", daemon=True)
         _pools.add(self)
-        for thread in (*self._threads, self._reaper):
+        for thread in (*self._threads, self._attendant):
             thread.start()
 
     def __enter__(self) -> Self:
@@ -177,7 +190,7 @@ class Pool:
     def stats(self) -> PoolStats:
         with self._changed:
             counts = len(self._parked), len(self._idle), len(self._taken)
-            return PoolStats(*counts, self._started, self._retired)
+            return PoolStats(*counts, self._started, self._retired, self._died)
 
     def close(self) -> None:
         """End all clones, those that are handed out too, and wait for their end."""
@@ -193,18 +206,28 @@ class Pool:
             self._idle.clear()
             self._taken.clear()
             self._changed.notify_all()
+            self._due.notify_all()
         for future in waiting:
             if future.set_running_or_notify_cancel():
                 future.set_exception(_closed())
         for thread in self._threads:
             thread.join()
-        self._ended.put(None)
-        self._reaper.join()
+        libc.timerfd_set(self._timer, 0.0)
+        self._attendant.join()
+        for clone in self._alive.values():
+            clone.process.wait()
+        self._alive.clear()
+        self._epoll.close()
+        os.close(self._timer)
 
     def _leave_to_parent(self) -> None:
         """In a forked child, which has neither the threads nor the clones: closed."""
+        if not self._closing.is_set():  # else they are closed, or about to be
+            self._epoll.close()
+            os.close(self._timer)
         self._changed, self._closing = threading.Condition(), threading.Event()
         self._closing.set()
+        self._alive.clear()
         self._parked.clear()
         self._idle.clear()
         self._taken.clear()
@@ -219,10 +242,10 @@ class Pool:
                 raise _closed()
             clone = self._next()
             if clone is not None:
-                self._changed.notify_all()
                 return clone
             future: Future[Clone] = Future()
             self._waiting.append(future)
+            self._due.notify()
             self._changed.notify_all()
             return future
 
@@ -231,13 +254,23 @@ class Pool:
         while self._idle or self._parked:
             was_parked = not self._idle
             clone = self._parked.popleft() if was_parked else self._idle.pop()
-            if clone.process.poll() is None and not self._is_too_old(clone):
+            if clone.process.poll() is not None:
+                self._died += 1
+                self._due.notify()
+            elif self._is_too_old(clone):
+                self._retire(clone)
+            else:
                 self._hand_out(clone)
                 if was_parked:
-                    self._held.append(time.monotonic() + HOLD_SECONDS)
+                    self._hold()
                 return clone
-            self._retire(clone)
         return None
+
+    def _hold(self) -> None:
+        """Keep the place of a parked clone empty for a while."""
+        self._held.append(time.monotonic() + HOLD_SECONDS)
+        if len(self._held) == 1:
+            libc.timerfd_set(self._timer, HOLD_SECONDS)
 
     def _hand_out(self, clone: Clone) -> None:
         if clone.requests == 0:
@@ -265,7 +298,7 @@ class Pool:
             self._taken.remove(clone)
             if self._held:  # it has answered: if not the one whose place this is, then one like it
                 self._held.popleft()
-                self._changed.notify_all()
+                self._due.notify()
             if not reuse:
                 self._retire(clone)
             elif not self._offer(clone):
@@ -287,7 +320,6 @@ class Pool:
         self._retired += 1
         clone._pool = None
         clone.process.kill()
-        self._ended.put(clone)
 
     # -- the threads ---------------------------------------------------------------------------------------------------
 
@@ -295,10 +327,12 @@ class Pool:
         while True:
             with self._changed:
                 while not self._closing.is_set() and self._wanted() <= self._starting:
-                    self._changed.wait(self._held[0] - time.monotonic() if self._held else None)
+                    self._due.wait()
                 if self._closing.is_set():
                     return
                 self._starting += 1
+                if self._wanted() > self._starting:
+                    self._due.notify()
             try:
                 clone = self._start()
             except Exception as error:
@@ -307,8 +341,11 @@ class Pool:
             with self._changed:
                 self._starting -= 1
                 self._started += 1
+                self._watch(clone)
                 if self._closing.is_set():
                     self._retire(clone)
+                elif clone.process.poll() is not None:
+                    self._died += 1
                 elif not self._offer(clone):
                     self._parked.append(clone)
                     self._changed.notify_all()
@@ -331,9 +368,44 @@ class Pool:
         with self._changed:
             self._changed.wait_for(lambda: self._closing.is_set() or self._waiting, RETRY_SECONDS)
 
-    def _reap(self) -> None:
-        while (clone := self._ended.get()) is not None:
-            clone.process.wait()
+    def _watch(self, clone: Clone) -> None:
+        """Let the attendant hear of its end. Edge-triggered: one that a debugger holds in its end is told of twice."""
+        number = clone.process.fileno()
+        self._alive[number] = clone
+        self._epoll.register(number, select.EPOLLIN | select.EPOLLET)
+
+    def _attend(self) -> None:
+        """Collect clones that have ended, and tell the fillers of places that are due, until the pool is closed."""
+        while not self._closing.is_set():
+            for number, _ in self._epoll.poll():
+                if number == self._timer:
+                    self._look_at_held()
+                else:
+                    self._collect(number)
+
+    def _look_at_held(self) -> None:
+        with self._changed:
+            with suppress(BlockingIOError):  # it was set anew meanwhile
+                os.read(self._timer, 8)
+            due = self._wanted() - self._starting
+            if due > 0:
+                self._due.notify(due)
+            if self._held:
+                libc.timerfd_set(self._timer, self._held[0] - time.monotonic())
+
+    def _collect(self, number: int) -> None:
+        with self._changed:
+            clone = self._alive.get(number)
+        if clone is None or clone.process.poll() is None:
+            return  # somebody else has collected that one; the number may be another's by now
+        with self._changed:
+            if self._alive.get(number) is clone:
+                del self._alive[number]
+            for places in (self._parked, self._idle):
+                with suppress(ValueError):
+                    places.remove(clone)
+                    self._died += 1
+                    self._due.notify()
 
 
 def _leave_to_parents() -> None:

@@ -20,6 +20,9 @@ class Process(Protocol):
     def wait(self, timeout: float | None = None) -> int:
         """Wait for the end and collect it."""
 
+    def fileno(self) -> int:
+        """A descriptor that is readable once it has ended; -1 when it was collected."""
+
 
 class Parked(Process, Protocol):
     """One that is stopped before its first instruction."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import time
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -43,6 +44,20 @@ def timerfd_gettime(number: int) -> tuple[int, int]:
     _checked(_libc.timerfd_gettime(ctypes.c_int(number), value))
     interval_seconds, interval_nanoseconds, seconds, nanoseconds = struct.unpack("qqqq", value.raw)
     return seconds * 1_000_000_000 + nanoseconds, interval_seconds * 1_000_000_000 + interval_nanoseconds
+
+
+def timerfd_create() -> int:
+    """A timerfd of the monotonic clock, not set. OSError."""
+    return _checked(
+        _libc.timerfd_create(ctypes.c_int(time.CLOCK_MONOTONIC), ctypes.c_int(os.O_CLOEXEC | os.O_NONBLOCK))
+    )
+
+
+def timerfd_set(number: int, seconds: float) -> None:
+    """Let it fire once, in so many seconds, or now if that is past; it is not readable until then. OSError."""
+    nanoseconds = max(1, int(seconds * 1e9))
+    value = struct.pack("qqqq", 0, 0, nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000)
+    _checked(_libc.timerfd_settime(ctypes.c_int(number), 0, value, None))
 
 
 def timers_take_numbers() -> bool:

@@ -137,6 +137,11 @@ class PagerClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        """Whoever uses the descriptors of one that others gave up holds it; the last one closes it."""
+        with suppress(AttributeError):  # something that stands in for one
+            self.close()
+
     def close(self) -> None:
         """Ends the connection; attached address spaces go on being served."""
         self._socket.close()

@@ -146,6 +146,74 @@ def test_from_many_threads(run: Path, victims: Victims, store: lazyrestore.Store
     assert set(victims.marked()) == {pid}
 
 
+def test_a_clone_that_dies_while_it_is_parked_is_replaced(
+    run: Path, victims: Victims, store: lazyrestore.Store
+) -> None:
+    pid = listening(run, victims)
+    with store.snapshot(pid, name="x") as snapshot:
+        with snapshot.pool(1) as pool, pool.take() as clone:
+            assert ask(clone) == f"1 {pid}"
+        before = descriptors()
+        with snapshot.pool(3) as pool:
+            assert pool.wait_until_full(60)
+            dead = list(pool._parked)[:2]
+            for clone in dead:
+                os.kill(clone.pid, signal.SIGKILL)
+            until(lambda: pool.stats().died == 2, "two deaths that were noticed, with nobody asking")
+            assert pool.wait_until_full(60)
+            assert not set(dead) & set(pool._parked)
+            stats = pool.stats()
+            assert (stats.parked, stats.started, stats.retired) == (3, 5, 0)
+            for count in range(1, 4):  # asked for as soon as it is dead, whether that was noticed or not
+                (first, *_) = (clone.pid for clone in pool._parked)
+                os.kill(first, signal.SIGKILL)
+                until(lambda first=first: not alive(first), "its end")  # type: ignore[misc]
+                with pool.take(60) as clone:
+                    assert clone.process.poll() is None
+                    assert ask(clone) == f"1 {pid}"
+                until(lambda count=count: pool.stats().died == 2 + count, "its death")  # type: ignore[misc]
+                assert pool.wait_until_full(60)
+            assert pool.stats().retired == 3
+        assert descriptors() == before
+    assert set(victims.marked()) == {pid}
+
+
+def test_a_clone_that_dies_while_it_is_restored_is_not_handed_out(
+    run: Path, victims: Victims, store: lazyrestore.Store
+) -> None:
+    pid = listening(run, victims)
+    with store.snapshot(pid, name="x") as snapshot, snapshot.pool(1) as source:
+        ended = 0
+
+        def start() -> Clone:
+            nonlocal ended
+            clone = source._start()
+            if ended < 2:
+                ended += 1
+                clone.process.kill()
+                until(lambda: not alive(clone.pid), "its end")
+            return clone
+
+        with Pool(start, 1, Limits()) as pool, pool.take(60) as clone:
+            assert ask(clone) == f"1 {pid}"
+            stats = pool.stats()
+            assert (stats.died, stats.taken) == (2, 1)
+
+
+def test_killed_pagers_leave_no_descriptors(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    pid = listening(run, victims)
+    with store.snapshot(pid, name="x") as snapshot, snapshot.pool(1) as pool:
+        counts = []
+        for _ in range(4):
+            assert pool.wait_until_full(60)
+            counts.append(descriptors())
+            (parked,) = pool._parked
+            os.kill(snapshot._connect().pids()[0], signal.SIGKILL)
+            until(lambda parked=parked: parked not in pool._parked, "the end of the clone")  # type: ignore[misc]
+        assert pool.wait_until_full(60)
+        assert descriptors() == counts[-1] == counts[1]
+
+
 def test_limits(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
     pid = listening(run, victims)
     with store.snapshot(pid, name="x") as snapshot:
