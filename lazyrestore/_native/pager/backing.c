@@ -160,15 +160,21 @@ static struct lr_error unpack(const struct image *image, uint64_t chunk, struct 
 	return error;
 }
 
-/* Writes those of a claimed chunk's pages that are missing; `raw`: all of `pages`, one behind the other. */
-static struct lr_error write_pages(struct backing *backing, const struct image *image, uint64_t chunk, uint32_t pages,
-				   const char *raw) {
+/* Bytes of a chunk: of all of `pages`, one behind the other, of which those in `but` are not to be written. */
+struct content {
+	const char *raw;
+	uint16_t pages, but;
+};
+
+/* Writes those of a claimed chunk's pages that are missing. */
+static struct lr_error write_pages(struct backing *backing, const struct image *image, uint64_t chunk, struct content content) {
 	const struct lr_chunk *about = &image->chunks[chunk];
-	uint16_t there = present(backing, chunk);
-	uint32_t n = about->length / LR_PAGE, missing = there ? (uint16_t)~there : ALL_PAGES, page = 0;
+	uint16_t there = present(backing, chunk), passed = there | content.but;
+	const char *raw = content.raw;
+	uint32_t n = about->length / LR_PAGE, missing = passed ? (uint16_t)~passed : ALL_PAGES, page = 0;
 	if (!there)
 		atomic_fetch_add_explicit(&fill_stats.chunks_filled, 1, memory_order_relaxed);
-	for (uint32_t end; (end = image_next_run(pages, n, &page)); raw += (end - page) * (size_t)LR_PAGE, page = end)
+	for (uint32_t end; (end = image_next_run(content.pages, n, &page)); raw += (end - page) * (size_t)LR_PAGE, page = end)
 		for (uint32_t at = page, last; (last = image_next_run(missing, end, &at)); at = last) {
 			uint64_t bytes = (last - at) * (uint64_t)LR_PAGE, offset = at * (uint64_t)LR_PAGE;
 			struct lr_error error = store(backing, about->address + offset, raw + (at - page) * (size_t)LR_PAGE, bytes);
@@ -179,14 +185,14 @@ static struct lr_error write_pages(struct backing *backing, const struct image *
 	return LR_OK;
 }
 
-/* The end of a claim: writes pages, which `raw` has one behind the other, unless getting them was an error. */
-static enum chunk_state put(struct backing *backing, const struct image *image, uint64_t chunk, uint32_t pages, const char *raw,
+/* The end of a claim: writes pages, unless getting them was an error. */
+static enum chunk_state put(struct backing *backing, const struct image *image, uint64_t chunk, struct content content,
 			    struct lr_error error) {
 	uint32_t n = image->chunks[chunk].length / LR_PAGE;
-	uint16_t there = present(backing, chunk) | (uint16_t)pages;
-	bool whole = pages == ALL_PAGES || (n <= 16 && (there & ((1u << n) - 1)) == (1u << n) - 1);
+	uint16_t there = present(backing, chunk) | (content.pages & ~content.but);
+	bool whole = content.pages == ALL_PAGES || (n <= 16 && (there & ((1u << n) - 1)) == (1u << n) - 1);
 	if (!error.code)
-		error = write_pages(backing, image, chunk, pages, raw);
+		error = write_pages(backing, image, chunk, content);
 	if (error.code) {
 		log_line("snapshot %s: chunk %llu at image address %#llx cannot be read: %s: %s", image->name,
 			 (unsigned long long)chunk, (unsigned long long)image->chunks[chunk].address, error.step,
@@ -218,7 +224,7 @@ enum chunk_state backing_fill(struct backing *backing, const struct image *image
 	if (!claimed)
 		return state;
 	struct lr_error error = unpack(image, chunk, unpacker);
-	return put(backing, image, chunk, ALL_PAGES, unpacker->raw, error);
+	return put(backing, image, chunk, (struct content){.raw = unpacker->raw}, error);
 }
 
 bool backing_bring_page(struct backing *backing, const struct image *image, uint64_t chunk, uint32_t page, struct unpacker *unpacker) {
@@ -232,42 +238,56 @@ bool backing_bring_page(struct backing *backing, const struct image *image, uint
 		return state == CHUNK_FILLED || backing_has_page(backing, chunk, page);
 	struct lr_error error = unpack(image, chunk, unpacker);
 	const char *raw = unpacker->raw;
-	return put(backing, image, chunk, 1u << page, raw + page * (size_t)LR_PAGE, error) != CHUNK_BAD;
+	struct content asked = {.raw = raw + page * (size_t)LR_PAGE, .pages = (uint16_t)(1u << page)};
+	return put(backing, image, chunk, asked, error) != CHUNK_BAD;
 }
 
 void backing_finish(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
 	if (unpacker->held == chunk + 1 && claim(backing, chunk))
-		put(backing, image, chunk, ALL_PAGES, unpacker->raw, LR_OK);
+		put(backing, image, chunk, (struct content){.raw = unpacker->raw}, LR_OK);
 }
 
 void backing_fill_at_leisure(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
 	enum chunk_state state = atomic_load_explicit(state_of(backing, chunk), memory_order_acquire);
 	bool wanted = state == CHUNK_EMPTY || state == CHUNK_PARTLY;
 	if (wanted && !unpack(image, chunk, unpacker).code && claim(backing, chunk))
-		put(backing, image, chunk, ALL_PAGES, unpacker->raw, LR_OK);
+		put(backing, image, chunk, (struct content){.raw = unpacker->raw}, LR_OK);
 }
 
-static bool lacks(const struct backing *backing, const struct lr_touched *touched) {
-	return touched->chunk - backing->first < backing->n && !backing_has(backing, touched->chunk, touched->pages);
+/* True if there are such pages that it lacks. */
+static bool lacks(const struct backing *backing, uint64_t chunk, struct content content) {
+	uint16_t wanted = content.pages & ~content.but;
+	return chunk - backing->first < backing->n && (wanted || content.pages == ALL_PAGES) && !backing_has(backing, chunk, wanted);
 }
 
-void backing_fill_frame(struct backing *backing, const struct image *image, const struct frame *frame, struct unpacker *unpacker) {
-	const struct lr_touched *touched = &image->working_set[frame->first];
-	bool wanted = false;
-	for (uint32_t i = 0; i < frame->n; i++)
-		wanted |= lacks(backing, &touched[i]);
-	if (!wanted)
-		return;
+void backing_fill_frame(struct backing *backing, const struct image *image, const struct frame *frame, struct own_pages *own,
+			struct unpacker *unpacker) {
 	if (image_unpack_frame(image, frame, unpacker).code) {
-		for (uint32_t i = 0; i < frame->n; i++)
-			backing_fill(backing, image, touched[i].chunk, unpacker);
+		for (uint32_t i = frame->first; i < frame->first + frame->n; i++)
+			backing_fill(backing, image, image->working_set[i].chunk, unpacker);
 		return;
 	}
 	atomic_fetch_add_explicit(&fill_stats.bytes_read, frame->stored, memory_order_relaxed);
-	const char *raw = unpacker->raw;
-	for (uint32_t i = 0; i < frame->n; raw += image_touched_bytes(image, &touched[i]), i++)
-		if (lacks(backing, &touched[i]) && claim(backing, touched[i].chunk))
-			put(backing, image, touched[i].chunk, touched[i].pages, raw, LR_OK);
+	struct content content = {.raw = unpacker->raw};
+	for (uint32_t i = frame->first; i < frame->first + frame->n; i++) {
+		const struct lr_touched *touched = &image->working_set[i];
+		struct own_entry *entry = own_pages_find(own, touched->chunk);
+		content.pages = touched->pages;
+		content.but = entry ? entry->pages : 0;
+		if (entry)
+			own_pages_keep(own, entry, touched->pages, content.raw);
+		if (lacks(backing, touched->chunk, content) && claim(backing, touched->chunk))
+			put(backing, image, touched->chunk, content, LR_OK);
+		content.raw += image_touched_bytes(image, touched);
+	}
+}
+
+void backing_fill_own(struct backing *backing, const struct image *image, const struct own_pages *own, uint32_t chunk) {
+	const struct own_entry *entry = own_pages_find(own, chunk);
+	const char *raw = entry ? own_pages_bytes(own, entry, (uint32_t)__builtin_ctz(entry->pages)) : NULL;
+	struct content content = {.raw = raw, .pages = entry ? entry->pages : ALL_PAGES};
+	if (raw && lacks(backing, chunk, content) && claim(backing, chunk))
+		put(backing, image, chunk, content, LR_OK);
 }
 
 bool backing_has(const struct backing *backing, uint64_t chunk, uint32_t pages) {

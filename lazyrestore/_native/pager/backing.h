@@ -12,6 +12,7 @@
 #pragma once
 #include "hold.h"
 #include "image.h"
+#include "own_pages.h"
 #include <stdatomic.h>
 #include <sys/stat.h>
 
@@ -66,8 +67,13 @@ void backing_finish(struct backing *backing, const struct image *image, uint64_t
  * little. A chunk that cannot be read is left to who needs it. */
 void backing_fill_at_leisure(struct backing *backing, const struct image *image, uint64_t chunk, struct unpacker *unpacker);
 
-/* The pages of one frame of the working set's pack, as far as they are missing; each chunk by itself if the frame is damaged. */
-void backing_fill_frame(struct backing *backing, const struct image *image, const struct frame *frame, struct unpacker *unpacker);
+/* The pages of one frame of the working set's pack, as far as they are missing and not `own`, which get theirs; each chunk by itself if
+ * the frame is damaged. */
+void backing_fill_frame(struct backing *backing, const struct image *image, const struct frame *frame, struct own_pages *own,
+			struct unpacker *unpacker);
+
+/* Own pages of a chunk, if they are known: for who wants them in the file nevertheless. */
+void backing_fill_own(struct backing *backing, const struct image *image, const struct own_pages *own, uint32_t chunk);
 
 /* Whether these pages of a chunk are in the file, by lr_touched.pages; without waiting. `chunk` may be any number. */
 bool backing_has(const struct backing *backing, uint64_t chunk, uint32_t pages);

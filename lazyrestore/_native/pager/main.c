@@ -143,6 +143,7 @@ static struct lr_error pager_init(struct pager *pager, const struct options *opt
 	close(options->fds[IMAGE]);
 	if (!error.code)
 		error = open_backings(pager, options->fds[TEMPLATE]);
+	own_pages_init(&pager->own, &pager->image);
 	working_set_init(&pager->working_set, &pager->image);
 	if (!error.code)
 		error = working_set_load(&pager->working_set);

@@ -12,6 +12,7 @@ struct space;
 struct pager {
 	struct image image;
 	_Atomic uint32_t next_frame; /* of the working set's pack */
+	struct own_pages own; /* of private memory: what its processes get as copies */
 	struct backing template;
 	struct backing huge; /* only if image.hugetlb */
 	struct working_set working_set;

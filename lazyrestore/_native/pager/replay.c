@@ -13,14 +13,17 @@ enum { BATCH = 64, RUNS_AT_ONCE = 16, MAX_SURPRISES = 32, MAX_THREADS = 8, NICE 
 
 /* -- mapping ----------------------------------------------------------------------------------------------------------- */
 
-/* Pages of the image, filled in the template; `copy`: to be installed as private copies. */
+/* Pages of the image that are in the template; `copy`: to be installed as private copies, of `raw` if that is not NULL. */
 struct run {
 	uint64_t start, end; /* image addresses, and virtual ones */
 	bool copy;
+	const char *raw;
 };
 
-static struct uffd_result install_copy(struct space *space, uint64_t start, uint64_t end) {
+static struct uffd_result install_copy(struct space *space, struct run run, uint64_t start, uint64_t end) {
 	uint64_t length = end - start < LR_MAX_CHUNK ? end - start : LR_MAX_CHUNK;
+	if (run.raw)
+		return uffd_copy(space->uffd, start, end, run.raw + (start - run.start));
 	if (pread(space->pager->template.fd, space->unpacker.raw, length, (off_t)start) != (ssize_t)length)
 		return (struct uffd_result){.code = EIO};
 	return uffd_copy(space->uffd, start, start + length, space->unpacker.raw);
@@ -29,7 +32,7 @@ static struct uffd_result install_copy(struct space *space, uint64_t start, uint
 /* Installs [*at, end), which lies in one interval, and moves *at as far as it goes. EAGAIN: an event must be read first.
  * The kernel refuses a range that spans two VMAs (ENOENT), as a library's read-only and writable data do, whose bytes are
  * next to each other in the image: then less is tried, down to the VMA's end. */
-static int map_piece(struct space *space, uint64_t *at, uint64_t end, bool copy) {
+static int map_piece(struct space *space, struct run run, uint64_t *at, uint64_t end) {
 	uint64_t to = end;
 	for (unsigned surprises = 0; *at < end && surprises < MAX_SURPRISES;) {
 		enum guards guards = guards_avoid(space, *at, at, &to);
@@ -40,7 +43,7 @@ static int map_piece(struct space *space, uint64_t *at, uint64_t end, bool copy)
 			to = end;
 			continue;
 		}
-		struct uffd_result result = copy ? install_copy(space, *at, to) : uffd_continue(space->uffd, *at, to);
+		struct uffd_result result = run.copy ? install_copy(space, run, *at, to) : uffd_continue(space->uffd, *at, to);
 		stats_add(&space->stats, LR_COUNT_REPLAYED, result.done / LR_PAGE);
 		*at += result.done;
 		if (result.code == ENOENT && !result.done && to - *at > LR_PAGE) {
@@ -72,7 +75,7 @@ static bool map_run(struct space *space, struct run run) {
 		bool in_place = found.image == found.start && found.backing == LR_BACKING_TEMPLATE && !found.flags;
 		at = found.start;
 		bool wanted = in_place && !(run.copy && space->has_own_pages);
-		int error = wanted ? map_piece(space, &at, found.end, run.copy) : 0;
+		int error = wanted ? map_piece(space, run, &at, found.end) : 0;
 		if (error == ESRCH)
 			return false;
 		if (error != EAGAIN) {
@@ -95,25 +98,38 @@ static int by_number(const void *a, const void *b) {
 /* Maps pages that are there, by chunks, sorted here, in runs. False: the address space is gone. */
 static bool map_chunks(struct space *space, struct lr_touched *touched, uint32_t n) {
 	const struct lr_chunk *index = space->pager->image.chunks;
+	const struct own_pages *own = &space->pager->own;
 	struct run run = {0};
 	unsigned runs = 0;
 	qsort(touched, n, sizeof *touched, by_number);
 	for (uint32_t i = 0; i < n; i++) {
 		const struct lr_chunk *chunk = &index[touched[i].chunk];
+		const struct own_entry *entry = own_pages_find(own, touched[i].chunk);
 		for (uint32_t page = 0; page < chunk->length / LR_PAGE; page++) {
 			uint64_t at = chunk->address + page * (uint64_t)LR_PAGE;
-			bool copy = page < 16 && touched[i].written >> page & 1;
+			const char *raw = own_pages_bytes(own, entry, page);
+			bool copy = raw || (page < 16 && touched[i].written >> page & 1);
 			if (!image_has_page(touched[i].pages, page))
 				continue;
-			if (at != run.end || copy != run.copy) {
+			if (at != run.end || copy != run.copy || raw != (run.raw ? run.raw + (at - run.start) : NULL)) {
 				if (!map_run(space, run) || (++runs % RUNS_AT_ONCE == 0 && !serve_waiting(space)))
 					return false;
-				run = (struct run){.start = at, .copy = copy};
+				run = (struct run){.start = at, .copy = copy, .raw = raw};
 			}
 			run.end = at + LR_PAGE;
 		}
 	}
 	return map_run(space, run) && serve_waiting(space);
+}
+
+/* Whether what the template is to have of an entry is there: all but its own pages that are known. */
+static bool is_there(const struct pager *pager, const struct lr_touched *touched) {
+	const struct own_entry *entry = own_pages_find(&pager->own, touched->chunk);
+	bool known = entry && atomic_load_explicit(&entry->there, memory_order_acquire);
+	uint16_t pages = known ? touched->pages & ~entry->pages : touched->pages;
+	if (known && !pages && touched->pages != ALL_PAGES)
+		return true;
+	return backing_has(&pager->template, touched->chunk, touched->pages == ALL_PAGES ? ALL_PAGES : pages);
 }
 
 /* Fills and maps the chunks of a list, which it reorders. */
@@ -123,12 +139,12 @@ static bool bring(struct space *space, struct lr_touched *touched, uint32_t n) {
 	for (uint32_t done = 0; alive && done < n;) {
 		/* All that is filled by now, at least a batch. */
 		uint32_t end = done;
-		while (end < n && (end < done + BATCH || backing_has(&pager->template, touched[end].chunk, touched[end].pages)))
+		while (end < n && (end < done + BATCH || is_there(pager, &touched[end])))
 			end++;
 		uint32_t good = done;
 		for (uint32_t i = done; alive && i < end; i++) {
-			bool was_there = backing_has(&pager->template, touched[i].chunk, touched[i].pages);
-			if (backing_bring(&pager->template, &pager->image, touched[i].chunk, touched[i].pages, &space->unpacker))
+			bool was_there = is_there(pager, &touched[i]);
+			if (was_there || backing_fill(&pager->template, &pager->image, touched[i].chunk, &space->unpacker) == CHUNK_FILLED)
 				touched[good++] = touched[i];
 			if (!was_there)
 				alive = serve_waiting(space);
@@ -152,7 +168,7 @@ bool replay(struct space *space) {
 	struct pager *pager = space->pager;
 	uint32_t n;
 	for (const struct frame *frame; (frame = next_frame(pager));) {
-		backing_fill_frame(&pager->template, &pager->image, frame, &space->unpacker);
+		backing_fill_frame(&pager->template, &pager->image, frame, &pager->own, &space->unpacker);
 		if (!serve_waiting(space))
 			return false;
 	}
@@ -208,7 +224,7 @@ static void *prefetch_main(void *argument) {
 		sched_setscheduler(0, SCHED_IDLE, &none);
 	if (!unpacker_init(&unpacker).code) {
 		for (const struct frame *frame; !work->all && (frame = next_frame(pager));)
-			backing_fill_frame(&pager->template, &pager->image, frame, &unpacker);
+			backing_fill_frame(&pager->template, &pager->image, frame, &pager->own, &unpacker);
 		for (uint32_t i; (i = atomic_fetch_add(&work->next, 1)) < work->n;) {
 			const struct lr_touched *touched = &work->touched[i];
 			if (work->all)

@@ -6,7 +6,8 @@
  * rules of space.h hold without a word more; demand faults and events go first, every few runs. What is filled in the
  * template is mapped in runs by address; in a new pager, threads that run since its start fill the chunks in first-touch
  * order, and the space's thread follows them. Pages that the recorded process had written are installed as private copies
- * (UFFDIO_COPY into a private file mapping makes anonymous memory): the kernel's own copy would cost the process a fault. */
+ * (UFFDIO_COPY into a private file mapping makes anonymous memory): the kernel's own copy would cost the process a fault. Those of a
+ * pack never were in the template (own_pages.h). */
 #pragma once
 #include "space.h"
 

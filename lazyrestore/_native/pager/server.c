@@ -181,9 +181,11 @@ static uint32_t fill_chunks(struct pager *pager, struct lr_touched *touched, uin
 	uint32_t kept = 0;
 	if (unpacker_init(&unpacker).code)
 		return 0;
-	for (uint32_t i = 0; i < n; i++)
+	for (uint32_t i = 0; i < n; i++) {
+		backing_fill_own(&pager->template, &pager->image, &pager->own, touched[i].chunk);
 		if (backing_bring(&pager->template, &pager->image, touched[i].chunk, touched[i].pages, &unpacker))
 			touched[kept++] = touched[i];
+	}
 	unpacker_deinit(&unpacker);
 	return kept;
 }
