@@ -281,6 +281,8 @@ class Snapshot:
         """
         from lazyrestore.restore_options import Options
 
+        if inherit_fd:
+            self._check_given(inherit_fd)
         inherited = tuple(sorted((inherit_fd or {}).items()))
         mounts = ready.mounts if ready else ()
         options = Options(new_pid, new_net, inherited, record=record, fill=fill, mounts=mounts)
@@ -372,6 +374,8 @@ class Snapshot:
 
         parking.check(self.name, self.manifest)
         given = dict(inherit_fd or {})
+        if given:
+            self._check_given(given)
 
         def start() -> Clone:
             with ExitStack() as owned:
@@ -390,6 +394,11 @@ class Snapshot:
         from lazyrestore.pager.launch import stats_of
 
         return stats_of(self._image.key, self.name)
+
+    def _check_given(self, inherit_fd: Mapping[int, int]) -> None:
+        from lazyrestore import restore
+
+        restore.check_given(self.manifest, inherit_fd)
 
     def _prepare(self, listen: Mapping[int, int], reuseport: bool) -> Prepared:
         from lazyrestore import restore

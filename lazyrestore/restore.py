@@ -119,6 +119,13 @@ def listening_elsewhere(manifest: Manifest, ports: Mapping[int, int], reuse_port
     return msgspec.structs.replace(manifest, descriptors=table)
 
 
+def check_given(manifest: Manifest, given: Mapping[int, int]) -> None:
+    """RestoreError unless the caller's descriptors are sockets that can take the place of those listening ones."""
+    from lazyrestore.resources import listeners
+
+    listeners.check_given(manifest.descriptors, given)
+
+
 def plan_for(prepared: Prepared, options: Options, own_pages: tuple[Run, ...] = (), above: int = 0) -> RestorePlan:
     """The stored plan or that of the last time, if it can be used again.
 

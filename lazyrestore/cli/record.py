@@ -79,7 +79,7 @@ def record_command(
         try:
             if address is not None:
                 _warn_of_another_port(snapshot, address)
-                _ask(process, address, question)
+                _ask(process, _place(snapshot, address), question)
             elif ready is not None:
                 _await_ready(ready, process)
             elif seconds is not None:
@@ -113,12 +113,20 @@ def _warn_of_another_port(snapshot: Snapshot, address: str) -> None:
         complain(f"lazyrestore: {text}")
 
 
-def _ask(process: RestoredProcess, address: str, request: bytes) -> None:
+def _place(snapshot: Snapshot, address: str) -> tuple[str, int] | str:
+    """(host, port), or a path."""
+    from lazyrestore.resources.listeners import host_at
+
+    return (host_at(snapshot.manifest.descriptors, int(address)), int(address)) if address.isdecimal() else address
+
+
+def _ask(process: RestoredProcess, place: tuple[str, int] | str, request: bytes) -> None:
     """Until the first byte of an answer. Raises ClickException if the process ends first, or stays silent."""
+    address = place if isinstance(place, str) else f"{place[0]} port {place[1]}"
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
         try:
-            with _connected(address) as connection:
+            with _connected(place) as connection:
                 connection.settimeout(max(0.001, deadline - time.monotonic()))
                 connection.sendall(request)
                 if connection.recv(1):
@@ -133,12 +141,12 @@ def _ask(process: RestoredProcess, address: str, request: bytes) -> None:
         time.sleep(0.001)
 
 
-def _connected(address: str) -> socket.socket:
-    if address.isdecimal():
-        return socket.create_connection(("127.0.0.1", int(address)), timeout=ANSWER_SECONDS)
+def _connected(place: tuple[str, int] | str) -> socket.socket:
+    if isinstance(place, tuple):
+        return socket.create_connection(place, timeout=ANSWER_SECONDS)
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(ANSWER_SECONDS)
-    connection.connect(address)
+    connection.connect(place)
     return connection
 
 

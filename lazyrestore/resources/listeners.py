@@ -14,6 +14,7 @@ Cost. The caller's socket gets the flags that the process's had.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -63,6 +64,36 @@ def replaced(table: FdTable, inherited: Iterable[int]) -> dict[int, int]:
     return found
 
 
+def check_given(table: FdTable, given: Mapping[int, int]) -> None:
+    """RestoreError unless each number → descriptor of ours is a listening socket → one of its kind. One of another
+    address family of the Internet will do: systemd's are often IPv6 ones that take IPv4, too."""
+    for index, number in replaced(table, given).items():
+        record, ours = table.descriptions[index], given[number]
+        unix = isinstance(record, UnixSocket)
+        wanted = record.kind if isinstance(record, UnixSocket) else socket.SOCK_STREAM
+        reason = ""
+        try:
+            with socket.socket(fileno=os.dup(ours)) as found:
+                if (found.family == socket.AF_UNIX, found.type) != (unix, wanted):
+                    reason = "is a socket of another kind"
+                elif not found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    reason = "is a socket that does not listen"
+        except OSError as error:
+            reason = f"is no socket: {os.strerror(error.errno or 0)}"
+        if reason:
+            kind = "Unix" if unix else "TCP"
+            raise RestoreError(f"fd {number}", "inherit", f"descriptor {ours} {reason}", f"give it a {kind} listener")
+
+
+def host_at(table: FdTable, port: int) -> str:
+    """Where to connect to the process's TCP port: an address of its own, else 127.0.0.1."""
+    for record in table.descriptions:
+        if isinstance(record, TcpListener) and inet_socket.port_of(record) == port:
+            host = inet_socket.host_of(record)
+            return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return "127.0.0.1"
+
+
 def rebind(table: FdTable, ports: Mapping[int, int], *, reuse_port: bool = False) -> FdTable:
     """The same table with TCP listeners on other ports (old → new), all with SO_REUSEPORT if wanted. RestoreError."""
     known = ports_of(table)
@@ -89,7 +120,8 @@ def from_systemd(environment: Mapping[str, str], pid: int) -> list[int]:
         count = int(environment.get("LISTEN_FDS", "0"))
     except ValueError:
         return []
-    return [number for number in range(FIRST_OF_SYSTEMD, FIRST_OF_SYSTEMD + count) if _is_open(number)]
+    handed = range(FIRST_OF_SYSTEMD, FIRST_OF_SYSTEMD + count)
+    return [number for number in sorted(map(int, os.listdir("/proc/self/fd"))) if number in handed and _is_open(number)]
 
 
 def _is_open(number: int) -> bool:

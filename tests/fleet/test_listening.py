@@ -18,6 +18,7 @@ from helpers_cli import command, run_cli
 from helpers_fleet import descriptors
 
 import lazyrestore
+from lazyrestore.resources import listeners
 
 
 def listener(run: Path, victims: Victims, kind: str) -> tuple[Victim, str, int]:
@@ -111,6 +112,53 @@ def test_what_does_not_listen_is_not_replaced(run: Path, victims: Victims, store
                 snapshot.restore(new_pid=True, inherit_fd={wrong: 0})
 
 
+def test_only_a_listening_socket_of_its_kind_takes_its_place(
+    run: Path, victims: Victims, store: lazyrestore.Store
+) -> None:
+    """With anything else the process would fail in a call that cannot fail: accept() of its own socket."""
+    victim, _, number = listener(run, victims, "tcp")
+    with store.snapshot(victim.pid, name="x") as snapshot, ExitStack() as owned:
+        before = set(victims.marked())
+        folder = os.open(run, os.O_RDONLY)
+        owned.callback(os.close, folder)
+        idle, unix, datagrams = (
+            owned.enter_context(socket.socket(family, kind)).fileno()
+            for family, kind in (
+                (socket.AF_INET, socket.SOCK_STREAM),
+                (socket.AF_UNIX, socket.SOCK_STREAM),
+                (socket.AF_INET, socket.SOCK_DGRAM),
+            )
+        )
+        for wrong, reason in (
+            (folder, "is no socket: Socket operation on non-socket"),
+            (1 << 30, "is no socket: Bad file descriptor"),
+            (idle, "does not listen"),
+            (unix, "of another kind"),
+            (datagrams, "of another kind"),
+        ):
+            for start in (
+                lambda fd: snapshot.restore(new_pid=True, inherit_fd=fd),
+                lambda fd: snapshot.pool(1, inherit_fd=fd),
+            ):
+                with pytest.raises(
+                    lazyrestore.errors.RestoreError, match=f"fd {number}: inherit: descriptor {wrong} .*{reason}"
+                ):
+                    start({number: wrong})
+        assert set(victims.marked()) == before
+
+
+def test_recorded_until_it_answers_at_an_address_of_its_own(
+    run: Path, victims: Victims, store: lazyrestore.Store
+) -> None:
+    victim = victims.python("listener.py", run, "tcp6")
+    port, _ = victim.until(lambda: (run / "address").read_text().split(), "the address")
+    store.snapshot(victim.pid, name="x", kill=True).close()
+    victim.gone()
+    answer = run_cli(run / "store", "record", "x", "--until-port", port, "--request", "once", "--json")
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads(answer.stdout)["kept"]
+
+
 def test_in_a_network_of_its_own(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
     """Two clones on the original's port beside the original; each answers to who enters its namespace."""
     victim, port, _ = listener(run, victims, "tcp")
@@ -192,6 +240,7 @@ def test_sockets_of_systemd(run: Path, victims: Victims, store: lazyrestore.Stor
     )
     with socket.create_server(("127.0.0.1", 0)) as own:
         handed = own.fileno()
+        assert handed in listeners.from_systemd({"LISTEN_FDS": "9" * 15, "LISTEN_PID": "1"}, 1)  # what is open, at once
         restorer = subprocess.Popen([sys.executable, "-c", handing_over, str(handed), *words], pass_fds=[handed])
         assert ask(own) == f"2 {victim.pid}"
         restorer.terminate()
