@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 lib, ffi = _core.lib, _core.ffi
 
 LOCKS = ("flock", "POSIX lock", "OFDLCK lock")  # how the operations that take locks are called (resources/files.py)
+MAPPING_CALLS = ("mmap", "mremap")
+NO_ROOM = "raise vm.max_map_count, or the restorer's limit on its address space (ulimit -v)"
+WRITE_XOR_EXECUTE = (
+    "the restorer may not have memory that can be written and executed: restore without PR_SET_MDWE "
+    "(systemd's MemoryDenyWriteExecute=)"
+)
 OP, FIRST_ARGUMENT = ffi.sizeof("struct lr_op"), ffi.offsetof("struct lr_op", "arg")
 Piece = tuple[Written, int, bytes]  # address, contents
 
@@ -151,17 +157,32 @@ class NewProcess:
             status = self._status[0]
             if status >> 16 or not os.WIFSTOPPED(status):
                 raise self._ended("run program")
+            if os.WSTOPSIG(status) == signal.SIGSEGV:
+                self._check_entry()
             raise RestoreError(f"thread {tid}", "run program", f"unexpected stop (status {status:#x})", errno=-error)
         if self._why[0] != want:
             self._surprise(number, self._index[0], self._result[0])
+
+    def _check_entry(self) -> None:
+        """RestoreError if the first instruction could not map the program that the next one jumped to."""
+        here = self._registers(self.pid)
+        result = ffi.cast("int64_t", here.rax)
+        if here.rip == self.plan.linked.entry and -4096 < int(result) < 0:
+            number = -int(result)
+            advice = {errno.EACCES: WRITE_XOR_EXECUTE, errno.EPERM: WRITE_XOR_EXECUTE, errno.ENOMEM: NO_ROOM}
+            raise RestoreError(f"process {self.pid}", "map program", advice=advice.get(number, ""), errno=number)
 
     def _surprise(self, number: int, index: int, result: int) -> None:
         op = self._named().op(number, index)
         step = op.name + (f" ({op.note})" if op.note else "")
         if -4096 < result < 0:
             advice = "`lazyrestore doctor` tells which privilege is missing" if result == -errno.EPERM else ""
+            if result == -errno.EPERM and op.name == "prlimit64":
+                advice = "raise the restorer's own hard limit (ulimit -H), or grant CAP_SYS_RESOURCE"
             if result == -errno.EAGAIN and op.note in LOCKS:
                 advice = "end the process that holds the lock (the original, or another copy?)"
+            if result == -errno.ENOMEM and op.name in MAPPING_CALLS:
+                advice = NO_ROOM
             raise RestoreError(op.resource, step, advice=advice, errno=-result)
         raise RestoreError(op.resource, step, f"returned {result:#x} and not {op.want:#x}")
 

@@ -162,10 +162,7 @@ def compile_program(
     with ops.serving("old address space"):
         ops.call(lib.SYS_munmap, 0, base)
         ops.call(lib.SYS_munmap, base + room, TASK_END - base - room)
-    writable = {v.file for v in manifest.vmas if v.kind == "file" and v.shared and v.protection & lib.PROT_WRITE}
-    vma.restore(
-        manifest.vmas, manifest.files, writable, program, ops, fds, layout.template, layout.hugetlb, layout.shared
-    )
+    # Before all else: mremap wants room for three mappings more, and the old process may have had all there can be.
     with ops.serving("vdso"):
         at = aside
         for name, start, length in manifest.host.vdso:
@@ -173,6 +170,10 @@ def compile_program(
                 start, lib.SYS_mremap, at, length, length, lib.MREMAP_MAYMOVE | lib.MREMAP_FIXED, start, note=name
             )
             at += length
+    writable = {v.file for v in manifest.vmas if v.kind == "file" and v.shared and v.protection & lib.PROT_WRITE}
+    vma.restore(
+        manifest.vmas, manifest.files, writable, program, ops, fds, layout.template, layout.hugetlb, layout.shared
+    )
     attributes.restore_memory(manifest.attributes, program, ops, fds)
     context = RestoreContext(
         layout.streams, _shared_lookup(manifest, layout), manifest.attributes.cwd, layout.inherited

@@ -8,6 +8,10 @@ import sys
 
 from lazyrestore.errors import LazyrestoreError
 
+OF_LIMITS = {
+    errno.EFBIG: "; raise the limit on file sizes: ulimit -f unlimited",  # memory files are files too
+    errno.EMFILE: "; raise the limit on open files: ulimit -n 1024",
+}
 INTERRUPTED = 130  # the exit status, 128 + SIGINT
 
 
@@ -62,10 +66,11 @@ def failed(error: BaseException, *, debug: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         text, status = "interrupted", INTERRUPTED
     elif isinstance(error, LazyrestoreError):
-        text, status = str(error), error.exit_status
+        advice = OF_LIMITS[errno.EMFILE] if error.errno == errno.EMFILE else ""
+        text, status = f"{error}{advice}", error.exit_status
     elif isinstance(error, OSError):
-        large = error.errno == errno.EFBIG  # memory files are files too
-        text, status = f"{error}{'; raise the limit on file sizes: ulimit -f unlimited' if large else ''}", 1
+        advice = OF_LIMITS.get(error.errno or 0, "")
+        text, status = f"{error}{advice}", 1
     else:
         raise error
     if not isinstance(error, BrokenPipeError):

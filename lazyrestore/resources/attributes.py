@@ -20,7 +20,11 @@ from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import Frozen, check
 from lazyrestore.program import Descriptors, OpList, Program, lib
 
-RLIMITS = range(16)
+LIMITS = (
+    "CPU", "FSIZE", "DATA", "STACK", "CORE", "RSS", "NPROC", "NOFILE",
+    "MEMLOCK", "AS", "LOCKS", "SIGPENDING", "MSGQUEUE", "NICE", "RTPRIO", "RTTIME",
+)  # fmt: skip
+RLIMITS = range(len(LIMITS))
 MEMBARRIER_GET_REGISTRATIONS = 1 << 9  # linux/membarrier.h
 MEMBARRIER_REGISTER = 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8  # global, private, that of cores, that of rseq
 DROPPED_PRIVILEGES_LAST = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
@@ -239,7 +243,7 @@ def restore_flags(attributes: Attributes, program: Program, ops: OpList) -> None
         # All of them, though most are the restorer's already: the program then does not depend on the restorer's.
         for which, limit in zip(RLIMITS, attributes.limits, strict=True):
             words = struct.pack("<QQ", *(value & (1 << 64) - 1 for value in limit))
-            ops.call(lib.SYS_prlimit64, 0, which, program.place(words), 0, note=f"limit {which}")
+            ops.call(lib.SYS_prlimit64, 0, which, program.place(words), 0, note=f"RLIMIT_{LIMITS[which]}")
 
 
 def restore_credentials(attributes: Attributes, own: Credentials, program: Program, ops: OpList) -> None:

@@ -266,8 +266,8 @@ def test_a_limit_that_may_not_be_raised(run: Path, victims: Victims, copies: Cop
     words = command(run / "store", "restore", "x", "--detach")
     answer = subprocess.run([sys.executable, "-c", unprivileged, *words], capture_output=True, text=True, check=False)
     assert answer.returncode == errors.RestoreError.exit_status
-    assert answer.stderr.startswith("lazyrestore: resource limits: prlimit64")
-    assert answer.stderr.endswith("; `lazyrestore doctor` tells which privilege is missing\n")
+    assert answer.stderr.startswith("lazyrestore: resource limits: prlimit64 (RLIMIT_CORE): ")
+    assert "hard limit (ulimit -H)" in answer.stderr
     assert list(victims.marked()) == []
 
 
@@ -419,3 +419,61 @@ def test_the_proc_of_another_pid_namespace(run: Path, victims: Victims, copies: 
         assert len(answer.stderr.strip().splitlines()) == 1
     victim.check()
     assert copies.store.names() == ["x"]
+
+
+NO_USERFAULTFD = """import struct
+words = [(0x20, 0, 0, 0), (0x15, 0, 1, 323), (6, 0, 0, 0x50001), (6, 0, 0, 0x7FFF0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("<HBBI", *each) for each in words))
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.c_char_p(struct.pack("<HxxxxxxQ", 4, ctypes.addressof(code)))) == 0"""
+# What a restorer may be confined to, by code that it runs first; the error's class, and what it says.
+CONFINED = {
+    "write xor execute": (
+        "assert ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0",  # PR_SET_MDWE
+        errors.RestoreError, "PR_SET_MDWE",
+    ),
+    "no userfaultfd": (
+        NO_USERFAULTFD,
+        errors.RestoreError, "lazy memory: userfaultfd: Operation not permitted",
+    ),
+    "8 GiB of address space": (
+        "resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))", errors.RestoreError, "ulimit -v",
+    ),
+    "32 descriptors": (
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32))", errors.MissingFeature, "ulimit -Hn",
+    ),
+    "one process": (
+        "resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))", errors.RestoreError, "RLIMIT_NPROC",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.requires("root")
+@pytest.mark.parametrize("kind", CONFINED)
+def test_a_confined_restorer(run: Path, victims: Victims, copies: Copies, kind: str) -> None:
+    """Without CAP_SYS_RESOURCE, so that no limit can be raised again. The process has 16 GiB of address space."""
+    confine, error, said = CONFINED[kind]
+    reserve = "import mmap, time; m = mmap.mmap(-1, 16 << 30, 0x4022); open('ready', 'w'); time.sleep(1e6)"
+    victim = victims.start([sys.executable, "-c", reserve], cwd=run)
+    victim.until((run / "ready").exists, "its memory")
+    snapshot = end(victim, copies)
+    code = f"import ctypes, resource\nassert ctypes.CDLL(None).prctl(24, 24, 0, 0, 0) == 0\n{confine}\n{MAIN}"
+    answer = run_cli(run / "store", "restore", snapshot.name, "--detach", code=code)
+    assert (answer.returncode, said in answer.stderr) == (error.exit_status, True), answer.stderr
+    assert len(answer.stderr.strip().splitlines()) == 1, answer.stderr
+    assert not alive(victim.pid)
+    assert list(victims.marked()) == []
+
+
+@pytest.mark.requires("root")
+def test_a_restorer_with_few_descriptors(run: Path, victims: Victims, copies: Copies, start: Start) -> None:
+    """Whatever it lacks one for first."""
+    snapshot = end(start(), copies)
+    for limit in range(7, 20):
+        few = "import ctypes, resource\nassert ctypes.CDLL(None).prctl(24, 24, 0, 0, 0) == 0\nimport lazyrestore.cli\n"
+        code = f"{few}resource.setrlimit(resource.RLIMIT_NOFILE, ({limit}, {limit}))\n{MAIN}"
+        answer = run_cli(run / "store", "restore", snapshot.name, "--detach", code=code)
+        assert answer.returncode != 0 and "ulimit -" in answer.stderr, (limit, answer.stderr)
+        assert len(answer.stderr.strip().splitlines()) == 1, (limit, answer.stderr)
+        assert list(victims.marked()) == []

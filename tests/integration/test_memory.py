@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from helpers import Builder, Victim, Victims, ask
 from helpers_copies import Copies
+from helpers_facts import mappings
 
 # Each from a fresh copy, so that each comes first once: on memory of which nothing was touched.
 REQUESTS = ["digest", "fork", "dontneed", "remap", "stack", "brk", "protect", "code", "unmap", "write", "share"]
@@ -63,3 +64,19 @@ def test_generations(run: Path, victims: Victims, copies: Copies, build: Builder
     copies.restore(snapshot)
     assert ask(control, "fork") == "ok"
     assert ask(control, "digest") == expected
+
+
+@pytest.mark.requires("root")
+def test_as_many_mappings_as_there_can_be(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
+    limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+    if limit > 100_000:
+        pytest.skip("takes as many mappings as vm.max_map_count")
+    victim = victims.start([build.c("mappings")], cwd=run)
+    victim.until((run / "ready").exists, "its mappings")
+    before = mappings(victim.pid)
+    assert len(Path(f"/proc/{victim.pid}/maps").read_text().splitlines()) >= limit
+    snapshot = copies.snapshot(victim.pid, "x", kill=True)
+    victim.gone()
+    copy = copies.restore(snapshot)
+    same = mappings(copy.pid) == before
+    assert same
