@@ -149,11 +149,7 @@ static struct lr_error pager_init(struct pager *pager, const struct options *opt
 		error = working_set_load(&pager->working_set);
 	pager->recorder = options->recorder;
 	pager->recorder_pidfd = -1;
-	if (!error.code)
-		error = keeper_start(&pager->keeper);
-	if (!error.code)
-		replay_prefetch(pager);
-	return error;
+	return error.code ? error : keeper_start(&pager->keeper);
 }
 
 static void accept_all(struct pager *pager, int listener) {
@@ -264,6 +260,8 @@ static void serve(struct pager *pager, const struct options *options) {
 	enum { RETRY_MS = 50 };
 	uint64_t idle_since = now_ns();
 	bool was_idle = true, stopping = false;
+	accept_all(pager, options->fds[LISTEN]); /* who waits for an answer comes before the working set */
+	replay_prefetch(pager);
 	for (;;) {
 		struct pollfd fds[] = {
 			{.fd = options->fds[LISTEN], .events = POLLIN},
