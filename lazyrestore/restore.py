@@ -111,8 +111,6 @@ def prepare(
 
 def listening_elsewhere(manifest: Manifest, ports: Mapping[int, int], reuse_port: bool) -> Manifest:
     """The manifest with TCP listeners on other ports (old → new), all with SO_REUSEPORT if wanted. RestoreError."""
-    if not ports and not reuse_port:
-        return manifest
     from lazyrestore.resources import listeners
 
     table = listeners.rebind(manifest.descriptors, ports, reuse_port=reuse_port)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 from struct import Struct
 
 import pytest
 
-from lazyrestore.pager import wire
+from lazyrestore.pager import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, wire
+from lazyrestore.resources import inherited
 
 PROTOCOL = Path(__file__).parents[2] / "lazyrestore/_native/pager/protocol.h"
 STRUCTS = {
@@ -55,7 +57,12 @@ CONSTANTS = {
     "LR_ATTACH_FILL_IDLE": wire.ATTACH_FILL_IDLE,
     "LR_ATTACH_FILL_NOW": wire.ATTACH_FILL_NOW,
     "LR_ATTACH_NO_REPLAY": wire.ATTACH_NO_REPLAY,
+    "LR_ATTACH_OWN_PAGES": wire.ATTACH_OWN_PAGES,
     "LR_WORKING_SET_END": wire.WORKING_SET_END,
+    "LR_WORKING_SET_FILLED": wire.WORKING_SET_FILLED,
+    "LR_BACKING_TEMPLATE": BACKING_TEMPLATE,
+    "LR_BACKING_HUGETLB": BACKING_HUGETLB,
+    "LR_BACKING_SHARED": BACKING_SHARED,
     "LR_RANGE_ZERO": wire.RANGE_ZERO,
     "LR_N_COUNTERS": len(wire.COUNTERS),
 }
@@ -107,6 +114,18 @@ def test_struct(name: str, compiler: dict[str, int]) -> None:
 @pytest.mark.parametrize("name", CONSTANTS)
 def test_constant(name: str, compiler: dict[str, int]) -> None:
     assert compiler[name] == CONSTANTS[name]
+
+
+def test_every_constant_is_compared() -> None:
+    names = set(re.findall(r"\b(LR_[A-Z_]+) =", PROTOCOL.read_text()))
+    assert {name for name in names if not name.startswith("LR_COUNT_")} == set(CONSTANTS)
+
+
+def test_resources_know_the_same_backings() -> None:
+    """They may not import the pager."""
+    assert inherited.TEMPLATE == BACKING_TEMPLATE
+    assert inherited.HUGETLB == BACKING_HUGETLB
+    assert inherited.SHARED == BACKING_SHARED
 
 
 def test_cffi_reads_the_header() -> None:
