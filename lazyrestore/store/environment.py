@@ -41,7 +41,7 @@ from lazyrestore.errors import (
     StoreReadOnly,
     StoreVersionError,
 )
-from lazyrestore.store import format, locks
+from lazyrestore.store import format, locks, reserve
 from lazyrestore.store.address import address_of
 
 MAP_BYTES = 1 << 40  # of address space; more than any store, less than the 47 bits that a process has
@@ -160,6 +160,7 @@ class Environment:
                     txn.put(format.COUNTERS, format.encode(format.Counters()))
                     self._make_room(0)
                 self._env.sync(True)
+                reserve.allocate(self.directory)
 
     def _check_identity(self) -> str:
         stranger = NotAStore(
@@ -227,11 +228,11 @@ class Environment:
                     pass  # another process has made the map bigger
             self._resize(0)
 
-    def update(self, operation: Callable[[Transaction], T], *, room: int = 0) -> T:
+    def update(self, operation: Callable[[Transaction], T], *, room: int = 0, removes: bool = False) -> T:
         """What `operation` returns, run in a write transaction that is committed if it does not raise.
 
-        It is run again, in another transaction, when the map had to grow. room: bytes of values it will write. Raises
-        StoreReadOnly, StoreFull, StoreError; the store is then as it was.
+        It is run again, in another transaction, when the map had to grow. room: bytes of values it will write. removes:
+        it may take what is reserved for that. Raises StoreReadOnly, StoreFull, StoreError; the store is then as it was.
         """
         self.check_writable()
         while True:
@@ -241,9 +242,14 @@ class Environment:
                     self._make_room(room // self.page + 1)
                 return result
             except StoreError as error:
-                if error.errno == errno.EIO and (number := self._reason_to_cut_short(room)):  # LMDB's word for that
-                    raise locks.os_error(self.resource, "write", OSError(number, os.strerror(number))) from error
-                raise
+                number = error.errno
+                if number == errno.EIO:  # LMDB's word for a write that ended early
+                    number = self._reason_to_cut_short(room) or number
+                if number == errno.ENOSPC and removes and reserve.give_up(self.directory):
+                    continue
+                if number is None or number == error.errno:
+                    raise
+                raise locks.os_error(self.resource, "write", OSError(number, os.strerror(number))) from error
             except lmdb.MapFullError:
                 self._resize(2 * int(self._env.info()["map_size"]))
             except lmdb.MapResizedError:

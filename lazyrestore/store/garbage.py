@@ -19,7 +19,7 @@ import os
 
 import msgspec
 
-from lazyrestore.store import format, locks
+from lazyrestore.store import format, locks, reserve
 from lazyrestore.store.environment import Environment, Transaction
 
 GROUP = 64  # packs per transaction: 256 MiB, and a freed-page list that fits into memory many times over
@@ -48,6 +48,7 @@ def collect(environment: Environment) -> Freed:
     stored = 0
     for at in range(0, len(garbage), GROUP):
         stored += _free_packs(environment, garbage[at : at + GROUP])
+    reserve.allocate(environment.directory)
     return Freed(snapshots, len(garbage), stored, still_pinned)
 
 
@@ -68,7 +69,7 @@ def _free_doomed(environment: Environment) -> tuple[int, int]:
                     txn.delete(format.key(table, number))
 
         if free:
-            environment.update(remove)
+            environment.update(remove, removes=True)
     return len(free), len(doomed) - len(free)
 
 
@@ -103,7 +104,7 @@ def _free_packs(environment: Environment, packs: list[int]) -> int:
             txn.delete(format.key(format.CONTENTS, pack))
             txn.delete(format.key(format.PACKS, pack))
 
-    environment.update(remove)
+    environment.update(remove, removes=True)
     return stored
 
 

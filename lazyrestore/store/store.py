@@ -147,7 +147,7 @@ class ImageStore:
             image.find(environment, txn, name)
             txn.delete(format.NAMES + format.check_name(name))
 
-        environment.update(remove)
+        environment.update(remove, removes=True)
         environment.sync()
         try:
             return self.gc()

@@ -24,7 +24,7 @@ from lazyrestore.errors import (
     StoreReadOnly,
     StoreVersionError,
 )
-from lazyrestore.store import CHUNK, ImageStore, format, locks
+from lazyrestore.store import CHUNK, ImageStore, format, locks, reserve
 
 DATA = pages(200, seed=1)
 
@@ -389,9 +389,18 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(StoreFull):
             put(store, "huge", huge)
         assert get(store, "fits", 3000 * PAGE) == pages(3000, seed=6)
-        (mount / "ballast").unlink()
+        # To the last block, and what the failed snapshot left.
+        with open(mount / "ballast", "ab", buffering=0) as file, pytest.raises(OSError, match="No space"):
+            while True:
+                file.write(bytes(1 << 12))
+        assert os.statvfs(mount).f_bavail == 0
+        used = store.totals().disk_bytes
         store.rm("fits")
         assert [each.name for each in store.ls()] == ["good"]
+        assert store.totals().disk_bytes < used
+        assert os.stat(mount / "store/reserve").st_blocks * 512 == reserve.SIZE  # for the next time
+        assert get(store, "good", len(DATA)) == DATA
+        assert not store.verify().damage
 
 
 def test_a_limit_on_file_size(tmp_path: Path) -> None:
