@@ -217,6 +217,7 @@ class Snapshot:
             if self._pager is not None:
                 self._pager.close()
                 self._pager = None
+            self._prepared.clear()
             self._image.close()
 
     def explain(

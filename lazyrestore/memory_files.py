@@ -19,6 +19,22 @@ def new(name: str, owned: ExitStack, flags: int = 0) -> int:
     return descriptor
 
 
+class MemoryFile:
+    """One that is made once for many new processes; closed with this object."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, name: str, content: bytes | bytearray) -> None:
+        """Raises RestoreError."""
+        self.descriptor = -1
+        self.descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+        write(self.descriptor, content, 0)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
 def write(descriptor: int, data: bytes | bytearray | memoryview, at: int) -> None:
     """All of `data` into a memory file, at offset `at`. Raises RestoreError.
 

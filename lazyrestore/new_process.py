@@ -5,14 +5,12 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import struct
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from lazyrestore import spawn
 from lazyrestore._native import _core
 from lazyrestore.errors import NoSuchProcess, RestoreError
-from lazyrestore.kernel import host
 from lazyrestore.restore_plan import RestorePlan, Written
 
 if TYPE_CHECKING:
@@ -22,13 +20,12 @@ if TYPE_CHECKING:
 lib, ffi = _core.lib, _core.ffi
 
 LOCKS = ("flock", "POSIX lock", "OFDLCK lock")  # how the operations that take locks are called (resources/files.py)
-MAPPING_CALLS = ("mmap", "mremap")
+MAPPING_CALLS = ("mmap", "mprotect", "mremap")
 NO_ROOM = "raise vm.max_map_count, or the restorer's limit on its address space (ulimit -v)"
 WRITE_XOR_EXECUTE = (
     "the restorer may not have memory that can be written and executed: restore without PR_SET_MDWE "
     "(systemd's MemoryDenyWriteExecute=)"
 )
-OP, FIRST_ARGUMENT = ffi.sizeof("struct lr_op"), ffi.offsetof("struct lr_op", "arg")
 Piece = tuple[Written, int, bytes]  # address, contents
 
 
@@ -46,27 +43,19 @@ class NewProcess:
         self._started = ffi.new("int32_t[]", len(self.tids) - 1)
         self._why, self._result = ffi.new("uint64_t *"), ffi.new("int64_t *")
 
-    def start(self, program: int) -> None:
-        """Tell the program where the vdso is, and let the first instruction map it and jump to the executor."""
+    def start(self) -> None:
+        """Let the first instruction map the program and jump to the executor."""
+        kernel = [name for name, _, _ in self.plan.host.vdso]
         try:
-            kernel = {path: start for path, start, _ in host.kernel_mappings(self.pid)}
-        except NoSuchProcess:
-            kernel = {}
-        if not kernel:
-            raise self._ended("map program")
-        linked = self.plan.linked
-        first = linked.op_addresses[0] - linked.base + FIRST_ARGUMENT
-        for index, (name, _, _) in zip(self.plan.kernel_moves, self.plan.host.vdso, strict=True):
-            os.pwrite(program, struct.pack("<Q", kernel[name]), first + index * OP)
-        try:
-            spawn.enter(self.pid, linked, self.plan.layout.program)
             # The end of a leader is not to be seen until its other threads are collected. With TRACEEXIT it stops
             # first, so a process that is killed by somebody else is noticed by who waits for any of its threads.
             # TRACECLONE tells the threads' ids. /proc/PID/task would, too, but who collects the ended process takes
             # what was looked up there out of the kernel's cache, as its last thread does: while that one is kept
             # from running, the other spins, for milliseconds.
-            options = lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD | lib.PTRACE_O_TRACEEXIT
-            lib.lr_set_options(self.pid, options | lib.PTRACE_O_TRACECLONE)
+            options = lib.PTRACE_O_TRACEEXIT | lib.PTRACE_O_TRACECLONE
+            spawn.enter(self.pid, self.plan.linked, self.plan.layout.program, options, kernel)
+        except (NoSuchProcess, ProcessLookupError) as error:
+            raise self._ended("enter program") from error
         except OSError as error:
             raise RestoreError(f"process {self.pid}", "enter program", errno=error.errno) from error
         self._must(lib.lr_continue(self.pid, 0), "start program")
@@ -99,6 +88,7 @@ class NewProcess:
             raise RestoreError(f"process {self.pid}", "read contents", errno=error.errno) from error
 
     def write(self, contents: Iterable[Piece]) -> None:
+        """Put them into its memory, where that is mapped."""
         try:
             memory = os.open(f"/proc/{self.pid}/mem", os.O_WRONLY | os.O_CLOEXEC)
             try:
@@ -109,15 +99,22 @@ class NewProcess:
                 os.close(memory)
         except OSError as error:
             raise RestoreError(f"process {self.pid}", "write contents", errno=error.errno) from error
-        self._set("oom_score_adj", str(self.plan.oom_score_adjust), 10)
-        self._set("coredump_filter", f"{self.plan.core_dump_filter:#x}", 16)
 
-    def _set(self, name: str, value: str, base: int) -> None:
-        """What is set through /proc/PID by the restorer."""
-        with open(f"/proc/{self.pid}/{name}", "r+") as file:
-            if int(file.read(), base) != int(value, 0):
-                file.seek(0)
-                file.write(value)
+    def set_attributes(self) -> None:
+        """What is set through /proc/PID by the restorer, at any time."""
+        self._set("oom_score_adj", self.plan.oom_score_adjust, 10)
+        self._set("coredump_filter", self.plan.core_dump_filter, 16)
+
+    def _set(self, name: str, value: int, base: int) -> None:
+        try:
+            file = os.open(f"/proc/{self.pid}/{name}", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                if int(os.read(file, 32), base) != value:
+                    os.write(file, b"%#x" % value if base == 16 else b"%d" % value)
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise RestoreError(f"process {self.pid}", f"set {name}", errno=error.errno) from error
 
     def let_go(self, *, parked: bool) -> None:
         """Remove what is ours from the address space, set every thread's state, detach."""

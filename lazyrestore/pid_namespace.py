@@ -21,12 +21,13 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from functools import lru_cache
 
-from lazyrestore import memory_files, spawn
+from lazyrestore import spawn
 from lazyrestore._native import _core
 from lazyrestore.errors import MissingFeature, RestoreError
+from lazyrestore.memory_files import MemoryFile
 from lazyrestore.program import OpList, Program, Word, lib
 from lazyrestore.restore_plan import Linked
 
@@ -90,18 +91,15 @@ def new_namespace(pid: int, *, ends_with_caller: bool = False) -> Namespace:
 
     ends_with_caller: all in it is killed when the calling thread ends, even by kill -9.
     """
-    linked = _linked(pid, ends_with_caller)
-    with ExitStack() as owned:
-        program = memory_files.new("lazyrestore-init", owned)
-        memory_files.write(program, linked.image, 0)
-        try:
-            namespace = Namespace(spawn.start([(program, _PROGRAM)], new_pid_namespace=True, session=1))
-        except PermissionError as error:
-            raise MissingFeature(
-                "pid namespace", "create", "it takes CAP_SYS_ADMIN", "run as root", errno=error.errno
-            ) from error
-        except OSError as error:
-            raise RestoreError("pid namespace", f"create: {error.filename}", errno=error.errno) from error
+    linked, program = _linked(pid, ends_with_caller)
+    try:
+        namespace = Namespace(spawn.start([(program.descriptor, _PROGRAM)], new_pid_namespace=True, session=1))
+    except PermissionError as error:
+        raise MissingFeature(
+            "pid namespace", "create", "it takes CAP_SYS_ADMIN", "run as root", errno=error.errno
+        ) from error
+    except OSError as error:
+        raise RestoreError("pid namespace", f"create: {error.filename}", errno=error.errno) from error
     init = namespace.pid
     try:
         spawn.enter(init, linked, _PROGRAM)
@@ -121,8 +119,9 @@ def new_namespace(pid: int, *, ends_with_caller: bool = False) -> Namespace:
 
 
 @lru_cache(16)
-def _linked(pid: int, ends_with_caller: bool) -> Linked:
-    return _init_program(pid, ends_with_caller).link(_BASE)
+def _linked(pid: int, ends_with_caller: bool) -> tuple[Linked, MemoryFile]:
+    linked = _init_program(pid, ends_with_caller).link(_BASE)
+    return linked, MemoryFile("lazyrestore-init", linked.image)
 
 
 def _init_program(pid: int, ends_with_caller: bool) -> Program:

@@ -27,6 +27,7 @@ ffi = _core.ffi
 
 _OP = struct.Struct("<I6BBB4x6Qqq")
 assert _OP.size == ffi.sizeof("struct lr_op")
+_KEEP = ffi.offsetof("struct lr_op", "keep")
 _LIST = struct.Struct("<QQ")
 _MASK = (1 << 64) - 1
 
@@ -71,13 +72,20 @@ class Word(msgspec.Struct, frozen=True):
     offset: int
 
 
+class KernelMapping(msgspec.Struct, frozen=True):
+    """Where the kernel's mapping of that number (at most 2: vvar, vdso and the like, by address) lies in a process that
+    has just started."""
+
+    number: int
+
+
 class ListAddress(msgspec.Struct, frozen=True):
     """The address of another list of the program (a thread's)."""
 
     number: int
 
 
-Argument = int | Pointer | Result | Word | ListAddress
+Argument = int | Pointer | Result | Word | KernelMapping | ListAddress
 
 
 class Labelled(Protocol):
@@ -181,6 +189,8 @@ class OpList:
             number, expect, *_, want = _PLAIN[6].unpack_from(packed, index * _OP.size)
             kinds, values = _resolve(arguments, data_at, lists)
             _OP.pack_into(packed, index * _OP.size, number, *kinds, expect, 0, *values, want, 0)
+        for index in {a.index for arguments in self._open.values() for a in arguments if isinstance(a, Result)}:
+            packed[index * _OP.size + _KEEP] = 1
         return packed
 
     def _append(self, number: int, arguments: tuple[Argument, ...], expect: int, want: int, note: str) -> int:
@@ -305,6 +315,8 @@ class Program(msgspec.Struct):
                 return f"result[{index}]"
             case Word(offset):
                 return f"*(int *)(data+{offset:#x})"
+            case KernelMapping(number):
+                return f"kernel mapping {number}"
             case ListAddress(number):
                 return f"list {number}"
 
@@ -404,6 +416,8 @@ def _resolve(arguments: tuple[Argument, ...], data_at: int, lists: list[int]) ->
             kinds[position], values[position] = lib.LR_RESULT, argument.index
         elif isinstance(argument, Word):
             kinds[position], values[position] = lib.LR_WORD, data_at + argument.offset
+        elif isinstance(argument, KernelMapping):
+            kinds[position], values[position] = lib.LR_KERNEL, argument.number
         else:
             values[position] = lists[argument.number]
     return kinds, values

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,13 +24,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lazyrestore import memory_files, spawn, stored_plan
+from lazyrestore._native import _core
 from lazyrestore.errors import MissingFeature, PidTaken, RestoreError
 from lazyrestore.new_process import NewProcess, Piece
 from lazyrestore.pager.client import PagerClient, PagerGone
 from lazyrestore.resources import addresses
 from lazyrestore.restore_checks import check_host, check_huge_pages, check_pid_free
 from lazyrestore.restore_options import AS_IT_WAS, Options
-from lazyrestore.restore_plan import OpenedPath, RestorePlan, Signature, signature_of
+from lazyrestore.restore_plan import SIGNATURE, UNKNOWN, OpenedPath, RestorePlan, signature_of
 from lazyrestore.store import HUGE_CHUNK, StoredImage
 
 if TYPE_CHECKING:
@@ -38,7 +40,11 @@ if TYPE_CHECKING:
     from lazyrestore.pid_namespace import Namespace
     from lazyrestore.program import Program
 
+lib, ffi = _core.lib, _core.ffi
+
 LAST_STREAM = 2
+ROOM = 16  # descriptors that may be opened while a plan is made for numbers above all others
+PLANS = 16  # that are kept: each has two descriptors, and who waits for READY=1 has other mounts every time
 AHEAD = 4 << 20  # bytes of contents that are decompressed while the new process maps its memory
 TYPE = 0o170000  # S_IFMT: what kind of file a mode tells
 
@@ -52,6 +58,35 @@ class Started(msgspec.Struct):
     phases: dict[str, float]
 
 
+class Ready:
+    """A plan, and what every restore by it shares: the program, which new processes map privately, and the ranges that
+    the pager serves, in memory files. made_for: the settings and own pages that it was made for."""
+
+    __slots__ = ("_lock", "_program", "_ranges", "made_for", "plan")
+
+    def __init__(self, plan: RestorePlan, made_for: object) -> None:
+        self.plan, self.made_for = plan, made_for
+        self._lock = threading.Lock()  # threads share the first restore
+        self._program: memory_files.MemoryFile | None = None
+        self._ranges: memory_files.MemoryFile | None = None
+
+    @property
+    def program(self) -> int:
+        """Its descriptor. Raises RestoreError."""
+        with self._lock:
+            if self._program is None:
+                self._program = memory_files.MemoryFile("lazyrestore-program", self.plan.linked.image)
+            return self._program.descriptor
+
+    @property
+    def ranges(self) -> int:
+        """Their descriptor. Raises RestoreError."""
+        with self._lock:
+            if self._ranges is None:
+                self._ranges = memory_files.MemoryFile("lazyrestore-ranges", self.plan.ranges)
+            return self._ranges.descriptor
+
+
 class Prepared(msgspec.Struct):
     """A snapshot on this host, to be restored many times. manifest: asked for when a plan is to be made."""
 
@@ -59,19 +94,18 @@ class Prepared(msgspec.Struct):
     manifest: Callable[[], Manifest]
     image: StoredImage
     credentials: bytes  # stored_plan.own_credentials()
-    # Options.shape → a plan that can be used again, and the settings and own pages that it was made for
-    plans: dict[object, tuple[object, RestorePlan]]
+    plans: dict[object, Ready]  # Options.shape → one that can be used again
     own_pages: tuple[bytes, tuple[Run, ...]] = (b"", ())  # a working set, and where the process wrote in it
     pieces: list[Piece] = msgspec.field(default_factory=list)  # what contents() gave, if it is less than AHEAD
     huge_pages: int = 0  # of 2 MiB, with content
-    checked: dict[str, Signature | None] = msgspec.field(default_factory=dict)  # path → signature, unchanged
+    signatures: bytes = b""  # of the mapped files, as they were when they were last found to be unchanged
 
 
 class Checked(msgspec.Struct, frozen=True):
     """One restore that nothing speaks against, about to begin."""
 
     prepared: Prepared
-    plan: RestorePlan
+    ready: Ready
     options: Options
     own_pages: tuple[Run, ...]
     phases: _Phases
@@ -100,10 +134,10 @@ def prepare(
     stored: the snapshot's own plan and what it is for, if the manifest is its own, too.
     """
     check_host(name, stored[1].host if stored else manifest().host)
-    plans: dict[object, tuple[object, RestorePlan]] = {}
+    prepared = Prepared(name, manifest, image, stored_plan.own_credentials(), {})
     if stored:
-        plans[AS_IT_WAS.shape] = (stored[0], ()), stored[1]
-    prepared = Prepared(name, manifest, image, stored_plan.own_credentials(), plans)
+        settings, plan = stored
+        prepared.plans[AS_IT_WAS.shape] = Ready(plan, (settings, ()))
     if image.hugetlb:
         prepared.huge_pages = sum(length == HUGE_CHUNK for _, length, *_ in image.entries())
     return prepared
@@ -124,20 +158,22 @@ def check_given(manifest: Manifest, given: Mapping[int, int]) -> None:
     listeners.check_given(manifest.descriptors, given)
 
 
-def plan_for(prepared: Prepared, options: Options, own_pages: tuple[Run, ...] = (), above: int = 0) -> RestorePlan:
+def plan_for(prepared: Prepared, options: Options, own_pages: tuple[Run, ...] = (), above: int = 0) -> Ready:
     """The stored plan or that of the last time, if it can be used again.
 
     Handed-over descriptors get numbers higher than `above`.
     """
-    made_for, plan = prepared.plans.get(options.shape, (None, None))
+    ready = prepared.plans.get(options.shape)
     now = stored_plan.settings(prepared.credentials), own_pages
-    if plan is None or made_for != now or above >= plan.layout.program:
+    if ready is None or ready.made_for != now or above >= ready.plan.layout.program:
         from lazyrestore.restore_program import make_plan
 
-        plan = make_plan(prepared.manifest(), options, own_pages, above + 1)
-        if plan.reusable:
-            prepared.plans[options.shape] = now, plan
-    return plan
+        ready = Ready(make_plan(prepared.manifest(), options, own_pages, above + 1), now)
+        if ready.plan.reusable:
+            if len(prepared.plans) >= PLANS:
+                prepared.plans.pop(next(iter(tuple(prepared.plans))), None)
+            prepared.plans[options.shape] = ready
+    return ready
 
 
 def explain(prepared: Prepared, options: Options = AS_IT_WAS) -> list[str]:
@@ -158,7 +194,8 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"")
         from lazyrestore.own_pages import own_pages_of
 
         prepared.own_pages = filled, (own_pages := own_pages_of(prepared.manifest(), prepared.image, filled))
-    plan = plan_for(prepared, options, own_pages)
+    ready = plan_for(prepared, options, own_pages)
+    plan = ready.plan
     phases.done("compile")
     if not options.new_pid:
         check_pid_free(plan.pid)
@@ -166,7 +203,7 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"")
     for address in plan.addresses:
         addresses.make_free(address)
     phases.done("check")
-    return Checked(prepared, plan, options, own_pages, phases)
+    return Checked(prepared, ready, options, own_pages, phases)
 
 
 def run(
@@ -178,13 +215,13 @@ def run(
     before, or -1. `streams` are the caller's descriptors for the new process's standard streams, where it needs them.
     Raises PagerGone if the pager is another one than that of the template, too.
     """
-    prepared, plan, options, phases = checked.prepared, checked.plan, checked.options, checked.phases
+    prepared, ready, options, phases = checked.prepared, checked.ready, checked.options, checked.phases
     pager = answered() if template < 0 or prepared.image.hugetlb else None
     phases.done("pager")
     with ExitStack() as owned:
         shared = {
             index: memory_files.shared(prepared.name, about, prepared.image, owned)
-            for index, about in enumerate(plan.shared)
+            for index, about in enumerate(ready.plan.shared)
         }
         hugetlb = pager.hugetlb_fd if pager else None
         if hugetlb is not None:
@@ -194,13 +231,12 @@ def run(
         mapped = os.fstat(template)
         streams = [stream if _is_stream(stream) else _nothing(owned) for stream in streams]
         inherited = dict(options.inherited)
-        program = memory_files.new("lazyrestore-program", owned)
-        sources = [template, hugetlb or 0, program, spawn.executable(), *shared.values(), *streams, *inherited.values()]
-        if max(sources) >= plan.layout.program:  # a caller with many descriptors
-            plan = plan_for(prepared, options, checked.own_pages, max(sources))
+        others = [template, hugetlb or 0, spawn.executable(), *shared.values(), *streams, *inherited.values()]
+        while (highest := max(ready.program, *others)) >= ready.plan.layout.program:  # a caller with many descriptors
+            ready = plan_for(prepared, options, checked.own_pages, highest + ROOM)
+        plan = ready.plan
         layout = plan.layout
-        memory_files.write(program, plan.linked.image, 0)
-        pairs = [(program, layout.program), (template, layout.template)]
+        pairs = [(ready.program, layout.program), (template, layout.template)]
         pairs += [(shared[k], layout.shared[k]) for k in shared]
         pairs += [(streams[k], layout.streams[k]) for k in range(3)]
         pairs += [(inherited[k], layout.inherited[k]) for k in inherited]
@@ -220,9 +256,11 @@ def run(
         phases.done("spawn")
         try:
             process = NewProcess(plan, prepared.image, partial(_named_program, checked, plan), child.pid)
-            process.start(program)
+            process.start()  # it maps its memory meanwhile
+            process.set_attributes()
             contents = process.contents()
-            ahead = prepared.pieces or _take(contents, AHEAD)  # while it maps
+            ahead = prepared.pieces or _take(contents, AHEAD)
+            first = [piece for piece in ahead if not piece[0].zeros]  # where the pager has nothing to do
             process.reach_stop()
             phases.done("map")
             if pager is None:
@@ -236,16 +274,19 @@ def run(
                 pager.attach(
                     userfaultfd,
                     child.pidfd,
-                    plan.ranges,
+                    ready.ranges,
                     lazy_shared,
                     record=options.record,
                     own_pages=bool(checked.own_pages),
                     fill=options.fill,
+                    meanwhile=partial(process.write, first),
                 )
             finally:
                 os.close(userfaultfd)
             phases.done("attach")
-            process.write(ahead if prepared.pieces else chain(ahead, contents))
+            rest = [piece for piece in ahead if piece[0].zeros]
+            if rest or not prepared.pieces:
+                process.write(rest if prepared.pieces else chain(rest, contents))
             if not prepared.pieces and sum(len(data) for _, _, data in ahead) < AHEAD:
                 prepared.pieces = ahead
             phases.done("write")
@@ -267,13 +308,21 @@ def run(
 
 def _check_files(prepared: Prepared, plan: RestorePlan) -> None:
     """FileChanged if the process would find other files, or none, where it had some."""
-    for number, (path, seen) in enumerate(plan.files):
-        signature = _signature(path)
-        if signature is None or signature not in (seen, prepared.checked.get(path)):
-            from lazyrestore.resources import vma
+    files = plan.files
+    signatures = prepared.signatures or files.signatures
+    number = -1
+    while True:
+        seen = ffi.from_buffer("struct lr_signature *", signatures)
+        number = lib.lr_changed_file(files.paths, seen, number + 1, files.count)
+        if number == files.count:
+            break
+        from lazyrestore.resources import vma
 
-            vma.check_file(prepared.manifest().files[number])
-            prepared.checked[path] = _signature(path)
+        identity = prepared.manifest().files[number]
+        now = _signature(identity.path)  # before it is looked at: what changes meanwhile is looked at again
+        vma.check_file(identity)
+        start = number * SIGNATURE.size
+        prepared.signatures = signatures = signatures[:start] + now + signatures[start + SIGNATURE.size :]
     if not all(map(os.path.isdir, plan.folders)):
         from lazyrestore.resources import attributes
 
@@ -284,11 +333,11 @@ def _check_files(prepared: Prepared, plan: RestorePlan) -> None:
         descriptors.check_files(prepared.manifest().descriptors)
 
 
-def _signature(path: str) -> Signature | None:
+def _signature(path: str) -> bytes:
     try:
-        return signature_of(os.stat(path))
+        return SIGNATURE.pack(*signature_of(os.stat(path)))
     except OSError:
-        return None
+        return UNKNOWN
 
 
 def _is_as_opened(wanted: OpenedPath) -> bool:

@@ -8,6 +8,7 @@ this file. So with a plan that was stored beside its snapshot (`stored_plan`) a 
 # Without `from __future__ import annotations`: msgspec would compile each annotation again to read it.
 
 import os
+import struct
 
 import msgspec
 
@@ -17,6 +18,18 @@ Signature = tuple[int, int, int, int, int]
 
 def signature_of(status: os.stat_result) -> Signature:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+SIGNATURE = struct.Struct("<QQqqq")  # struct lr_signature (_native/files.h)
+UNKNOWN = bytes(SIGNATURE.size)  # no file's: there is no inode 0
+
+
+class MappedFiles(msgspec.Struct, frozen=True):
+    """The files that are mapped: their paths, each ended by NUL, and of each its Signature at the snapshot, packed."""
+
+    count: int
+    paths: bytes
+    signatures: bytes
 
 
 class Linked(msgspec.Struct, frozen=True):
@@ -117,10 +130,9 @@ class Written(msgspec.Struct, frozen=True):
 class RestorePlan(msgspec.Struct, frozen=True):
     """One kind of restore.
 
-    session: 1 for setsid(), 2 for setpgid(0, 0). vdso: (name, start, length) of the parts. kernel_moves: the operations
-    whose first argument is where the new process's vdso parts lie. end: of the address range that is ours in the new
-    process, from linked.base. trap_action: address of SIGTRAP's struct sigaction in the linked program, 0: the default.
-    files: (path, signature at the snapshot) of what is mapped. ranges: what the pager serves, as it travels. reusable:
+    session: 1 for setsid(), 2 for setpgid(0, 0). end: of the address range that is ours in the new process, from
+    linked.base. trap_action: address of SIGTRAP's struct sigaction in the linked program, 0: the default.
+    ranges: what the pager serves, as it travels. reusable:
     whether it may be carried out more than once, and at another time.
     """
 
@@ -132,7 +144,6 @@ class RestorePlan(msgspec.Struct, frozen=True):
     host: Host
     linked: Linked
     layout: Layout
-    kernel_moves: list[int]
     userfaultfd: int
     end: int
     trap_action: int
@@ -141,7 +152,7 @@ class RestorePlan(msgspec.Struct, frozen=True):
     ranges: bytes
     contents: list[Written]
     folders: list[str]  # that must be there
-    files: list[tuple[str, Signature | None]]
+    files: MappedFiles
     opened: list[OpenedPath]
     addresses: list[Address]
     reusable: bool

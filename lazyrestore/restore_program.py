@@ -20,12 +20,21 @@ from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import HOLE_GAP, find_hole
 from lazyrestore.manifest import Manifest
 from lazyrestore.pager.client import BACKING_HUGETLB, BACKING_SHARED, BACKING_TEMPLATE, Range, pack_ranges
-from lazyrestore.program import Descriptors, Program, lib
+from lazyrestore.program import Descriptors, KernelMapping, Program, lib
 from lazyrestore.resources import attributes, descriptors, posix_timers, signals, threads, vma
 from lazyrestore.resources.attributes import Credentials
 from lazyrestore.resources.descriptor import RestoreContext
 from lazyrestore.restore_options import AS_IT_WAS, Options
-from lazyrestore.restore_plan import Layout, Linked, RestorePlan, ThreadState, Written
+from lazyrestore.restore_plan import (
+    SIGNATURE,
+    UNKNOWN,
+    Layout,
+    Linked,
+    MappedFiles,
+    RestorePlan,
+    ThreadState,
+    Written,
+)
 
 TASK_END = 0x7FFF_FFFF_F000  # the end of user space with four-level page tables
 FIRST_HIGH = 1000  # handed-over descriptors start here, or lower if the limit is low, or above the snapshot's highest
@@ -38,7 +47,6 @@ class Compiled(msgspec.Struct, frozen=True):
     program: Program
     linked: Linked
     layout: Layout
-    kernel_moves: list[int]
     userfaultfd: int
     end: int
     trap_action: int
@@ -76,7 +84,6 @@ def make_plan(
         host=manifest.host,
         linked=compiled.linked,
         layout=layout,
-        kernel_moves=compiled.kernel_moves,
         userfaultfd=compiled.userfaultfd,
         end=compiled.end,
         trap_action=compiled.trap_action,
@@ -91,11 +98,17 @@ def make_plan(
             for start, end in v.written
         ],
         folders=[about.cwd, about.root],
-        files=[(identity.path, identity.seen) for identity in manifest.files],
+        files=_mapped_files(manifest.files),
         opened=descriptors.opened_paths(table),
         addresses=descriptors.addresses(table, options.inherited_numbers, own_network=options.new_net),
         reusable=descriptors.is_reusable(table),
     )
+
+
+def _mapped_files(files: Sequence[vma.FileIdentity]) -> MappedFiles:
+    paths = b"".join(os.fsencode(file.path) + b"\0" for file in files)
+    signatures = b"".join(SIGNATURE.pack(*file.seen) if file.seen else UNKNOWN for file in files)
+    return MappedFiles(len(files), paths, signatures)
 
 
 def _ranges(manifest: Manifest) -> Iterator[Range]:
@@ -151,13 +164,11 @@ def compile_program(
         network_namespace.enter_new(program, ops, fds)
     if options.new_pid:
         pid_namespace.own_mounts(program, ops, options.mounts)
+    moves = lib.MREMAP_MAYMOVE | lib.MREMAP_FIXED
     with ops.serving("vdso"):
-        kernel_moves, at = [], aside
-        for name, _, length in manifest.host.vdso:
-            kernel_moves.append(len(ops))
-            ops.call_expecting(
-                at, lib.SYS_mremap, 0, length, length, lib.MREMAP_MAYMOVE | lib.MREMAP_FIXED, at, note=name
-            )
+        at = aside
+        for number, (name, _, length) in enumerate(manifest.host.vdso):
+            ops.call_expecting(at, lib.SYS_mremap, KernelMapping(number), length, length, moves, at, note=name)
             at += length
     with ops.serving("old address space"):
         ops.call(lib.SYS_munmap, 0, base)
@@ -166,9 +177,7 @@ def compile_program(
     with ops.serving("vdso"):
         at = aside
         for name, start, length in manifest.host.vdso:
-            ops.call_expecting(
-                start, lib.SYS_mremap, at, length, length, lib.MREMAP_MAYMOVE | lib.MREMAP_FIXED, start, note=name
-            )
+            ops.call_expecting(start, lib.SYS_mremap, at, length, length, moves, start, note=name)
             at += length
     writable = {v.file for v in manifest.vmas if v.kind == "file" and v.shared and v.protection & lib.PROT_WRITE}
     vma.restore(
@@ -217,7 +226,6 @@ def compile_program(
         program,
         linked,
         layout,
-        kernel_moves,
         userfaultfd,
         base + room,
         linked.data + trap_pointer.offset if trap_pointer else 0,

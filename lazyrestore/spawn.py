@@ -2,7 +2,8 @@
 
 Facts. The new process is an ELF file of one page in a memory file: its code makes one system call and jumps to rbx. The
 tracer sets the registers, so this one call maps a linked program (`program.Linked`), and the jump enters its executor.
-So a new process costs the same from any caller, however large.
+So a new process costs the same from any caller, however large. The kernel puts the vdso anywhere, tells where in the
+auxiliary vector, and puts the vvar mappings before it, always at the same distances.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import os
 import struct
 import threading
-from contextlib import ExitStack, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 
-from lazyrestore import memory_files
 from lazyrestore._native import _core
 from lazyrestore.errors import NoSuchProcess
+from lazyrestore.kernel import host
+from lazyrestore.memory_files import MemoryFile
 from lazyrestore.restore_plan import Linked
 
 lib, ffi = _core.lib, _core.ffi
@@ -34,7 +37,8 @@ STEPS = {
     lib.LR_SPAWN_LIMIT: "prlimit",
 }
 
-_executable: int | None = None
+_distances: dict[str, int] = {}  # of the kernel's mappings in a new process, from its vdso
+_executable: MemoryFile | None = None
 _executable_lock = threading.Lock()
 
 
@@ -107,22 +111,41 @@ def start(
     return Child(request.pid, request.pidfd)
 
 
-def enter(pid: int, linked: Linked, descriptor: int) -> None:
+def enter(pid: int, linked: Linked, descriptor: int, options: int = 0, kernel: Sequence[str] = ()) -> None:
     """Set the registers of a process from start() for what it does once continued.
 
-    It maps `linked` from its descriptor number `descriptor` and runs the first list. OSError if ptrace refuses.
+    It maps `linked` from its descriptor number `descriptor`, privately, and runs the first list. options: of ptrace,
+    besides those that are always set; kernel: the names of the mappings that KernelMapping's numbers stand for. OSError
+    if ptrace refuses, NoSuchProcess.
     """
     registers = ffi.new("struct lr_registers *")
-    _check(lib.lr_set_options(pid, lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD))
+    _check(lib.lr_set_options(pid, options | lib.PTRACE_O_EXITKILL | lib.PTRACE_O_TRACESYSGOOD))
     _check(lib.lr_get_registers(pid, registers))
+    if kernel:
+        mappings = _kernel_mappings(pid, registers.rsp)
+        addresses = (*(mappings[name] for name in kernel), 0, 0, 0)
+        registers.r13, registers.r14, registers.r15 = addresses[:3]
     registers.rax = lib.SYS_mmap
     registers.rdi, registers.rsi = linked.base, len(linked.image)
     registers.rdx = lib.PROT_READ | lib.PROT_WRITE | lib.PROT_EXEC
-    registers.r10 = lib.MAP_SHARED | lib.MAP_FIXED_NOREPLACE
+    registers.r10 = lib.MAP_PRIVATE | lib.MAP_FIXED_NOREPLACE
     registers.r8, registers.r9 = descriptor, 0
     registers.rbx, registers.r12, registers.rsp = linked.entry, linked.lists[0], linked.stacks[0]
     registers.orig_rax = (1 << 64) - 1
     _check(lib.lr_set_registers(pid, registers))
+
+
+def _kernel_mappings(pid: int, stack: int) -> dict[str, int]:
+    """Where what the kernel has mapped lies in a process at its first instruction. NoSuchProcess."""
+    global _distances
+    vdso = lib.lr_auxiliary_value(pid, stack, lib.AT_SYSINFO_EHDR)
+    if not _distances or not vdso:
+        found = {path: start for path, start, _ in host.kernel_mappings(pid)}
+        vdso = found.get("[vdso]", 0)
+        if not vdso:
+            raise NoSuchProcess(f"process {pid}", "find its vdso", "no such process")
+        _distances = {path: start - vdso for path, start in found.items()}
+    return {path: vdso + distance for path, distance in _distances.items()}
 
 
 def _check(result: int) -> None:
@@ -140,9 +163,5 @@ def executable() -> int:
             )  # ET_EXEC, EM_X86_64
             load = struct.pack("<IIQQQQQQ", 1, 5, 0, ADDRESS, ADDRESS, 180, 180, 4096)
             stack = struct.pack("<IIQQQQQQ", 0x6474E551, 6, 0, 0, 0, 0, 0, 16)  # PT_GNU_STACK, not executable
-            with ExitStack() as owned:
-                descriptor = memory_files.new("lazyrestore-start", owned)
-                memory_files.write(descriptor, header + load + stack + CODE, 0)
-                owned.pop_all()  # it stays open
-                _executable = descriptor
-        return _executable
+            _executable = MemoryFile("lazyrestore-start", header + load + stack + CODE)
+        return _executable.descriptor

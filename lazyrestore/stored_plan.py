@@ -2,7 +2,7 @@
 be made of it here and now, else passed over without a word.
 
 Facts. A plan depends on the manifest; on the code that makes it; on what a new process inherits from the restorer
-(CPUs, scheduling, credentials), since a program sets only what differs; and on the restorer's limit of descriptors, if
+(scheduling, credentials), since a program sets only what differs; and on the restorer's limit of descriptors, if
 that is low. Making it takes 2 to 3 ms of Python, and the import of some thirty modules. What may change from one moment
 to the next (files, addresses, the host) is not part of it: that is checked at every restore.
 
@@ -41,8 +41,6 @@ _CREDENTIALS = (b"Uid:", b"Gid:", b"Groups:", b"Cap", b"NoNewPrivs:")  # how the
 class Settings(msgspec.Struct, frozen=True, array_like=True):
     """What a new process gets from the calling thread, as far as a plan depends on it."""
 
-    affinity: list[int]
-    cpus: int  # of the machine
     scheduler: int
     nice: int
     descriptor_limit: int  # the hard one; -1: high enough
@@ -78,8 +76,6 @@ def settings(credentials: bytes) -> Settings:
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     return Settings(
-        sorted(os.sched_getaffinity(0)),
-        os.cpu_count() or 1,
         os.sched_getscheduler(0),
         os.getpriority(os.PRIO_PROCESS, 0),
         hard if 0 <= hard < _LOW else -1,

@@ -44,7 +44,7 @@ spawn_thread(uint64_t args, uint64_t size, uint64_t list)
 }
 
 EXECUTOR void
-lr_executor_run(const struct lr_list *list)
+lr_executor_run(const struct lr_list *list, uint64_t kernel0, uint64_t kernel1, uint64_t kernel2)
 {
 	struct lr_op *ops = (struct lr_op *)list->ops;
 	for (uint64_t i = 0; i < list->count; i++) {
@@ -56,6 +56,8 @@ lr_executor_run(const struct lr_list *list)
 				a[k] = (uint64_t)ops[a[k]].result;
 			else if (op->kind[k] == LR_WORD)
 				a[k] = (uint64_t)(int64_t) * (int32_t *)a[k];
+			else if (op->kind[k] == LR_KERNEL)
+				a[k] = a[k] == 0 ? kernel0 : a[k] == 1 ? kernel1 : kernel2;
 		}
 		if (op->number == LR_OP_STOP) {
 			stop(i, LR_STOP_ASKED, 0);
@@ -67,7 +69,8 @@ lr_executor_run(const struct lr_list *list)
 			continue;
 		}
 		int64_t result = op->number == LR_OP_THREAD ? spawn_thread(a[0], a[1], a[2]) : syscall6(op->number, a);
-		op->result = result;
+		if (op->keep)
+			op->result = result;
 		if ((op->expect == LR_EXPECT_OK && result < 0 && result >= -4095) ||
 		    (op->expect == LR_EXPECT_EQUAL && result != op->want)) {
 			for (;;)
@@ -84,6 +87,9 @@ __asm__(".pushsection lr_executor, \"ax\", @progbits\n"
 	".type lr_executor_entry, @function\n"
 	"lr_executor_entry:\n\t"
 	"mov %r12, %rdi\n\t"
+	"mov %r13, %rsi\n\t"
+	"mov %r14, %rdx\n\t"
+	"mov %r15, %rcx\n\t"
 	"xor %ebp, %ebp\n\t"
 	"call lr_executor_run\n\t"
 	"ud2\n"

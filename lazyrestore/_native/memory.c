@@ -155,3 +155,18 @@ lr_scan_pages(int32_t pagemap, uint64_t start, uint64_t end, int32_t kind, uint6
 	*next = end;
 	return (int64_t)written;
 }
+
+uint64_t
+lr_auxiliary_value(int32_t pid, uint64_t stack, uint64_t type)
+{
+	uint64_t words[128] = {0}; /* argc, argv, NULL, envp, NULL, and pairs of type and value up to AT_NULL */
+	struct iovec local = {words, sizeof words}, remote = {(void *)(uintptr_t)stack, sizeof words};
+	ssize_t got = process_vm_readv(pid, &local, 1, &remote, 1, 0);
+	size_t count = got > 0 ? (size_t)got / sizeof *words : 0, at = 1;
+	for (int ends = 0; ends < 2 && at < count; at++)
+		ends += !words[at];
+	for (; at + 1 < count && words[at]; at += 2)
+		if (words[at] == type)
+			return words[at + 1];
+	return 0;
+}

@@ -10,6 +10,10 @@ struct lr_run { /* one run of memory: `length` bytes at `address` go to `offset`
 /* Copy runs[0 … count) from process `pid` into buffer, by `threads` threads. 0, or -errno with *failed = the address. */
 int lr_copy_runs(int32_t pid, const struct lr_run *runs, size_t count, void *buffer, int32_t threads, uint64_t *failed);
 
+/* The entry of that type in the auxiliary vector of a process that stands at its first instruction with that stack pointer; 0 if
+ * there is none. */
+uint64_t lr_auxiliary_value(int32_t pid, uint64_t stack, uint64_t type);
+
 /* Pages that are present or swapped, by what they are. */
 enum {
 	LR_PAGES_WITH_CONTENT = 0, /* not the kernel's zero page */

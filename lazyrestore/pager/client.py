@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Self
 
@@ -162,7 +162,7 @@ class PagerClient:
         self,
         userfaultfd: int,
         pidfd: int,
-        ranges: Iterable[Range] | bytes,
+        ranges: Iterable[Range] | int,
         shared: Mapping[int, int] | None = None,
         *,
         eager: bool = False,
@@ -170,33 +170,36 @@ class PagerClient:
         replay: bool = True,
         own_pages: bool = False,
         fill: str = "none",
+        meanwhile: Callable[[], None] | None = None,
     ) -> None:
         """Hands one address space over; when this returns, its faults are served.
 
         userfaultfd: fresh, no UFFDIO_API done, created by or in the process (pidfd_getfd). ranges: sorted by start, not
-        overlapping, already mapped; or what pack_ranges() made of them. shared: shared object number to memfd. eager:
-        fill the shared memfds wholly before returning. record: the working set, True: even if one is known, which is
-        extended then; None: if none is known. replay: whether it gets the known one. own_pages: but for the pages that
-        this calls written: it has them. fill: bring all private memory, "idle": when the CPUs have nothing else to do,
-        "now": at once. All descriptors stay the caller's. Raises PagerError with errno, step and the address in
-        the resource; the process must then be killed.
+        overlapping, already mapped; or a descriptor of a memory file of what pack_ranges() made of them. shared: shared
+        object number to memfd. eager: fill the shared memfds wholly before returning. record: the working set, True:
+        even if one is known, which is extended then; None: if none is known. replay: whether it gets the known one.
+        own_pages: but for the pages that this calls written: it has them. fill: bring all private memory, "idle": when
+        the CPUs have nothing else to do, "now": at once. meanwhile: called while the pager is at it. All descriptors
+        stay the caller's. Raises PagerError with errno, step and the address in the resource; the process must then be
+        killed.
         """
         shared = shared or {}
         if len(shared) > wire.MAX_SHARED:
             raise PagerError(self._name, "attach", "too many shared memory objects", errno=errno.E2BIG)
-        packed = ranges if isinstance(ranges, bytes) else pack_ranges(ranges)
-        memfd = os.memfd_create("lazyrestore-ranges", os.MFD_CLOEXEC)
+        memfd = ranges if isinstance(ranges, int) else os.memfd_create("lazyrestore-ranges", os.MFD_CLOEXEC)
         try:
-            os.write(memfd, packed)
+            if not isinstance(ranges, int):
+                os.write(memfd, pack_ranges(ranges))
             flags = wire.ATTACH_EAGER if eager else 0
             flags |= {None: 0, True: wire.ATTACH_RECORD_AGAIN, False: wire.ATTACH_NO_RECORD}[record]
             flags |= 0 if replay else wire.ATTACH_NO_REPLAY
             flags |= wire.ATTACH_OWN_PAGES if own_pages else 0
             flags |= {"none": 0, "idle": wire.ATTACH_FILL_IDLE, "now": wire.ATTACH_FILL_NOW}[fill]
-            request = _request(wire.ATTACH, flags, len(packed) // wire.RANGE.size, list(shared))
-            self._ask(request, [userfaultfd, pidfd, memfd, *shared.values()])
+            request = _request(wire.ATTACH, flags, os.fstat(memfd).st_size // wire.RANGE.size, list(shared))
+            self._ask(request, [userfaultfd, pidfd, memfd, *shared.values()], meanwhile)
         finally:
-            os.close(memfd)
+            if memfd != ranges:
+                os.close(memfd)
 
     def stats(self) -> PagerStats:
         """Raises PagerGone, PagerError."""
@@ -268,10 +271,15 @@ class PagerClient:
             raise PagerError(self._name, "hello", "no template arrived")
         return reply
 
-    def _ask(self, request: bytes, fds: list[int] | None = None) -> None:
+    def _ask(self, request: bytes, fds: list[int] | None = None, meanwhile: Callable[[], None] | None = None) -> None:
         with self._lock:
             self._send(request, fds or [])
-            self._check(self._receive(wire.REPLY.size))
+            try:
+                if meanwhile:
+                    meanwhile()
+            finally:
+                reply = self._receive(wire.REPLY.size)
+            self._check(reply)
 
     def _ask_for_file(self, request: bytes, step: str, fds: list[int] | None = None) -> bytes:
         """The contents of the memory file that the reply carries."""

@@ -30,6 +30,7 @@ ffi = _core.ffi
 SIGINFO = 128  # bytes of a siginfo_t
 SCHED_DEADLINE = 6  # linux/sched.h
 SCHED_FLAG_RESET_ON_FORK = 1
+CPU_MASK = 1024  # bytes: for the 8192 CPUs that Linux can have on x86
 XSTATE_ROOM = 16384  # AMX tiles take 8 KiB
 THREAD_FLAGS = (
     lib.CLONE_VM
@@ -209,12 +210,11 @@ def restore_own(thread: Thread, program: Program, ops: OpList, *, leader: bool) 
             ops.call(lib.SYS_prctl, lib.PR_SET_TIMERSLACK, thread.timer_slack)
         if thread.io_priority >= 0:
             ops.try_call(lib.SYS_ioprio_set, 1, 0, thread.io_priority)
-        cpus = set(range(os.cpu_count() or 1)) if thread.affinity is None else set(thread.affinity)
-        if cpus != os.sched_getaffinity(0):
-            mask = bytearray(128)
-            for cpu in cpus:
-                mask[cpu // 8] |= 1 << cpu % 8
-            ops.try_call(lib.SYS_sched_setaffinity, 0, 128, program.place(bytes(mask)))
+        # The kernel takes of it the CPUs that there are. Whatever the restorer's is: the program does not depend on it.
+        mask = bytearray(CPU_MASK if thread.affinity is not None else b"\xff" * CPU_MASK)
+        for cpu in thread.affinity or ():
+            mask[cpu // 8] |= 1 << cpu % 8
+        ops.try_call(lib.SYS_sched_setaffinity, 0, CPU_MASK, program.string(bytes(mask)))
         if thread.policy or os.sched_getscheduler(0):
             policy = thread.policy & ~os.SCHED_RESET_ON_FORK
             flags = SCHED_FLAG_RESET_ON_FORK if policy != thread.policy else 0

@@ -14,7 +14,7 @@ written pages are put in at once.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal
 
 import msgspec
@@ -294,10 +294,11 @@ def restore(
     """Append the mapping of all VMAs but the kernel's. `template`, `hugetlb` and `shared[object]` are descriptor
     numbers in the new process; `writable` the files that must be opened for writing."""
     opened: dict[int, int] = {}
-    last_use = {vma.file: number for number, vma in enumerate(vmas)}
+    last_use = {vma.file: vma for vma in vmas}
     with ops.serving(""):
-        for number, vma in enumerate(vmas):
-            kind, start, size = vma.kind, vma.start, vma.end - vma.start
+        for run in _runs(vmas):
+            vma, last = run[0], run[-1]
+            kind, start, size = vma.kind, vma.start, last.end - vma.start
             ops.resource = vma
             if kind == "lazy":
                 fd, offset, flags = template, start, _LAZY
@@ -322,10 +323,54 @@ def restore(
                 if "nr" in vma.flags or not vma.protection:
                     flags |= lib.MAP_NORESERVE
             ops.call_expecting(start, _MMAP, start, size, vma.protection, flags, fd, offset, note=kind)
+            if vma is not last:
+                _protect(run, ops)
             if not _ADVISED.isdisjoint(vma.flags):
                 _advise(vma, ops)
-            if kind == "file" and last_use[vma.file] == number:
+            if kind == "file" and last_use[vma.file] is last:
                 fds.close(opened.pop(vma.file))
+
+
+def _runs(vmas: Iterable[Vma]) -> Iterator[list[Vma]]:
+    """All of them, in order; those together that one mmap can make.
+
+    Two calls make the three mappings that a library usually has of its file (headers, code, constants), and what the
+    loader mapped apart (a library's data, and what follows it) is one piece of the template. Never what can be written
+    together with what cannot: mprotect does not take back that memory was accounted for.
+    """
+    run: list[Vma] = []
+    for vma in vmas:
+        if run and not _goes_on(run[-1], vma):
+            yield run
+            run = []
+        run.append(vma)
+    if run:
+        yield run
+
+
+def _goes_on(vma: Vma, following: Vma) -> bool:
+    if vma.end != following.start or vma.kind != following.kind or vma.kind not in ("lazy", "file"):
+        return False
+    if vma.kind == "file" and (
+        vma.file != following.file
+        or vma.shared
+        or following.shared
+        or vma.offset + vma.end - vma.start != following.offset
+    ):
+        return False
+    return (
+        not (vma.protection ^ following.protection) & lib.PROT_WRITE
+        and _ADVISED.isdisjoint(vma.flags)
+        and _ADVISED.isdisjoint(following.flags)
+    )
+
+
+def _protect(run: list[Vma], ops: OpList) -> None:
+    """Give each its protection, where that is not the first one's."""
+    for vma in run:
+        if vma.protection != run[0].protection:
+            ops.resource = vma
+            ops.call(lib.SYS_mprotect, vma.start, vma.end - vma.start, vma.protection)
 
 
 def _advise(vma: Vma, ops: OpList) -> None:

@@ -18,7 +18,7 @@ from helpers import Builder, Victim, Victims, ask
 from helpers_copies import Copies
 
 import lazyrestore
-from lazyrestore import errors, restore_program, stored_plan
+from lazyrestore import errors, restore_plan, restore_program, stored_plan
 from lazyrestore.store import format
 
 Start = Callable[[], Victim]
@@ -172,6 +172,20 @@ def test_with_other_settings(run: Path, copies: Copies, start: Start, made: list
     assert os.getpriority(os.PRIO_PROCESS, copy.pid) == nice
 
 
+def test_with_fewer_cpus(copies: Copies, start: Start, made: list[object]) -> None:
+    """The plan does not depend on the restorer's CPUs, and a process that could use all of them still can."""
+    snapshot = taken(start, copies)
+    made.clear()
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(own)})
+    try:
+        copy = copies.restore(snapshot)
+    finally:
+        os.sched_setaffinity(0, own)
+    assert os.sched_getaffinity(copy.pid) == own
+    assert not made
+
+
 def test_by_other_code(copies: Copies, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     image = taken(start, copies)._image
 
@@ -228,13 +242,16 @@ def test_checks_are_made_with_a_stored_one(run: Path, copies: Copies, start: Sta
     snapshot._stored = now, msgspec.structs.replace(plan, host=host)
     with pytest.raises(errors.KernelMismatch):
         snapshot.restore()
-    library = next(path for path, _ in plan.files if "/libm" in path)
-    files = [(path, seen if path != library else (0, 0, 0, 0, 0)) for path, seen in plan.files]
+    paths = plan.files.paths.split(b"\0")
+    start = next(number for number, path in enumerate(paths) if b"/libm" in path) * restore_plan.SIGNATURE.size
+    signatures = bytearray(plan.files.signatures)
+    signatures[start] ^= 1
+    files = msgspec.structs.replace(plan.files, signatures=bytes(signatures))
     with copies.store.get("x") as other:  # another time of the file, the same build: looked at again, and fine
         other._stored = now, msgspec.structs.replace(plan, files=files)
         answers(run, copies, other)
     with copies.store.get("x") as other:
-        files = [("/no/such/file", None), *plan.files[1:]]
+        files = msgspec.structs.replace(plan.files, paths=b"\0".join([b"/no/such/file", *paths[1:]]))
         other._stored = now, msgspec.structs.replace(plan, files=files)
         answers(run, copies, other)  # the manifest decides
     assert not made
