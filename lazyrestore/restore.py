@@ -93,7 +93,6 @@ class Prepared(msgspec.Struct):
     name: str
     manifest: Callable[[], Manifest]
     image: StoredImage
-    credentials: bytes  # stored_plan.own_credentials()
     plans: dict[object, Ready]  # Options.shape → one that can be used again
     own_pages: tuple[bytes, tuple[Run, ...]] = (b"", ())  # a working set, and where the process wrote in it
     pieces: list[Piece] = msgspec.field(default_factory=list)  # what contents() gave, if it is less than AHEAD
@@ -134,7 +133,7 @@ def prepare(
     stored: the snapshot's own plan and what it is for, if the manifest is its own, too.
     """
     check_host(name, stored[1].host if stored else manifest().host)
-    prepared = Prepared(name, manifest, image, stored_plan.own_credentials(), {})
+    prepared = Prepared(name, manifest, image, {})
     if stored:
         settings, plan = stored
         prepared.plans[AS_IT_WAS.shape] = Ready(plan, (settings, ()))
@@ -164,7 +163,7 @@ def plan_for(prepared: Prepared, options: Options, own_pages: tuple[Run, ...] = 
     Handed-over descriptors get numbers higher than `above`.
     """
     ready = prepared.plans.get(options.shape)
-    now = stored_plan.settings(prepared.credentials), own_pages
+    now = stored_plan.settings(), own_pages
     if ready is None or ready.made_for != now or above >= ready.plan.layout.program:
         from lazyrestore.restore_program import make_plan
 

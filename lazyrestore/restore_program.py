@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import resource
+import threading
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
@@ -59,7 +60,7 @@ def compile_for(
     layout: Layout | None = None,
 ) -> Compiled:
     """compile_program() for a process that the calling one starts."""
-    own = attributes.credentials_of(os.getpid(), os.getpid())
+    own = attributes.credentials_of(os.getpid(), threading.get_native_id())
     layout = layout or layout_for(manifest, 0, options.inherited_numbers)
     return compile_program(manifest, layout, own, options, own_pages)
 

@@ -35,7 +35,7 @@ _MAGIC = b"LRP1"
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 _FOLDERS = ("", "kernel", "pager", "resources", "_native")  # whose code makes plans, or carries them out
 _LOW = 4096  # descriptors: with a hard limit from here on, the layout does not depend on it
-_CREDENTIALS = (b"Uid:", b"Gid:", b"Groups:", b"Cap", b"NoNewPrivs:")  # how their lines begin
+_CREDENTIALS = ((b"\nUid:", b"\nGid:"), (b"\nGroups:",) * 2, (b"\nCapInh:", b"\nNoNewPrivs:"))  # first, last lines
 
 
 class Settings(msgspec.Struct, frozen=True, array_like=True):
@@ -63,15 +63,18 @@ def _decoder() -> msgspec.msgpack.Decoder[_Stored]:
     return msgspec.msgpack.Decoder(_Stored)
 
 
-def own_credentials() -> bytes:
-    """This process's, as a key."""
-    with open("/proc/self/status", "rb", buffering=0) as file:
-        lines = (file.readall() or b"").splitlines()
-    return b"\n".join(line for line in lines if line.startswith(_CREDENTIALS))
+def _credentials() -> bytes:
+    """The calling thread's, as a key: a thread may have others than its process (credentials(7))."""
+    with open("/proc/thread-self/status", "rb", buffering=0) as file:
+        status = file.readall() or b""
+    return b"".join(
+        status[status.find(first) : status.find(b"\n", status.find(last) + 1)] for first, last in _CREDENTIALS
+    )
 
 
-def settings(credentials: bytes) -> Settings:
-    """Those of the calling thread now; credentials: own_credentials()."""
+def settings() -> Settings:
+    """Those of the calling thread now. They are looked at for each restore, which takes 20 us: whoever changes its user
+    or gives up a capability between two of them would hand that on."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -79,7 +82,7 @@ def settings(credentials: bytes) -> Settings:
         os.sched_getscheduler(0),
         os.getpriority(os.PRIO_PROCESS, 0),
         hard if 0 <= hard < _LOW else -1,
-        credentials,
+        _credentials(),
     )
 
 
@@ -96,7 +99,7 @@ def made_of(manifest: "Manifest", encoded: bytes) -> bytes:
         return b""
     if not plan.reusable:
         return b""
-    now = settings(own_credentials())
+    now = settings()
     packed = _encoder.encode(_Stored(_digest(_files), _code_digest(), zlib.crc32(encoded), now, plan))
     return _HEAD.pack(_MAGIC, zlib.crc32(packed)) + packed
 
@@ -114,7 +117,7 @@ def usable(data: bytes, manifest: bytes) -> tuple[Settings, RestorePlan] | None:
         stored = _decoder().decode(packed)
     except msgspec.MsgspecError:  # another version's
         return None
-    now = settings(own_credentials())
+    now = settings()
     if stored.manifest != zlib.crc32(manifest) or stored.settings != now:
         return None
     if stored.files != _digest(_files) and stored.code != _code_digest():

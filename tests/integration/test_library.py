@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -17,6 +18,8 @@ from helpers_cli import command, run_cli
 from helpers_copies import Copies
 
 import lazyrestore
+
+SYS_SETGROUPS, SYS_SETRESGID = 116, 119  # x86-64
 
 
 def test_eight_threads_restore_at_once(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
@@ -186,3 +189,32 @@ def test_a_caller_that_changes_its_own_settings(victims: Victims, copies: Copies
     finally:
         resource.setrlimit(resource.RLIMIT_CORE, core)
         os.sched_setaffinity(0, own_cpus)
+
+
+def test_a_thread_with_credentials_of_its_own(victims: Victims, copies: Copies) -> None:
+    """A new process inherits those of the thread that makes it: a copy gets the original's all the same."""
+    victim = victims.start(["sleep", "1000000"])
+    victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
+    expected = credentials(victim.pid)
+    snapshot = copies.snapshot(victim.pid, "x", kill=True)
+    victim.gone()
+
+    def restore(_: int) -> None:
+        libc, group = ctypes.CDLL(None, use_errno=True), ctypes.c_uint(24)
+        for change in (
+            lambda: 0,
+            lambda: libc.syscall(SYS_SETGROUPS, 1, ctypes.byref(group)),  # the system call is about one thread
+            lambda: libc.syscall(SYS_SETRESGID, 77, 77, 0),
+        ):
+            assert change() == 0
+            copy = copies.restore(snapshot)
+            assert credentials(copy.pid) == expected
+            copy.kill()
+
+    in_threads(1, restore)
+
+
+def credentials(pid: int) -> list[str]:
+    """The lines of /proc/PID/status about users, groups and capabilities."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return [line for line in lines if line.startswith(("Uid", "Gid", "Groups", "Cap"))]
