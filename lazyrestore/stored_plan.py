@@ -44,7 +44,7 @@ class Settings(msgspec.Struct, frozen=True, array_like=True):
     scheduler: int
     nice: int
     descriptor_limit: int  # the hard one; -1: high enough
-    credentials: bytes  # lines of /proc/self/status
+    credentials: bytes  # lines of /proc/thread-self/status
 
 
 class _Stored(msgspec.Struct, frozen=True, array_like=True):
