@@ -226,11 +226,15 @@ assert not {"inspect", "gettext", "platform", "datetime", "typing_extensions"} &
 for library in ("click", "msgspec"):
     bring(library)
     assert not [name for name, module in sys.modules.items() if module is None or isinstance(module, StandIn)]
-import click.core, inspect, datetime, msgspec
+import click.core, inspect, datetime, msgspec, typing
 assert isinstance(click.core.inspect, StandIn) and isinstance(msgspec.json, StandIn)
 assert click.core.inspect.signature is inspect.signature
 assert datetime.datetime is sys.modules["_datetime"].datetime
 assert msgspec.json.encode({"when": datetime.date(2026, 11, 23)}) == b'{"when":"2026-11-23"}'
+assert typing.ForwardRef("int").__forward_arg__ == "int"
+class Linked(msgspec.Struct):
+    next: "Linked | None"
+assert msgspec.json.decode(b'{"next": {"next": null}}', type=Linked) == Linked(Linked(None))
 assert click.DateTime(["%Y"]).convert("2026", None, None) == datetime.datetime(2026, 1, 1)
 text = "  a\\n\\n    b\\tc\\n      d\\n \\n"
 assert click.core.inspect.cleandoc(text) == inspect.cleandoc(text), click.core.inspect.cleandoc(text)
