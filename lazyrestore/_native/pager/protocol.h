@@ -82,7 +82,7 @@ struct lr_chunk {
 	uint32_t length;  /* raw bytes, 4096 to 2 MiB, multiple of 4096 */
 	uint32_t pack;    /* slot in the list of packs */
 	uint32_t offset;  /* bytes into the pack */
-	uint32_t stored;  /* compressed bytes: one zstd frame with content size and checksum */
+	uint32_t stored;  /* compressed bytes: see stored.h */
 };
 
 /* One chunk of the working set. Bits stand for its first 16 pages; chunks of private memory have no more. */
