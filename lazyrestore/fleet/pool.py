@@ -8,8 +8,9 @@ Choice. Background threads that live as long as the pool restore all clones, so 
 when this process ends, in whatever way. Three, since half of a restore is waiting for the new process and the pager.
 Another thread, the attendant, waits for the end of all of them (an epoll of their pidfds): it collects them, so that
 giving back waits for nothing, and takes the place of one that ended while it was parked away, so that another is
-restored. Who takes a clone gets it from a queue, and leaves a Future in another one if there is none; an asyncio caller
-awaits the same Future.
+restored. Who takes a clone gets it from a queue, and waits at a place in another one if there is none (place.py).
+An interrupt (Ctrl-C) that comes in a call leaves no lock held, and at worst a clone that serves nobody until the pool
+is closed: the lock is taken itself, not through its conditions, and all that live are known by their descriptors.
 
 A clone that was just handed out is about to answer. A restore beside it takes the CPU and Python's global lock that it
 and its caller need: with two CPUs it doubles the time to the first response. So its place stays empty for HOLD_SECONDS,
@@ -22,7 +23,6 @@ that is emptied within HOLD_SECONDS begins to refill by so much later.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import select
 import threading
@@ -30,14 +30,13 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from lazyrestore.errors import PoolClosed
+from lazyrestore.fleet.place import Place
 from lazyrestore.kernel import libc
 
 if TYPE_CHECKING:
@@ -121,14 +120,14 @@ class Pool:
         if size < 1:
             raise ValueError("a pool has at least one clone")
         self._start, self._size, self._limits = start, size, limits
-        lock = threading.RLock()
-        self._changed = threading.Condition(lock)  # for who waits until it is full, or to try again
-        self._due = threading.Condition(lock)  # for the fillers: there is, or may be, a clone to be restored
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)  # for who waits until it is full, or to try again
+        self._due = threading.Condition(self._lock)  # for the fillers: there is, or may be, a clone to be restored
         self._parked: deque[Clone] = deque()
         self._idle: list[Clone] = []
         self._taken: set[Clone] = set()
         self._held: deque[float] = deque()  # until when (time.monotonic()) a place stays empty; sorted
-        self._waiting: deque[Future[Clone]] = deque()
+        self._waiting: deque[Place[Clone]] = deque()
         self._closing = threading.Event()
         self._started = self._retired = self._died = 0
         self._starting = 0
@@ -158,58 +157,58 @@ class Pool:
 
         Raises TimeoutError after `timeout` seconds, PoolClosed, and what restoring raises.
         """
-        ready = self._request()
-        if isinstance(ready, Clone):
-            return ready
+        place: Place[Clone] = Place()
         try:
-            return ready.result(timeout)
-        except FutureTimeoutError:
-            if ready.cancel():
-                raise TimeoutError("no clone became ready") from None
-            return ready.result()  # it came at that very moment
+            self._request(place)
+            if not place.answered:
+                place.wait(timeout)
+            if not place.answered and self._leave(place):
+                raise TimeoutError("no clone became ready")
+            return place.answer()
         except BaseException:  # KeyboardInterrupt, or what restoring raised
-            _abandon(ready)
+            self._abandon(place)
             raise
 
     async def take_async(self) -> Clone:
         """A running clone, as take() gives it; the event loop is not held up. A cancelled wait takes none."""
-        ready = self._request()
-        if isinstance(ready, Clone):
-            return ready
+        place: Place[Clone] = Place()
+        arrived = place.in_loop()
         try:
-            return await asyncio.wrap_future(ready)
+            self._request(place)
+            if not place.answered:
+                await arrived
+            return place.answer()
         except BaseException:
-            _abandon(ready)
+            self._abandon(place)
             raise
 
     def wait_until_full(self, timeout: float | None = None) -> bool:
         """Wait until all clones are parked; False if they are not within `timeout` seconds."""
-        with self._changed:
+        with self._lock:
             return self._changed.wait_for(lambda: self._closing.is_set() or len(self._parked) >= self._size, timeout)
 
     def stats(self) -> PoolStats:
-        with self._changed:
+        with self._lock:
             counts = len(self._parked), len(self._idle), len(self._taken)
             return PoolStats(*counts, self._started, self._retired, self._died)
 
     def close(self) -> None:
         """End all clones, those that are handed out too, and wait for their end."""
-        with self._changed:
+        with self._lock:
             if self._closing.is_set():
                 return
             self._closing.set()
-            waiting = list(self._waiting)
-            self._waiting.clear()
+            while self._waiting:
+                self._waiting.popleft().give(_closed())
             for clone in (*self._parked, *self._idle, *self._taken):
                 self._retire(clone)
             self._parked.clear()
             self._idle.clear()
             self._taken.clear()
+            for clone in self._alive.values():  # one that an interrupt has dropped, too
+                clone.process.kill()
             self._changed.notify_all()
             self._due.notify_all()
-        for future in waiting:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(_closed())
         for thread in self._threads:
             thread.join()
         libc.timerfd_set(self._timer, 0.0)
@@ -225,7 +224,8 @@ class Pool:
         if not self._closing.is_set():  # else they are closed, or about to be
             self._epoll.close()
             os.close(self._timer)
-        self._changed, self._closing = threading.Condition(), threading.Event()
+        self._lock, self._closing = threading.RLock(), threading.Event()
+        self._changed = threading.Condition(self._lock)
         self._closing.set()
         self._alive.clear()
         self._parked.clear()
@@ -235,19 +235,30 @@ class Pool:
 
     # -- handing out and taking back -----------------------------------------------------------------------------------
 
-    def _request(self) -> Clone | Future[Clone]:
-        """A clone, or where one will arrive."""
-        with self._changed:
+    def _request(self, place: Place[Clone]) -> None:
+        """A clone for it, at once or when one is there."""
+        with self._lock:
             if self._closing.is_set():
                 raise _closed()
             clone = self._next()
             if clone is not None:
-                return clone
-            future: Future[Clone] = Future()
-            self._waiting.append(future)
+                place.give(clone)
+                return
+            self._waiting.append(place)
             self._due.notify()
             self._changed.notify_all()
-            return future
+
+    def _leave(self, place: Place[Clone]) -> bool:
+        """Wait no more; False if it has its answer, or never waited."""
+        with self._lock, suppress(ValueError):
+            self._waiting.remove(place)
+            return True
+        return False
+
+    def _abandon(self, place: Place[Clone]) -> None:
+        """Nobody waits there any more; a clone that came all the same has served nobody, but it runs."""
+        if not self._leave(place) and (clone := place.found()) is not None:
+            clone.give_back(reuse=False)
 
     def _next(self) -> Clone | None:
         """A used clone that may serve again, else a parked one; handed out."""
@@ -282,17 +293,15 @@ class Pool:
 
     def _offer(self, clone: Clone) -> bool:
         """Hand the clone to who has waited longest; False if nobody waits."""
-        while self._waiting:
-            future = self._waiting.popleft()
-            if future.set_running_or_notify_cancel():
-                self._hand_out(clone)
-                future.set_result(clone)
-                return True
-        return False
+        if not self._waiting:
+            return False
+        self._hand_out(clone)
+        self._waiting.popleft().give(clone)
+        return True
 
     def _take_back(self, clone: Clone, reuse: bool) -> None:
         reuse = reuse and self._may_serve_again(clone)
-        with self._changed:
+        with self._lock:
             if clone not in self._taken:  # the pool was closed meanwhile
                 return
             self._taken.remove(clone)
@@ -325,7 +334,7 @@ class Pool:
 
     def _fill(self) -> None:
         while True:
-            with self._changed:
+            with self._lock:
                 while not self._closing.is_set() and self._wanted() <= self._starting:
                     self._due.wait()
                 if self._closing.is_set():
@@ -338,7 +347,7 @@ class Pool:
             except Exception as error:
                 self._fail(error)
                 continue
-            with self._changed:
+            with self._lock:
                 self._starting -= 1
                 self._started += 1
                 self._watch(clone)
@@ -358,14 +367,10 @@ class Pool:
 
     def _fail(self, error: Exception) -> None:
         """Tell the error to all who wait; with nobody waiting, the next one causes another try."""
-        with self._changed:
+        with self._lock:
             self._starting -= 1
-            waiting = list(self._waiting)
-            self._waiting.clear()
-        for future in waiting:
-            if future.set_running_or_notify_cancel():
-                future.set_exception(error)
-        with self._changed:
+            while self._waiting:
+                self._waiting.popleft().give(error)
             self._changed.wait_for(lambda: self._closing.is_set() or self._waiting, RETRY_SECONDS)
 
     def _watch(self, clone: Clone) -> None:
@@ -384,7 +389,7 @@ class Pool:
                     self._collect(number)
 
     def _look_at_held(self) -> None:
-        with self._changed:
+        with self._lock:
             with suppress(BlockingIOError):  # it was set anew meanwhile
                 os.read(self._timer, 8)
             due = self._wanted() - self._starting
@@ -394,11 +399,11 @@ class Pool:
                 libc.timerfd_set(self._timer, self._held[0] - time.monotonic())
 
     def _collect(self, number: int) -> None:
-        with self._changed:
+        with self._lock:
             clone = self._alive.get(number)
         if clone is None or clone.process.poll() is None:
             return  # somebody else has collected that one; the number may be another's by now
-        with self._changed:
+        with self._lock:
             if self._alive.get(number) is clone:
                 del self._alive[number]
             for places in (self._parked, self._idle):
@@ -415,12 +420,6 @@ def _leave_to_parents() -> None:
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 os.register_at_fork(after_in_child=_leave_to_parents)
-
-
-def _abandon(ready: Future[Clone]) -> None:
-    """Nobody waits for the clone any more; one that came all the same has served nobody, but it runs."""
-    if not ready.cancel() and ready.exception() is None:
-        ready.result().give_back(reuse=False)
 
 
 def _closed() -> PoolClosed:

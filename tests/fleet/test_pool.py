@@ -10,7 +10,9 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 
 import pytest
 from helpers import Victims, alive, in_threads, until
@@ -394,6 +396,46 @@ def test_pager_killed_while_it_is_asked_for_its_working_set(
         assert answers == [b""]
         with snapshot.pool(1) as pool, pool.take(60) as clone:
             assert report(run, clone.pid)[0] == "1"
+
+
+def interrupted(step: int, work: Callable[[], object]) -> bool:
+    """Do the work, with a Ctrl-C where its `step`-th Python function, counted from 0, begins or ends; False: there are
+    fewer."""
+    left = step
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        nonlocal left
+        frame.f_trace_lines = False
+        if event in ("call", "return"):
+            left -= 1
+            if left == -1:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)  # type: ignore[arg-type]
+    try:
+        work()
+    except KeyboardInterrupt:
+        return True
+    except TimeoutError:
+        pass
+    finally:
+        sys.settrace(None)
+    return False
+
+
+@pytest.mark.parametrize("timeout", [60, 0])
+def test_an_interrupt_anywhere(run: Path, victims: Victims, store: lazyrestore.Store, timeout: float) -> None:
+    """Whoever comes next gets a clone, and none is left behind."""
+    victim = reporter(run, victims)
+    with store.snapshot(victim.pid, name="x") as snapshot:
+        with snapshot.pool(1) as pool:
+            step = 0
+            while interrupted(step, lambda: pool.take(timeout).give_back()):
+                in_threads(1, lambda _: pool.take(60).give_back())
+                step += 1
+            assert step > 10
+        assert set(victims.marked()) == {victim.pid}
 
 
 def test_a_forked_child_has_no_pool(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
