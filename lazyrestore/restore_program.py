@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from lazyrestore import network_namespace, pid_namespace
+from lazyrestore import network_namespace, own_pages, pid_namespace
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import HOLE_GAP, find_hole
 from lazyrestore.manifest import Manifest
@@ -56,25 +56,25 @@ class Compiled(msgspec.Struct, frozen=True):
 def compile_for(
     manifest: Manifest,
     options: Options = AS_IT_WAS,
-    own_pages: Sequence[tuple[int, int]] = (),
+    runs: Sequence[tuple[int, int]] = (),
     layout: Layout | None = None,
 ) -> Compiled:
     """compile_program() for a process that the calling one starts."""
     own = attributes.credentials_of(os.getpid(), threading.get_native_id())
     layout = layout or layout_for(manifest, 0, options.inherited_numbers)
-    return compile_program(manifest, layout, own, options, own_pages)
+    return compile_program(manifest, layout, own, options, runs)
 
 
 def make_plan(
     manifest: Manifest,
     options: Options = AS_IT_WAS,
-    own_pages: Sequence[tuple[int, int]] = (),
+    runs: Sequence[tuple[int, int]] = (),
     minimum: int = 0,
 ) -> RestorePlan:
     """All that a restore with these options by the calling process needs; handed-over descriptors get numbers from
     `minimum` on. Raises RestoreError if a kind refuses."""
     layout = layout_for(manifest, minimum, options.inherited_numbers)
-    compiled = compile_for(manifest, options, own_pages, layout)
+    compiled = compile_for(manifest, options, runs, layout)
     about, table = manifest.attributes, manifest.descriptors
     return RestorePlan(
         pid=manifest.pid,
@@ -143,11 +143,11 @@ def compile_program(
     layout: Layout,
     own: Credentials,
     options: Options = AS_IT_WAS,
-    own_pages: Sequence[tuple[int, int]] = (),
+    runs: Sequence[tuple[int, int]] = (),
 ) -> Compiled:
     """The program that turns a fresh process into the snapshot's. Raises RestoreError if a kind refuses.
 
-    own_pages: (start, end) of lazy memory that is in the template, of which it gets its own copies at once.
+    runs: (start, end) of lazy memory that is in the template, of which it gets its own copies at once.
     In a PID namespace of its own it gets a mount namespace with a /proc that shows it.
     """
     program = Program()
@@ -194,9 +194,7 @@ def compile_program(
     signals.restore(manifest.signals, program, ops)
 
     with ops.serving("lazy memory"):
-        # As its first write would, which this spares it; where it is refused, that write still does.
-        for start, end in own_pages:
-            ops.try_call(lib.SYS_madvise, start, end - start, lib.MADV_POPULATE_WRITE)
+        own_pages.restore(runs, manifest.pid, program, ops, fds)
         # It gets a number that is free now and is closed before the process runs.
         userfaultfd = fds.create(lib.SYS_userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK)
         ops.stop("the tracer hands the userfaultfd to the pager")

@@ -36,6 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "manifest",
         "restore_options",
         "network_namespace",
+        "own_pages",
         "pid_namespace",
         "resources",
         "program",
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stored_plan": {"manifest", "restore_program"},
     "memory_files": {"restore_checks", "store"},
     "new_process": {"spawn", "program", "store", "kernel", "_native"},
-    "own_pages": {"manifest", "program", "store"},
+    "own_pages": {"manifest", "program", "store", "kernel"},
     "restore": {
         "memory_files",
         "new_process",

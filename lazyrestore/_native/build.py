@@ -21,8 +21,9 @@ SYSCALLS = """
     epoll_create1 epoll_ctl eventfd2 execveat fcntl fchdir fchmod ftruncate futex getpid getresuid getrlimit gettid
     ioctl ioprio_set kill listen lseek madvise membarrier memfd_create mlock2 mlockall mmap modify_ldt mprotect mremap
     msync munmap
-    openat personality pidfd_open pidfd_send_signal pipe2 ppoll prctl prlimit64 pselect6 pwrite64 read restart_syscall
-    rseq rt_sigaction rt_sigprocmask rt_sigqueueinfo rt_tgsigqueueinfo rt_sigtimedwait sched_setaffinity sched_setattr
+    openat personality pidfd_open pidfd_send_signal pipe2 ppoll prctl prlimit64 process_madvise pselect6 pwrite64 read
+    restart_syscall rseq rt_sigaction rt_sigprocmask rt_sigqueueinfo rt_tgsigqueueinfo rt_sigtimedwait
+    sched_setaffinity sched_setattr
     sendmsg set_robust_list set_tid_address setgroups setitimer getitimer setpgid setpriority setresgid setresuid setsid
     setsockopt sendto sigaltstack signalfd4 socket socketpair splice tee tgkill timer_create timer_delete timer_gettime
     timer_settime

@@ -11,12 +11,15 @@ import ctypes
 import os
 import struct
 import time
+from functools import cache
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
 _libc.tee.restype = ctypes.c_ssize_t
 
 _SYS_KCMP = 312
+_SYS_PROCESS_MADVISE = 440
+_PAGE = 4096
 _KCMP_FILES = 2
 _KCMP_FS = 3
 _KCMP_EPOLL_TFD = 7
@@ -63,6 +66,19 @@ def timerfd_set(number: int, seconds: float) -> None:
 def timers_take_numbers() -> bool:
     """Whether timer_create(2) can be told which number a timer gets: PR_TIMER_CREATE_RESTORE_IDS, Linux 6.15."""
     return bool(_libc.prctl(_PR_TIMER_CREATE_RESTORE_IDS, *(ctypes.c_ulong(word) for word in (_GET, 0, 0, 0))) >= 0)
+
+
+@cache
+def madvises_itself_at_once(advice: int) -> bool:
+    """Whether process_madvise(2) takes that advice about pages of the calling process; since Linux 6.13 any."""
+    buffer = ctypes.create_string_buffer(2 * _PAGE)
+    vector = ctypes.create_string_buffer(struct.pack("QQ", -(-ctypes.addressof(buffer) // _PAGE) * _PAGE, _PAGE))
+    itself = os.pidfd_open(os.getpid())
+    try:
+        number, count = ctypes.c_long(_SYS_PROCESS_MADVISE), ctypes.c_size_t(1)
+        return bool(_libc.syscall(number, ctypes.c_int(itself), vector, count, ctypes.c_int(advice), 0) == _PAGE)
+    finally:
+        os.close(itself)
 
 
 def same_file_table(pid: int, tid: int) -> bool:
