@@ -1,5 +1,6 @@
 #include "attach.h"
 
+#include "replay.h"
 #include "space.h"
 #include "uffd.h"
 #include <errno.h>
@@ -150,7 +151,15 @@ static struct lr_error attach_owned(struct pager *pager, const struct lr_request
 	if (!(request->flags & LR_ATTACH_NO_RECORD))
 		space->records =
 		    working_set_claim(&pager->working_set, space->pid, request->flags & LR_ATTACH_RECORD_AGAIN);
-	error = space_start(space);
+	if (space->replays && space->has_own_pages) {
+		/* To be parked: its tracer waits for this. So there is nothing to look for meanwhile, neither events nor guard
+		 * pages (guards.h), and it competes with nobody for the CPU once it is handed out. */
+		space->replays = false;
+		if (!replay(space))
+			error = lr_fail("attach: working set", ESRCH, 0);
+	}
+	if (!error.code)
+		error = space_start(space);
 	if (error.code && space->records)
 		working_set_end_of_process(&pager->working_set, space->records);
 	if (!error.code)
