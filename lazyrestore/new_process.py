@@ -53,7 +53,7 @@ class NewProcess:
             # what was looked up there out of the kernel's cache, as its last thread does: while that one is kept
             # from running, the other spins, for milliseconds.
             options = lib.PTRACE_O_TRACEEXIT | lib.PTRACE_O_TRACECLONE
-            spawn.enter(self.pid, self.plan.linked, self.plan.layout.program, options, kernel)
+            spawn.enter(self.pid, self.plan.compiled.linked, self.plan.compiled.layout.program, options, kernel)
         except (NoSuchProcess, ProcessLookupError) as error:
             raise self._ended("enter program") from error
         except OSError as error:
@@ -119,12 +119,12 @@ class NewProcess:
     def let_go(self, *, parked: bool) -> None:
         """Remove what is ours from the address space, set every thread's state, detach."""
         self._fetch_futex_words()
-        linked = self.plan.linked
+        linked = self.plan.compiled.linked
         here = self._registers(self.pid)
         syscall = linked.base + linked.image.index(spawn.SYSCALL)
-        if self.plan.trap_action:
-            self._remote(here, syscall, lib.SYS_rt_sigaction, lib.SIGTRAP, self.plan.trap_action, 0, 8)
-        self._remote(here, syscall, lib.SYS_munmap, linked.base, self.plan.end - linked.base)
+        if self.plan.compiled.trap_action:
+            self._remote(here, syscall, lib.SYS_rt_sigaction, lib.SIGTRAP, self.plan.compiled.trap_action, 0, 8)
+        self._remote(here, syscall, lib.SYS_munmap, linked.base, self.plan.compiled.end - linked.base)
         leader, *others = self.plan.threads
         order = [*self.tids[1:], self.tids[0]]
         for tid, thread in zip(order, [*others, leader], strict=True):
@@ -164,7 +164,7 @@ class NewProcess:
         """RestoreError if the first instruction could not map the program that the next one jumped to."""
         here = self._registers(self.pid)
         result = ffi.cast("int64_t", here.rax)
-        if here.rip == self.plan.linked.entry and -4096 < int(result) < 0:
+        if here.rip == self.plan.compiled.linked.entry and -4096 < int(result) < 0:
             number = -int(result)
             advice = {errno.EACCES: WRITE_XOR_EXECUTE, errno.EPERM: WRITE_XOR_EXECUTE, errno.ENOMEM: NO_ROOM}
             raise RestoreError(f"process {self.pid}", "map program", advice=advice.get(number, ""), errno=number)

@@ -75,7 +75,7 @@ class Ready:
         """Its descriptor. Raises RestoreError."""
         with self._lock:
             if self._program is None:
-                self._program = memory_files.MemoryFile("lazyrestore-program", self.plan.linked.image)
+                self._program = memory_files.MemoryFile("lazyrestore-program", self.plan.compiled.linked.image)
             return self._program.descriptor
 
     @property
@@ -164,7 +164,7 @@ def plan_for(prepared: Prepared, options: Options, own_pages: tuple[Run, ...] = 
     """
     ready = prepared.plans.get(options.shape)
     now = stored_plan.settings(), own_pages
-    if ready is None or ready.made_for != now or above >= ready.plan.layout.program:
+    if ready is None or ready.made_for != now or above >= ready.plan.compiled.layout.program:
         from lazyrestore.restore_program import make_plan
 
         ready = Ready(make_plan(prepared.manifest(), options, own_pages, above + 1), now)
@@ -179,7 +179,8 @@ def explain(prepared: Prepared, options: Options = AS_IT_WAS) -> list[str]:
     """The restore program, a line per operation; nothing is run."""
     from lazyrestore.restore_program import compile_for
 
-    return list(compile_for(prepared.manifest(), options).program.explain())
+    program, _ = compile_for(prepared.manifest(), options)
+    return list(program.explain())
 
 
 def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"") -> Checked:
@@ -231,10 +232,12 @@ def run(
         streams = [stream if _is_stream(stream) else _nothing(owned) for stream in streams]
         inherited = dict(options.inherited)
         others = [template, hugetlb or 0, spawn.executable(), *shared.values(), *streams, *inherited.values()]
-        while (highest := max(ready.program, *others)) >= ready.plan.layout.program:  # a caller with many descriptors
+        while (
+            highest := max(ready.program, *others)
+        ) >= ready.plan.compiled.layout.program:  # a caller with many descriptors
             ready = plan_for(prepared, options, checked.own_pages, highest + ROOM)
         plan = ready.plan
-        layout = plan.layout
+        layout = plan.compiled.layout
         pairs = [(ready.program, layout.program), (template, layout.template)]
         pairs += [(shared[k], layout.shared[k]) for k in shared]
         pairs += [(streams[k], layout.streams[k]) for k in range(3)]
@@ -267,7 +270,7 @@ def run(
                 if not os.path.samestat(mapped, os.fstat(pager.template_fd)):
                     raise PagerGone(f"pager of {prepared.name}", "connect", "another one has taken its place")
                 phases.done("pager")
-            userfaultfd = process.take(child.pidfd, plan.userfaultfd)
+            userfaultfd = process.take(child.pidfd, plan.compiled.userfaultfd)
             try:
                 lazy_shared = {k: fd for k, fd in shared.items() if plan.shared[k].anonymous}
                 pager.attach(
@@ -351,7 +354,9 @@ def _named_program(checked: Checked, plan: RestorePlan) -> Program:
     """A plan's program with the names of what its operations serve, which it lacks."""
     from lazyrestore.restore_program import compile_for
 
-    return compile_for(checked.prepared.manifest(), checked.options, checked.own_pages, plan.layout).program
+    prepared, layout = checked.prepared, plan.compiled.layout
+    program, _ = compile_for(prepared.manifest(), checked.options, checked.own_pages, layout)
+    return program
 
 
 def _is_stream(descriptor: int) -> bool:

@@ -127,13 +127,25 @@ class Written(msgspec.Struct, frozen=True):
     zeros: bool
 
 
+class Compiled(msgspec.Struct, frozen=True):
+    """A restore program, and what the restorer must know of it.
+
+    userfaultfd: its number at the stop. end: of the address range that is ours in the new process, from linked.base.
+    trap_action: address of SIGTRAP's struct sigaction in the linked program, 0: the default.
+    """
+
+    linked: Linked
+    layout: Layout
+    userfaultfd: int
+    end: int
+    trap_action: int
+
+
 class RestorePlan(msgspec.Struct, frozen=True):
     """One kind of restore.
 
-    session: 1 for setsid(), 2 for setpgid(0, 0). end: of the address range that is ours in the new process, from
-    linked.base. trap_action: address of SIGTRAP's struct sigaction in the linked program, 0: the default.
-    ranges: what the pager serves, as it travels. reusable:
-    whether it may be carried out more than once, and at another time.
+    session: 1 for setsid(), 2 for setpgid(0, 0). ranges: what the pager serves, as it travels. reusable: whether it may
+    be carried out more than once, and at another time.
     """
 
     pid: int
@@ -142,11 +154,7 @@ class RestorePlan(msgspec.Struct, frozen=True):
     oom_score_adjust: int
     core_dump_filter: int
     host: Host
-    linked: Linked
-    layout: Layout
-    userfaultfd: int
-    end: int
-    trap_action: int
+    compiled: Compiled
     threads: list[ThreadState]  # the leader first
     shared: list[SharedFile]
     ranges: bytes

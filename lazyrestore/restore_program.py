@@ -14,8 +14,6 @@ import resource
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-import msgspec
-
 from lazyrestore import network_namespace, own_pages, pid_namespace
 from lazyrestore.kernel import procfs
 from lazyrestore.kernel.tracee import HOLE_GAP, find_hole
@@ -29,8 +27,8 @@ from lazyrestore.restore_options import AS_IT_WAS, Options
 from lazyrestore.restore_plan import (
     SIGNATURE,
     UNKNOWN,
+    Compiled,
     Layout,
-    Linked,
     MappedFiles,
     RestorePlan,
     ThreadState,
@@ -42,23 +40,12 @@ FIRST_HIGH = 1000  # handed-over descriptors start here, or lower if the limit i
 ROOM_ABOVE = 16  # numbers above the handed-over ones, for descriptors that are moved out of the way
 
 
-class Compiled(msgspec.Struct, frozen=True):
-    """A program ready to run; the fields are RestorePlan's."""
-
-    program: Program
-    linked: Linked
-    layout: Layout
-    userfaultfd: int
-    end: int
-    trap_action: int
-
-
 def compile_for(
     manifest: Manifest,
     options: Options = AS_IT_WAS,
     runs: Sequence[tuple[int, int]] = (),
     layout: Layout | None = None,
-) -> Compiled:
+) -> tuple[Program, Compiled]:
     """compile_program() for a process that the calling one starts."""
     own = attributes.credentials_of(os.getpid(), threading.get_native_id())
     layout = layout or layout_for(manifest, 0, options.inherited_numbers)
@@ -74,7 +61,7 @@ def make_plan(
     """All that a restore with these options by the calling process needs; handed-over descriptors get numbers from
     `minimum` on. Raises RestoreError if a kind refuses."""
     layout = layout_for(manifest, minimum, options.inherited_numbers)
-    compiled = compile_for(manifest, options, runs, layout)
+    _, compiled = compile_for(manifest, options, runs, layout)
     about, table = manifest.attributes, manifest.descriptors
     return RestorePlan(
         pid=manifest.pid,
@@ -83,11 +70,7 @@ def make_plan(
         oom_score_adjust=about.oom_score_adjust,
         core_dump_filter=about.core_dump_filter,
         host=manifest.host,
-        linked=compiled.linked,
-        layout=layout,
-        userfaultfd=compiled.userfaultfd,
-        end=compiled.end,
-        trap_action=compiled.trap_action,
+        compiled=compiled,
         threads=[
             ThreadState(t.tid, t.registers, t.xstate, t.signal_mask, threads.futex_words(t)) for t in manifest.threads
         ],
@@ -144,7 +127,7 @@ def compile_program(
     own: Credentials,
     options: Options = AS_IT_WAS,
     runs: Sequence[tuple[int, int]] = (),
-) -> Compiled:
+) -> tuple[Program, Compiled]:
     """The program that turns a fresh process into the snapshot's. Raises RestoreError if a kind refuses.
 
     runs: (start, end) of lazy memory that is in the template, of which it gets its own copies at once.
@@ -221,14 +204,8 @@ def compile_program(
     linked = program.link(base)
     if len(linked.image) > room - kernel_length:
         raise AssertionError("the program outgrew its room")
-    return Compiled(
-        program,
-        linked,
-        layout,
-        userfaultfd,
-        base + room,
-        linked.data + trap_pointer.offset if trap_pointer else 0,
-    )
+    trap_action = linked.data + trap_pointer.offset if trap_pointer else 0
+    return program, Compiled(linked, layout, userfaultfd, base + room, trap_action)
 
 
 def _shared_lookup(manifest: Manifest, layout: Layout) -> Callable[[int, int], int | None]:

@@ -265,14 +265,15 @@ def test_a_failing_operation_is_named(copies: Copies, start: Start) -> None:
     now, plan = stored
     index = next(
         number
-        for number, op in enumerate(restore_program.compile_for(snapshot.manifest).program.lists[0].ops)
+        for number, op in enumerate(restore_program.compile_for(snapshot.manifest)[0].lists[0].ops)
         if op.name == "umask"
     )
-    broken = bytearray(plan.linked.image)
-    at = plan.linked.op_addresses[0] - plan.linked.base + index * 80
+    broken = bytearray(plan.compiled.linked.image)
+    at = plan.compiled.linked.op_addresses[0] - plan.compiled.linked.base + index * 80
     broken[at : at + 4] = (9999).to_bytes(4, "little")  # no system call
-    linked = msgspec.structs.replace(plan.linked, image=broken)
-    snapshot._stored = now, msgspec.structs.replace(plan, linked=linked)
+    linked = msgspec.structs.replace(plan.compiled.linked, image=broken)
+    compiled = msgspec.structs.replace(plan.compiled, linked=linked)
+    snapshot._stored = now, msgspec.structs.replace(plan, compiled=compiled)
     with pytest.raises(errors.RestoreError, match="umask") as caught:
         snapshot.restore()
     assert caught.value.errno == 38  # ENOSYS
