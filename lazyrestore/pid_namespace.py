@@ -65,9 +65,11 @@ class Namespace:
         self._close_namespace()
 
     def collect(self) -> None:
-        """Wait for the end of init, once it was let go."""
+        """Wait for the end of init, once it was let go and the restored process has ended; if it is stopped, too."""
         if self._watching >= 0:
-            with suppress(ChildProcessError):
+            with suppress(ChildProcessError):  # collected, or our parent's, who forked us: then not to be killed
+                os.waitid(os.P_PIDFD, self._watching, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+                lib.lr_pidfd_send_signal(self._watching, lib.SIGKILL)  # what it is about to do
                 os.waitid(os.P_PIDFD, self._watching, os.WEXITED)
             self._close_watching()
 

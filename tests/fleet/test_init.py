@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 from helpers import Victims, alive, until
@@ -33,6 +35,26 @@ def test_signals_to_the_init_reach_the_clone(run: Path, victims: Victims, store:
             ended = snapshot.restore(new_pid=True)
             os.kill(init_of(ended), number)
             assert ended.wait(60) == status
+
+
+def test_a_stopped_init_keeps_nobody_waiting(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    victim = reporter(run, victims)
+    with store.snapshot(victim.pid, name="x") as snapshot:
+        clone = snapshot.restore(new_pid=True)
+        init = init_of(clone)
+        os.kill(init, signal.SIGSTOP)
+        until(lambda: "State:\tT" in Path(f"/proc/{init}/status").read_text(), "a stopped init")
+        clone.kill()
+        waiter = threading.Thread(target=clone.wait)
+        waiter.start()
+        waiter.join(60)
+        try:
+            assert not waiter.is_alive()
+            assert not alive(init)
+        finally:
+            with suppress(ProcessLookupError):
+                os.kill(init, signal.SIGCONT)
+            waiter.join()
 
 
 def test_children_end_with_the_clone(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
