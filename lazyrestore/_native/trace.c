@@ -10,10 +10,12 @@
 
 #include <elf.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/kcmp.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <string.h>
 #include <time.h>
 #include <sys/ptrace.h>
@@ -129,26 +131,47 @@ lr_pidfd_send_signal(int32_t pidfd, int32_t signal)
 	return result_of(syscall(SYS_pidfd_send_signal, pidfd, signal, NULL, 0));
 }
 
-/* Whether a stopped thread has been killed since. With PTRACE_O_TRACEEXIT it then waits in a stop of its own, which to
- * let it go would take away; and of a leader whose other threads we have not collected, wait() tells nothing more. What
- * is left is a kill between this look and the next system call, if the thread reaches that stop in the same instant. */
+/* Whether a thread has been killed. Its flags tell before it reaches the stop of PTRACE_O_TRACEEXIT (get_signal() in
+ * kernel/signal.c sets PF_SIGNALED, then do_exit() stops), and go on telling. */
 static bool
-was_killed(int32_t tid)
+is_killed(int32_t tid)
 {
-	siginfo_t info = {0};
-	if (waitid(P_PID, (id_t)tid, &info, WEXITED | WSTOPPED | WNOHANG | WNOWAIT | __WALL) < 0)
-		return true;
-	return info.si_pid && (info.si_code != CLD_TRAPPED || info.si_status >> 8 == PTRACE_EVENT_EXIT);
+	enum { PF_EXITING = 0x4, PF_SIGNALED = 0x400 }; /* include/linux/sched.h */
+	char path[48], text[512];
+	unsigned flags;
+	snprintf(path, sizeof path, "/proc/%d/stat", tid);
+	int file = open(path, O_RDONLY | O_CLOEXEC);
+	if (file < 0)
+		return errno == ENOENT;
+	ssize_t length = read(file, text, sizeof text - 1);
+	close(file);
+	text[length > 0 ? length : 0] = 0;
+	const char *behind_name = strrchr(text, ')');
+	/* State, parent, group, session, terminal, its group, flags. */
+	if (!behind_name || sscanf(behind_name + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) != 1)
+		return length < 0 && errno == ESRCH;
+	return flags & (PF_EXITING | PF_SIGNALED);
 }
 
-int
-lr_syscall_stop(int32_t tid, int32_t *status)
+/* Lets a stopped thread go and waits for its next stop. -ESRCH: it was killed, before or meanwhile.
+ * A thread that was killed after its stop was met waits in a stop of its own, which a request takes away unseen; and of a leader
+ * whose other threads nobody has collected, wait() tells nothing more: it would wait for ever. So it is asked in between. One that is
+ * not killed then has yet to reach that stop, and wait() will tell. */
+static int
+go_on(int32_t tid, int request, int32_t *status)
 {
-	if (ptrace(PTRACE_SYSCALL, tid, 0, 0) < 0)
+	*status = 0;
+	if (ptrace((enum __ptrace_request)request, tid, 0, 0) < 0)
 		return -errno;
+	if (is_killed(tid)) {
+		*status = PTRACE_EVENT_EXIT << 16;
+		return -ESRCH;
+	}
 	int got = lr_wait(tid, status);
 	return got < 0 ? got : 0;
 }
+
+int lr_syscall_stop(int32_t tid, int32_t *status) { return go_on(tid, PTRACE_SYSCALL, status); }
 
 int
 lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint64_t *why, int64_t *result, int32_t *started,
@@ -158,13 +181,7 @@ lr_next_stop(int32_t tid, int32_t resume, int32_t *status, uint64_t *index, uint
 	for (;; resume = true) {
 		unsigned long thread;
 		*status = 0;
-		if (resume && was_killed(tid)) {
-			*status = PTRACE_EVENT_EXIT << 16;
-			return -ESRCH;
-		}
-		if (resume && ptrace(PTRACE_CONT, tid, 0, 0) < 0)
-			return -errno;
-		int got = lr_wait(tid, status);
+		int got = resume ? go_on(tid, PTRACE_CONT, status) : lr_wait(tid, status);
 		if (got < 0)
 			return got;
 		if (!WIFSTOPPED(*status) || *status >> 16 != PTRACE_EVENT_CLONE || room-- <= 0)
@@ -202,8 +219,6 @@ lr_remote_syscall(int32_t tid, const struct lr_registers *base, uint64_t stub, u
 	int error = lr_set_registers(tid, &registers);
 	int stop_signal = 0;
 	for (int stops = 0; !error && stops < 2;) {
-		if (was_killed(tid))
-			return -ESRCH;
 		error = lr_syscall_stop(tid, &status);
 		if (error)
 			break;
