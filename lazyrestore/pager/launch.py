@@ -30,6 +30,7 @@ PAGERD = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(__file__)
 StrPath = str | os.PathLike[str]  # results are str: pathlib takes 4 ms to import, longer than most restores
 _SOCKET = ".sock"
 _ELSEWHERE = "set XDG_RUNTIME_DIR to a short path that is yours"
+_PATIENCE = 5.0
 _LONGEST_PATH = 107  # sockaddr_un.sun_path without its zero byte
 
 
@@ -256,12 +257,18 @@ def stats_of(key: str, name: str, *, runtime_dir: StrPath | None = None) -> Page
         return client.stats()
 
 
-def connect_all(*, runtime_dir: StrPath | None = None) -> Iterator[tuple[str, PagerClient]]:
-    """Every running pager of this user, with its socket's path; the caller closes the clients."""
+def connect_all(
+    *, runtime_dir: StrPath | None = None, patience: float = _PATIENCE
+) -> Iterator[tuple[str, PagerClient]]:
+    """Every running pager of this user, with its socket's path; the caller closes the clients.
+
+    patience: seconds after which one that does not answer is passed over: it has died, and a debugger holds one of the
+    processes that end with it, or it is stopped.
+    """
     for path in _sockets(_directory(runtime_dir)):
         with _locked(path):
             try:
-                client = _connect(path, f"pager {os.path.basename(path).removesuffix(_SOCKET)}")
+                client = _connect(path, f"pager {os.path.basename(path).removesuffix(_SOCKET)}", patience)
             except (FileNotFoundError, ConnectionRefusedError, PagerGone):
                 continue
             except PagerError as error:
@@ -336,8 +343,12 @@ def _is_at(descriptor: int, path: str) -> bool:
         return False
 
 
-def _connect(path: str, name: str) -> PagerClient:
-    return PagerClient(_dial(path), name)
+def _connect(path: str, name: str, patience: float | None = None) -> PagerClient:
+    connection = _dial(path)
+    connection.settimeout(patience)
+    client = PagerClient(connection, name)
+    connection.settimeout(None)
+    return client
 
 
 def _dial(path: str) -> socket.socket:

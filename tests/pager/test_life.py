@@ -39,6 +39,17 @@ def open_fds(pid: int) -> list[str]:
     return sorted(os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir())
 
 
+def test_one_that_does_not_answer_is_passed_over(make_image: Callable[..., Image], start: Start, runtime: Path) -> None:
+    """Who asks all pagers is not held up by one that is stopped, or whose keeper waits for what a debugger holds."""
+    stopped, other = start(make_image()), start(make_image(key="other"))
+    pager, _ = stopped.pids()
+    os.kill(pager, signal.SIGSTOP)
+    found = [client.pids() for _, client in launch.connect_all(runtime_dir=runtime, patience=0.2)]
+    os.kill(pager, signal.SIGCONT)
+    assert found == [other.pids()]
+    assert len(list(launch.connect_all(runtime_dir=runtime))) == 2
+
+
 def test_killed_pager_takes_its_processes_along(
     image: Image, start: Start, runtime: Path, make_victim: MakeVictim
 ) -> None:
