@@ -204,6 +204,7 @@ lr_spawn(struct lr_spawn *spawn)
 		while (waitpid(spawn->pid, &status, __WALL) < 0 && errno == EINTR)
 			;
 		close(pidfd);
+		spawn->pidfd = -1;
 		return -child.error;
 	}
 	if (spawn->trace) {
@@ -214,6 +215,7 @@ lr_spawn(struct lr_spawn *spawn)
 		if (got < 0 || !WIFSTOPPED(status)) {
 			spawn->step = LR_SPAWN_WAIT;
 			close(pidfd);
+			spawn->pidfd = -1;
 			return got < 0 ? -errno : -ECHILD;
 		}
 	}

@@ -10,10 +10,12 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
+import pytest
 from helpers import Victims, alive, until
-from helpers_fleet import awaited, init_of, report, reporter
+from helpers_fleet import awaited, descriptors, init_of, report, reporter
 
 import lazyrestore
+from lazyrestore import spawn
 
 
 def namespace_of(pid: int) -> int:
@@ -92,3 +94,17 @@ def test_a_detached_clone_outlives_its_restorer(run: Path, victims: Victims, sto
     assert report(run, pid)[0] == "1"
     os.kill(pid, signal.SIGTERM)
     until(lambda: not alive(pid), "the end of the clone")
+
+
+def test_a_process_that_cannot_be_started_leaves_no_descriptor_behind() -> None:
+    """Nor is one closed twice: in between it may have become another thread's."""
+    source = os.memfd_create("x", os.MFD_CLOEXEC)
+    try:
+        spawn.executable()
+        before = descriptors()
+        with pytest.raises(OSError, match="Invalid argument") as raised:
+            spawn.start([(source, source)])  # dup3(2) refuses that
+        assert raised.value.filename == "dup3"
+        assert descriptors() == before
+    finally:
+        os.close(source)
