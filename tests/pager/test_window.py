@@ -42,7 +42,7 @@ W = "ffff0000"
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("window") / "window"
-    names = ("window", "apply", "callers", "pieces", "interval_map", "uffd", "proc")
+    names = ("window", "apply", "callers", "history", "scene", "pieces", "interval_map", "uffd", "proc")
     sources = [HERE / "window.c", *(NATIVE / "pager" / f"{name}.c" for name in names)]
     flags = ["-g", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-fsanitize=undefined", "-pthread"]
     subprocess.run(["cc", *flags, "-iquote", NATIVE, *sources, "-o", path], check=True)
@@ -50,17 +50,28 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def orders(scenario: str) -> list[str]:
-    """All orders in which each call's own events, or each thread's, stay in order."""
-    owner: list[str] = []
+    """All orders in which each call's own events, or each thread's, stay in order.
+
+    A thread's next call, and all that happens after it, comes after the reading of its last one's events.
+    """
+    events: list[tuple[str, int, int]] = []  # owner, call, and the owner's next call
     thread = ""
+    owners: list[str] = []
     for call, step in enumerate(scenario):
         thread = step if step.isdigit() else thread
-        owner += [thread or f"call {call}"] * EVENTS.get(step, 0)
+        owners.append("" if step.isdigit() else thread or f"call {call}")
+    for call, step in enumerate(scenario):
+        if owners[call]:
+            later = owners.index(owners[call], call + 1) if owners[call] in owners[call + 1 :] else len(scenario)
+            events += [(owners[call], call, later)] * EVENTS.get(step, 0)
+
+    def precedes(a: int, b: int) -> bool:
+        return a < b and (events[a][0] == events[b][0] or events[a][2] <= events[b][1])
 
     def possible(order: tuple[int, ...]) -> bool:
-        return all(a < b for i, a in enumerate(order) for b in order[i + 1 :] if owner[a] == owner[b])
+        return not any(precedes(b, a) for i, a in enumerate(order) for b in order[i + 1 :])
 
-    return ["".join(map(str, order)) for order in itertools.permutations(range(len(owner))) if possible(order)]
+    return ["".join(map(str, order)) for order in itertools.permutations(range(len(events))) if possible(order)]
 
 
 def run(program: Path, scenario: str, order: str, kernel: str = "new") -> set[str]:

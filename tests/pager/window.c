@@ -75,13 +75,28 @@ struct backing *space_backing(struct space *space, uint32_t kind) {
 	return &template;
 }
 
-struct origin space_origin(struct space *space, uint64_t address) {
+bool space_mapped(struct space *space, uint64_t start, uint64_t end, struct interval *piece) {
 	struct proc_place place;
+	for (uint64_t at = start; at < end && proc_place(space, at, &place) && place.start < end; at = place.end) {
+		if (place.device != template.device || place.inode != template.inode)
+			continue;
+		uint64_t from = place.start > start ? place.start : start;
+		*piece = (struct interval){.start = from,
+					   .end = place.end,
+					   .image = place.offset + (from - place.start),
+					   .backing = LR_BACKING_TEMPLATE};
+		return true;
+	}
+	return false;
+}
+
+struct origin space_origin(struct space *space, uint64_t address) {
+	struct interval piece;
 	if (answer)
 		return *answer;
-	if (!proc_place(space, address, &place) || place.device != template.device || place.inode != template.inode)
+	if (!space_mapped(space, address, address + 1, &piece))
 		return (struct origin){0};
-	return (struct origin){true, LR_BACKING_TEMPLATE, place.offset};
+	return (struct origin){true, LR_BACKING_TEMPLATE, piece.image};
 }
 
 /* From now on this is Linux 6.10: /proc/PID/maps knows no ioctl. */

@@ -141,9 +141,9 @@ static int unmap(struct space *space, const struct event *event) {
 	__attribute__((cleanup(interval_map_deinit))) struct interval_map explained;
 	interval_map_init(&explained);
 	window->changed = true;
-	if (window->in_order)
-		return interval_map_erase(&space->map, start, end);
-	int error = doubt_children(space, start, end);
+	int error = window->in_order ? 0 : doubt_children(space, start, end);
+	if (error || window->in_order || window->ordered)
+		return error ? error : interval_map_erase(&space->map, start, end);
 	if (!error)
 		error = take_displaced(window, event, (struct origin){0}, &explained);
 	bool perhaps_older = explained.count || holds_other(space, start, end);
@@ -260,7 +260,7 @@ static int remap(struct space *space, const struct event *event) {
 	window->changed = true;
 	if (!move.length)
 		return duplicate(space, from, move.to);
-	if (!window->in_order && event->slept && (event->shown.known || unknown || is_doubtful(window, from, end))) {
+	if (!window->in_order && !window->ordered && event->slept && (event->shown.known || unknown || is_doubtful(window, from, end))) {
 		origin = event->shown;
 		error = take_displaced(window, event, origin, &moved);
 	}
@@ -274,7 +274,7 @@ static int remap(struct space *space, const struct event *event) {
 		error = put(space, &moved, move, origin);
 	if (!error)
 		error = leave(space, &before, event);
-	return error || window->in_order ? error : add_move(window, move);
+	return error || window->in_order || window->ordered ? error : add_move(window, move);
 }
 
 /* -- all --------------------------------------------------------------------------------------------------------------- */

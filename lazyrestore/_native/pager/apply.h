@@ -7,6 +7,7 @@ struct event {
 	uint64_t to;
 	struct origin shown; /* of what is moved, asked when the REMAP was read */
 	bool slept;          /* `shown` is right: its caller slept when the kernel was asked */
+	bool unmaps;         /* a REMAP's: the UNMAP of its source is sure to come */
 	int32_t by;          /* the thread that made the call; 0: unknown */
 	struct space *child; /* a FORK's */
 	uint32_t number;     /* events are counted as they are read */

@@ -1,5 +1,6 @@
 #include "attach.h"
 
+#include "proc.h"
 #include "replay.h"
 #include "space.h"
 #include "uffd.h"

@@ -1,10 +1,12 @@
 #define _GNU_SOURCE
 #include "callers.h"
 
+#include "apply.h"
 #include "array.h"
 #include "proc.h"
 #include "space.h"
 #include "uffd.h"
+#include <linux/userfaultfd.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -17,7 +19,8 @@ static uint64_t pages(uint64_t bytes) {
 /* -- looking ----------------------------------------------------------------------------------------------------------- */
 
 static bool changes_mappings(long call) {
-	return call == SYS_munmap || call == SYS_mremap || call == SYS_mmap || call == SYS_brk || call == SYS_shmdt;
+	return call == SYS_munmap || call == SYS_mremap || call == SYS_mmap || call == SYS_brk || call == SYS_shmdt ||
+	       call == SYS_madvise;
 }
 
 static void add(struct window *window, struct call call) {
@@ -33,6 +36,7 @@ static void add_running(struct window *window, uint32_t n, int32_t thread) {
 	for (uint32_t i = 0; i < n; i++)
 		if (window->calls[i].task.thread == thread && window->calls[i].task.call >= 0) {
 			add(window, window->calls[i]);
+			window->running = -1; /* or in its next one: if its last event was taken for another's */
 			return;
 		}
 	window->running = window->running ? -1 : thread;
@@ -84,8 +88,18 @@ static int32_t only_running(const struct window *window) {
 	return window->running > 0 ? window->running : 0;
 }
 
+/* Was the REMAP of this call read, and not yet the UNMAP of its source? */
+static bool has_moved(const struct window *window, const struct proc_task *task) {
+	for (uint32_t i = window->n_events; i--;) {
+		const struct event *event = &window->events[i];
+		if (event->kind == UFFD_EVENT_REMAP && event->start == task->arguments[0] && !event->slept && !differ(event->by, task->thread))
+			return true;
+	}
+	return false;
+}
+
 /* How well an UNMAP fits a call: 0, not at all; 2, it is what the call is for; 1, it is in its way. */
-static int fit(const struct proc_task *task, uint64_t start, uint64_t end) {
+static int fit(const struct window *window, const struct proc_task *task, uint64_t start, uint64_t end) {
 	const uint64_t *with = task->arguments;
 	uint64_t first = with[0], old = first + pages(with[1]), new = first + pages(with[2]);
 	switch (task->call) {
@@ -99,18 +113,20 @@ static int fit(const struct proc_task *task, uint64_t start, uint64_t end) {
 	case SYS_mremap:
 		if (start == new && end == old) /* the end of what shrinks */
 			return 2;
-		return (start == first && end <= old) ||
-		       (with[3] & MREMAP_FIXED && start == with[4] && end == with[4] + pages(with[2]));
+		if (has_moved(window, task))
+			return start == first && end <= old ? 2 : 0;
+		return with[3] & MREMAP_FIXED && start == with[4] && end == with[4] + pages(with[2]);
 	default:
 		return 0;
 	}
 }
 
-int32_t callers_of_unmap(struct window *window, uint64_t start, uint64_t end) {
+int32_t callers_of_unmap(struct window *window, uint64_t start, uint64_t end, bool *moves) {
 	struct proc_task *found = NULL;
 	int best = 0;
+	*moves = true;
 	for (uint32_t i = 0; i < window->n_calls; i++) {
-		int fits = fit(&window->calls[i].task, start, end);
+		int fits = fit(window, &window->calls[i].task, start, end);
 		if (fits && fits == best)
 			found = NULL; /* of two that fit, it may be either */
 		if (fits <= best)
@@ -120,14 +136,30 @@ int32_t callers_of_unmap(struct window *window, uint64_t start, uint64_t end) {
 	}
 	if (!best)
 		return only_running(window);
-	if (found && (found->call != SYS_mremap || start == found->arguments[0]))
+	if (!found)
+		return 0;
+	*moves = found->call == SYS_mremap && start == found->arguments[0];
+	if (found->call != SYS_mremap || *moves)
 		found->call = -1; /* this was its last event */
-	return found ? found->thread : 0;
+	return found->thread;
 }
 
-int32_t callers_of_remap(struct window *window, uint64_t from, uint64_t to, struct origin *left) {
+int32_t callers_of_remove(struct window *window, uint64_t start) {
+	for (uint32_t i = 0; i < window->n_calls; i++) {
+		struct proc_task *task = &window->calls[i].task;
+		if (task->call != SYS_madvise || task->arguments[0] > start || start - task->arguments[0] >= pages(task->arguments[1]))
+			continue;
+		if (task->arguments[0] == start)
+			task->call = -1; /* but for a range of several mappings, of which each has an event: those stay unknown */
+		return task->thread;
+	}
+	return only_running(window);
+}
+
+int32_t callers_of_remap(struct window *window, uint64_t from, uint64_t to, struct origin *left, bool *unmaps) {
 	struct call *found = NULL;
 	*left = (struct origin){0};
+	*unmaps = false;
 	for (uint32_t i = 0; i < window->n_calls; i++) {
 		struct call *call = &window->calls[i];
 		const uint64_t *with = call->task.arguments;
@@ -140,7 +172,8 @@ int32_t callers_of_remap(struct window *window, uint64_t from, uint64_t to, stru
 	if (!found)
 		return only_running(window);
 	*left = found->left;
-	if (found->task.arguments[3] & MREMAP_DONTUNMAP)
+	*unmaps = !(found->task.arguments[3] & MREMAP_DONTUNMAP);
+	if (!*unmaps)
 		found->task.call = -1; /* this was its last event */
 	return found->task.thread;
 }

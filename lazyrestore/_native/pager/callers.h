@@ -27,6 +27,8 @@ enum look callers_look(struct space *space);
 /* When no call can be under way. */
 void callers_forget(struct window *window);
 
-/* The thread that made the call; 0: unknown. `left`: see above, of an unknown call or another flag not known. */
-int32_t callers_of_unmap(struct window *window, uint64_t start, uint64_t end);
-int32_t callers_of_remap(struct window *window, uint64_t from, uint64_t to, struct origin *left);
+/* The thread that made the call; 0: unknown. `moves`: it may be a mremap. `left`: see above, of an unknown call or another flag not known.
+ * `unmaps`: an UNMAP of the source is sure to follow. */
+int32_t callers_of_unmap(struct window *window, uint64_t start, uint64_t end, bool *moves);
+int32_t callers_of_remove(struct window *window, uint64_t start);
+int32_t callers_of_remap(struct window *window, uint64_t from, uint64_t to, struct origin *left, bool *unmaps);

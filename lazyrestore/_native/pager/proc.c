@@ -35,6 +35,7 @@ struct procmap_query_v1 {
 };
 #define PROCMAP_QUERY_V1 _IOWR('f', 17, struct procmap_query_v1)
 
+/* The mapping that holds `address`, or ends after it. */
 static bool find_in_text(int maps, uint64_t address, struct proc_place *place) {
 	int copy = fcntl(maps, F_DUPFD_CLOEXEC, 0);
 	FILE *lines = copy >= 0 && !lseek(copy, 0, SEEK_SET) ? fdopen(copy, "r") : NULL;
@@ -51,11 +52,11 @@ static bool find_in_text(int maps, uint64_t address, struct proc_place *place) {
 		if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %*4s %" SCNx64 " %x:%x %" SCNu64, &start, &end, &offset, &major_number,
 			   &minor_number, &inode) != 6)
 			continue;
-		found = start <= address && address < end;
-		*place = (struct proc_place){makedev(major_number, minor_number), inode, offset + (address - start)};
+		found = address < end;
+		*place = (struct proc_place){start, end, makedev(major_number, minor_number), inode, offset};
 	}
 	fclose(lines);
-	return found && place->inode;
+	return found;
 }
 
 int proc_open(const struct space *space, const char *name) {
@@ -72,22 +73,37 @@ int proc_open(const struct space *space, const char *name) {
 }
 
 bool proc_place(struct space *space, uint64_t address, struct proc_place *place) {
+	enum { COVERING_OR_NEXT = 0x10 };
 	if (space->maps < 0)
 		space->maps = proc_open(space, "maps");
 	if (space->maps < 0)
 		return false;
-	struct procmap_query_v1 query = {.size = sizeof query, .query_addr = address};
+	struct procmap_query_v1 query = {.size = sizeof query, .query_addr = address, .query_flags = COVERING_OR_NEXT};
 	if (ioctl(space->maps, PROCMAP_QUERY_V1, &query))
 		return errno == ENOTTY && find_in_text(space->maps, address, place);
-	*place = (struct proc_place){makedev(query.dev_major, query.dev_minor), query.inode,
-				    query.vma_offset + (address - query.vma_start)};
-	return query.inode;
+	*place = (struct proc_place){query.vma_start, query.vma_end, makedev(query.dev_major, query.dev_minor), query.inode,
+				    query.vma_offset};
+	return true;
 }
 
 static bool open_task(struct space *space) {
 	if (space->task < 0)
 		space->task = proc_open(space, "task");
 	return space->task >= 0;
+}
+
+int32_t pid_behind(int pidfd) {
+	char path[64], line[128];
+	long pid = 0;
+	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", pidfd);
+	FILE *file = fopen(path, "re");
+	if (!file)
+		return 0;
+	while (fgets(line, sizeof line, file))
+		if (sscanf(line, "Pid: %ld", &pid) == 1)
+			break;
+	fclose(file);
+	return pid > 0 ? (int32_t)pid : 0;
 }
 
 bool proc_one_thread(struct space *space) {

@@ -16,13 +16,17 @@ int proc_open(const struct space *space, const char *name);
 
 /* Where in which file an address is mapped. */
 struct proc_place {
+	uint64_t start, end; /* of the mapping */
 	dev_t device;
 	ino_t inode;
-	uint64_t offset; /* of the byte that was asked about, in that file */
+	uint64_t offset; /* of the mapping's first byte, in that file */
 };
 
-/* False: nothing of a file is mapped there, or the process cannot be asked. */
+/* The mapping, of whatever, that holds `address`, or else the next one: its inode may be 0. False: none, or nobody can be asked. */
 bool proc_place(struct space *space, uint64_t address, struct proc_place *place);
+
+/* The pid behind a pidfd in the pager's own PID namespace, 0 if it is in none of ours or dead. */
+int32_t pid_behind(int pidfd);
 
 /* Does the process have one thread only? False where it cannot be asked. */
 bool proc_one_thread(struct space *space);

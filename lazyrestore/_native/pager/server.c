@@ -3,6 +3,7 @@
 #include "attach.h"
 #include "intervals.h"
 #include "log.h"
+#include "proc.h"
 #include "space.h"
 #include <errno.h>
 #include <stdio.h>

@@ -6,6 +6,7 @@
 #include "forked.h"
 #include "guards.h"
 #include "log.h"
+#include "pieces.h"
 #include "proc.h"
 #include "removal.h"
 #include "replay.h"
@@ -15,7 +16,6 @@
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <signal.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
@@ -84,12 +84,24 @@ static struct backing *backing_of(struct space *space, dev_t device, ino_t inode
 	return NULL;
 }
 
-struct origin space_origin(struct space *space, uint64_t address) {
+bool space_mapped(struct space *space, uint64_t start, uint64_t end, struct interval *piece) {
 	struct proc_place place;
-	if (!proc_place(space, address, &place))
-		return (struct origin){0};
-	const struct backing *backing = backing_of(space, place.device, place.inode);
-	return backing ? (struct origin){true, backing->kind, backing->image + place.offset} : (struct origin){0};
+	for (uint64_t at = start; at < end && proc_place(space, at, &place) && place.start < end; at = place.end) {
+		const struct backing *backing = place.inode ? backing_of(space, place.device, place.inode) : NULL;
+		if (!backing)
+			continue;
+		*piece = (struct interval){place.start, place.end, backing->image + place.offset, backing->kind, 0};
+		if (piece->start < start)
+			*piece = piece_cut(*piece, start, piece->end);
+		return true;
+	}
+	return false;
+}
+
+struct origin space_origin(struct space *space, uint64_t address) {
+	struct interval piece;
+	bool known = space_mapped(space, address, address + 1, &piece);
+	return known ? (struct origin){true, piece.backing, piece.image} : (struct origin){0};
 }
 
 void space_kill(struct space *space, const char *why) {
@@ -425,20 +437,6 @@ static void *space_main(void *argument) {
 }
 
 /* -- visitors ---------------------------------------------------------------------------------------------------------- */
-
-int32_t pid_behind(int pidfd) {
-	char path[64], line[128];
-	long pid = 0;
-	snprintf(path, sizeof path, "/proc/self/fdinfo/%d", pidfd);
-	FILE *file = fopen(path, "re");
-	if (!file)
-		return 0;
-	while (fgets(line, sizeof line, file))
-		if (sscanf(line, "Pid: %ld", &pid) == 1)
-			break;
-	fclose(file);
-	return pid > 0 ? (int32_t)pid : 0;
-}
 
 /* Of two living processes no two have one pid: the space's own pidfd tells whether its process is still the one that has it. */
 static struct space *find_living(struct pager *pager, int32_t pid) {

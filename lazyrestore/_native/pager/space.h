@@ -99,11 +99,11 @@ void space_free(struct space *space);
 struct lr_error space_visit(struct pager *pager, int pidfd, struct space **space, struct interval_map *map);
 void space_leave(struct space *space);
 
-/* The pid behind a pidfd in the pager's own PID namespace, 0 if it is in none of ours or dead. */
-int32_t pid_behind(int pidfd);
-
 /* What is mapped at an address, told by the kernel. */
 struct origin space_origin(struct space *space, uint64_t address);
+
+/* The first piece from `start` on where the kernel shows one of the backings, if it begins before `end`. False: there is none, or nobody can be asked. */
+bool space_mapped(struct space *space, uint64_t start, uint64_t end, struct interval *piece);
 
 /* Adds it to the pager's list and starts its thread, which owns it from then on. On failure it stays the caller's. */
 struct lr_error space_start(struct space *space);

@@ -27,6 +27,9 @@ struct uffd_result uffd_poison(int uffd, uint64_t start, uint64_t end);
 /* Threads that wait in the range try again. Cannot fail for a range that is one. */
 void uffd_wake(int uffd, uint64_t start, uint64_t end);
 
+/* A page that is never mapped: to ask whether calls are under way. */
+#define NOWHERE (LR_ADDRESS_END - 2 * LR_PAGE)
+
 /* Whether [start, end) lies in one VMA that is registered with this descriptor; changes nothing. */
 enum probe { PROBE_REGISTERED, PROBE_NOT_ONE, PROBE_BUSY /* EAGAIN */, PROBE_GONE };
 enum probe uffd_probe(int uffd, uint64_t start, uint64_t end);

@@ -3,6 +3,7 @@
 #include "apply.h"
 #include "array.h"
 #include "callers.h"
+#include "history.h"
 #include "pieces.h"
 #include "proc.h"
 #include "space.h"
@@ -18,6 +19,7 @@ void window_init(struct window *window) {
 static void forget(struct window *window) {
 	window->n_events = window->n_read = window->n_moves = window->n_displaced = 0;
 	window->open = window->changed = window->forked = false;
+	window->attempts = 0;
 	callers_forget(window);
 }
 
@@ -53,21 +55,26 @@ static int take(struct space *space, struct event event) {
 	return 0;
 }
 
-/* The REMAP, if any, that tells of the same move as this UNMAP. */
+/* The REMAP, if any, that tells of the same move as this UNMAP: of the same thread, else one of which it is sure to come, else the last. */
 static struct event *find_move(struct window *window, uint64_t start, uint64_t end, int32_t by) {
+	struct event *found = NULL;
 	for (uint32_t i = window->n_events; i--;) {
 		struct event *event = &window->events[i];
-		if (event->kind == UFFD_EVENT_REMAP && event->start == start && event->end == end && !event->slept &&
-		    !differ(event->by, by))
+		if (event->kind != UFFD_EVENT_REMAP || event->start != start || event->end != end || event->slept || differ(event->by, by))
+			continue;
+		if (same(event->by, by))
 			return event;
+		if (!found || (event->unmaps && !found->unmaps))
+			found = event;
 	}
-	return NULL;
+	return found;
 }
 
 int window_unmap(struct space *space, uint64_t start, uint64_t end) {
 	struct window *window = on_event(space);
-	int32_t by = callers_of_unmap(window, start, end);
-	struct event *move = find_move(window, start, end, by);
+	bool moves;
+	int32_t by = callers_of_unmap(window, start, end, &moves);
+	struct event *move = moves ? find_move(window, start, end, by) : NULL;
 	if (!move)
 		return take(space, (struct event){.kind = UFFD_EVENT_UNMAP, .start = start, .end = end, .by = by});
 	move->done = ++window->n_read; /* that is all it tells, but who made it */
@@ -77,7 +84,8 @@ int window_unmap(struct space *space, uint64_t start, uint64_t end) {
 }
 
 int window_remove(struct space *space, uint64_t start, uint64_t end) {
-	return take(space, (struct event){.kind = UFFD_EVENT_REMOVE, .start = start, .end = end});
+	int32_t by = callers_of_remove(&space->window, start);
+	return take(space, (struct event){.kind = UFFD_EVENT_REMOVE, .start = start, .end = end, .by = by});
 }
 
 int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t length, bool sleeps) {
@@ -85,7 +93,7 @@ int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t lengt
 	if (on_event(space)->in_order)
 		return take(space, event);
 	space->window.remap_ns = now_ns();
-	event.by = callers_of_remap(&space->window, from, to, &event.shown);
+	event.by = callers_of_remap(&space->window, from, to, &event.shown, &event.unmaps);
 	event.slept = event.shown.known;
 	if (!event.slept && sleeps)
 		event.shown = space_origin(space, to);
@@ -176,18 +184,32 @@ void window_abandon(struct space *space) {
 }
 
 enum closing window_close(struct space *space) {
-	const uint64_t nowhere = LR_ADDRESS_END - 2 * LR_PAGE; /* never mapped */
+	enum { MAX_ATTEMPTS = 20 }; /* then its events are applied as they came */
 	if (!space->window.open)
 		return WINDOW_CLOSED;
-	enum probe quiet = uffd_probe(space->uffd, nowhere, nowhere + LR_PAGE);
+	enum probe quiet = uffd_probe(space->uffd, NOWHERE, NOWHERE + LR_PAGE);
 	if (quiet == PROBE_BUSY || quiet == PROBE_GONE)
 		return quiet == PROBE_BUSY ? WINDOW_OPEN : WINDOW_GONE;
-	int error = apply_all(space);
+	struct window *window = &space->window;
+	__attribute__((cleanup(interval_map_deinit))) struct interval_map shown;
+	interval_map_init(&shown);
+	int error = 0;
+	uint32_t n = window->n_events;
+	if (!window->in_order) {
+		quiet = history_find(space, window->events, n, &shown, &window->ordered, &error);
+		if (quiet == PROBE_GONE || (quiet == PROBE_BUSY && ++window->attempts < MAX_ATTEMPTS))
+			return quiet == PROBE_GONE ? WINDOW_GONE : WINDOW_OPEN;
+	}
+	if (!error)
+		error = apply_all(space);
+	if (!error && window->ordered)
+		error = history_record_grown(space, window->events, n, &shown);
 	if (error) {
 		space_kill(space, strerror(error));
 		return WINDOW_GONE;
 	}
-	space->window.n_displaced = 0; /* whatever took it away has been told */
+	window->ordered = false;
+	window->n_displaced = 0; /* whatever took it away has been told */
 	enum closing result = settle_all(space);
 	if (result != WINDOW_CLOSED)
 		return result;

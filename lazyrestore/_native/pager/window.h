@@ -13,6 +13,8 @@
  * of each REMAP whether its UNMAP came, that is, whether its caller slept until then. If so, what the kernel shows at its destination when
  * the REMAP is read is what was moved. If not, the source is still mapped: the kernel is asked about it before the REMAP is read, while its caller
  * sleeps; where nobody looked, the map is taken to be right about it.
+ * When it closes, the events are put into the order in which their calls were made, if one is found (history.h); then each changes the map as
+ * it stands. What follows is for windows for which none is found, and for forked children.
  * Only these orders matter to a program that does not itself race for an address:
  *   UNMAP over what a REMAP of the window moved there      is older, if it is read before that of the REMAP's source: its mover slept. Else it
  *                                                          is newer, if it is by the same thread, and may be older, if it is by
@@ -56,6 +58,8 @@ struct origin {
 struct window {
 	bool open;
 	bool in_order;        /* at each of its events so far the process had one thread */
+	bool ordered;         /* while its events are applied: in the order of their calls, as found (history.h) */
+	uint32_t attempts;    /* at closing it, between which another call was made */
 	bool changed;         /* an UNMAP or REMAP was among those applied */
 	bool forked;          /* a FORK was among its events: a child waits */
 	struct event *events; /* read, not yet applied */
