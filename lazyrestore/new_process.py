@@ -109,7 +109,10 @@ class NewProcess:
         try:
             file = os.open(f"/proc/{self.pid}/{name}", os.O_RDWR | os.O_CLOEXEC)
             try:
-                if int(os.read(file, 32), base) != value:
+                found = os.read(file, 32)
+                if not found:  # its memory is gone
+                    raise self._ended(f"set {name}")
+                if int(found, base) != value:
                     os.write(file, b"%#x" % value if base == 16 else b"%d" % value)
             finally:
                 os.close(file)

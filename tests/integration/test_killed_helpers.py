@@ -18,6 +18,8 @@ from helpers_cli import command, run_cli
 from helpers_copies import Copies, Copy
 from helpers_threads import Threads64
 
+from lazyrestore.errors import RestoreError
+from lazyrestore.new_process import NewProcess
 from lazyrestore.pager.launch import connect_existing
 
 ROUNDS = 24
@@ -257,3 +259,14 @@ def test_killed_while_a_process_starts(namespace: str, monkeypatch: pytest.Monke
 def vanished(pid: int) -> None:
     """Wait until init has collected it: nothing half-made may keep the PID."""
     until(lambda: not Path(f"/proc/{pid}").exists(), f"a free process id {pid}")
+
+
+def test_killed_before_its_settings() -> None:
+    """What has ended has no core dump filter to be read: an error of the restore like any other."""
+    ended = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, ended.pid, os.WEXITED | os.WNOWAIT)
+    process = NewProcess.__new__(NewProcess)
+    process.pid = ended.pid
+    with pytest.raises(RestoreError, match="somebody ended it"):
+        process._set("coredump_filter", 0x33, 16)
+    ended.wait()
