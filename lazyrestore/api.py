@@ -278,7 +278,7 @@ class Snapshot:
         its standard streams, used where these were terminals or pipes to other processes; -1 stands for /dev/null.
         `record`: the working set, True: even if one is known, which is extended; None: if none is known. `fill`: bring
         all of its private memory and not just what it touches, "now", or when the CPUs are "idle". `ready`: where it
-        will say READY=1. Raises RestoreError's subclasses; nothing is left of the new process then.
+        will say READY=1. Raises ValueError, and RestoreError's subclasses; nothing is left of the new process then.
         """
         from lazyrestore.restore_options import Options
 

@@ -24,6 +24,10 @@ class Options(msgspec.Struct, frozen=True):
     fill: str = "none"
     mounts: tuple[tuple[str, str], ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.fill not in ("none", "idle", "now"):
+            raise ValueError(f'fill={self.fill!r}: must be "none", "idle" or "now"')
+
     @property
     def inherited_numbers(self) -> tuple[int, ...]:
         return tuple(number for number, _ in self.inherited)

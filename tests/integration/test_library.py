@@ -218,3 +218,13 @@ def credentials(pid: int) -> list[str]:
     """The lines of /proc/PID/status about users, groups and capabilities."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return [line for line in lines if line.startswith(("Uid", "Gid", "Groups", "Cap"))]
+
+
+def test_fill_that_does_not_exist(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
+    victim = victims.start([build.c("small", "-lm"), run / "control"])
+    victim.listens(run / "control")
+    snapshot = copies.snapshot(victim.pid, "x", kill=True)
+    victim.gone()
+    with pytest.raises(ValueError, match="fill='all'"):
+        snapshot.restore(fill="all")
+    assert not alive(snapshot.pid)
