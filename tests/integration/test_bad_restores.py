@@ -341,12 +341,12 @@ def test_full_store(run: Path, victims: Victims, build: Builder) -> None:
 
 @pytest.mark.parametrize("damaged", [True, False])
 def test_sigbus_in_the_foreground_is_explained(run: Path, victims: Victims, copies: Copies, damaged: bool) -> None:
-    code = "import os, sys, time\nwhile True: os.close(os.open(sys.argv[1], os.O_CREAT)); time.sleep(0.01)"
+    code = "import os, sys, time\nwhile True: os.makedirs(sys.argv[1], exist_ok=True); time.sleep(0.01)"
     victim = victims.start([sys.executable, "-c", code, run / "runs"])
     victim.until((run / "runs").exists, "its heap")
     snapshot = copies.snapshot(victim.pid, "s", kill=True)
     victim.gone()
-    (run / "runs").unlink()
+    (run / "runs").rmdir()
     if damaged:
         image = snapshot._image
         memory = snapshot.manifest.attributes.memory

@@ -407,8 +407,6 @@ static void *space_main(void *argument) {
 	struct pager *pager = space->pager;
 	prctl(PR_SET_NAME, "lr-space");
 	hurry();
-	if (!space->generation)
-		guards_begin(space);
 	serve_space(space);
 	latency_end(&pager->latency, &space->latency, now_ns());
 	window_abandon(space);
@@ -476,6 +474,8 @@ void space_leave(struct space *space) {
 
 struct lr_error space_start(struct space *space) {
 	struct pager *pager = space->pager;
+	if (!space->generation)
+		guards_begin(space); /* here, where the process stands still */
 	SCOPED_LOCK(&pager->lock);
 	space->id = pager->next_id++;
 	space->intervals = space->map.count;
