@@ -194,10 +194,19 @@ class _Template(PagerClient):
     hugetlb_fd = property(lambda self: None)
 
     def attach(  # type: ignore[override]
-        self, userfaultfd: int, pidfd: int, ranges: bytes, shared: dict[int, int], **options: object
+        self,
+        userfaultfd: int,
+        pidfd: int,
+        ranges: int,
+        shared: dict[int, int],
+        *,
+        meanwhile: Callable[[], None],
+        **options: object,
     ) -> None:
         """Shared memory is each process's own, so it is filled each time."""
-        for start, stop, image, backing, _flags in wire.RANGE.iter_unpack(ranges):
+        meanwhile()
+        packed = os.pread(ranges, os.fstat(ranges).st_size, 0)
+        for start, stop, image, backing, _flags in wire.RANGE.iter_unpack(packed):
             if backing >= BACKING_SHARED:
                 for at, data in self._image.contents(image, image + stop - start):
                     os.pwrite(shared[backing - BACKING_SHARED], data, at & ((1 << 47) - 1))
