@@ -4,6 +4,7 @@
  * which the window sees, else by one that it does not; ORDER: a digit per event, the position in which it really came; KERNEL: whether it can be
  * asked what is mapped: new (PROCMAP_QUERY), old (the text), none (as of a forked child). */
 #define _GNU_SOURCE
+#include "one_backing.h"
 #include "pager/callers.h"
 #include "pager/proc.h"
 #include "pager/space.h"
@@ -61,18 +62,6 @@ void space_kill(struct space *space, const char *why) {
 	(void)space;
 	fprintf(stderr, "killed: %s\n", why);
 	exit(1);
-}
-
-void space_orphan(struct space *parent, struct space *child, struct lr_error error) {
-	(void)child;
-	space_kill(parent, error.step);
-}
-
-static struct backing template = {.page = LR_PAGE, .kind = LR_BACKING_TEMPLATE};
-
-struct backing *space_backing(struct space *space, uint32_t kind) {
-	(void)space, (void)kind;
-	return &template;
 }
 
 bool space_mapped(struct space *space, uint64_t start, uint64_t end, struct interval *piece) {

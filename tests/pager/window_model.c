@@ -6,6 +6,8 @@
 #define _GNU_SOURCE
 #include "window_model.h"
 
+#include "one_backing.h"
+
 #include "pager/apply.h"
 #include "pager/callers.h"
 #include "pager/proc.h"
@@ -27,18 +29,6 @@ void space_kill(struct space *space, const char *why) {
 	(void)space;
 	printf("seed %llu: killed: %s\n", (unsigned long long)seed, why);
 	wrong = true;
-}
-
-void space_orphan(struct space *parent, struct space *child, struct lr_error error) {
-	(void)child;
-	space_kill(parent, error.step);
-}
-
-static struct backing template = {.page = LR_PAGE, .kind = LR_BACKING_TEMPLATE};
-
-struct backing *space_backing(struct space *space, uint32_t kind) {
-	(void)space, (void)kind;
-	return &template;
 }
 
 struct origin space_origin(struct space *asked, uint64_t at) {

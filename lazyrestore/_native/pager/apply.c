@@ -140,7 +140,7 @@ static int unmap(struct space *space, const struct event *event) {
 	uint64_t start = event->start, end = event->end;
 	__attribute__((cleanup(interval_map_deinit))) struct interval_map explained;
 	interval_map_init(&explained);
-	window->changed = true;
+	window->changed = window->open;
 	int error = window->in_order ? 0 : doubt_children(space, start, end);
 	if (error || window->in_order || window->ordered)
 		return error ? error : interval_map_erase(&space->map, start, end);
@@ -257,7 +257,7 @@ static int remap(struct space *space, const struct event *event) {
 	interval_map_init(&moved);
 	interval_map_init(&before);
 	bool unknown = window->changed && !piece_next(&space->map, from, end, &piece);
-	window->changed = true;
+	window->changed = window->open;
 	if (!move.length)
 		return duplicate(space, from, move.to);
 	if (!window->in_order && !window->ordered && event->slept && (event->shown.known || unknown || is_doubtful(window, from, end))) {

@@ -10,7 +10,8 @@ struct interval_node {
 	uint32_t priority; /* a parent's is not lower than its children's */
 	uint32_t left;
 	uint32_t right;
-	uint32_t flags_below; /* of it and its children, or'ed */
+	uint16_t left_flags; /* of all intervals of a subtree, or'ed: here, so that who has one child at hand need not look at the other */
+	uint16_t right_flags;
 };
 
 enum { NONE = 0, FIRST_CAPACITY = 64 };
@@ -62,8 +63,7 @@ static uint32_t node_take(struct interval_map *map, struct interval interval) {
 	map->seed ^= map->seed << 13;
 	map->seed ^= map->seed >> 17;
 	map->seed ^= map->seed << 5;
-	map->nodes[index] =
-		(struct interval_node){.interval = interval, .priority = map->seed, .flags_below = interval.flags};
+	map->nodes[index] = (struct interval_node){.interval = interval, .priority = map->seed};
 	map->count++;
 	return index;
 }
@@ -82,14 +82,20 @@ static void tree_give(struct interval_map *map, uint32_t tree) {
 	node_give(map, tree);
 }
 
-/* After one of its children has changed. */
-static void collect_flags(struct interval_node *nodes, uint32_t index) {
-	struct interval_node *node = &nodes[index];
-	node->flags_below = node->interval.flags;
-	if (node->left != NONE)
-		node->flags_below |= nodes[node->left].flags_below;
-	if (node->right != NONE)
-		node->flags_below |= nodes[node->right].flags_below;
+static uint16_t flags_of(const struct interval_node *nodes, uint32_t tree) {
+	if (tree == NONE)
+		return 0;
+	return (uint16_t)(nodes[tree].interval.flags | nodes[tree].left_flags | nodes[tree].right_flags);
+}
+
+static void set_left(struct interval_node *nodes, uint32_t index, uint32_t child) {
+	nodes[index].left = child;
+	nodes[index].left_flags = flags_of(nodes, child);
+}
+
+static void set_right(struct interval_node *nodes, uint32_t index, uint32_t child) {
+	nodes[index].right = child;
+	nodes[index].right_flags = flags_of(nodes, child);
 }
 
 /* Everything in `low` lies before everything in `high`. */
@@ -100,12 +106,10 @@ static uint32_t join(struct interval_map *map, uint32_t low, uint32_t high) {
 		return low;
 	struct interval_node *nodes = map->nodes;
 	if (nodes[low].priority >= nodes[high].priority) {
-		nodes[low].right = join(map, nodes[low].right, high);
-		collect_flags(nodes, low);
+		set_right(nodes, low, join(map, nodes[low].right, high));
 		return low;
 	}
-	nodes[high].left = join(map, low, nodes[high].left);
-	collect_flags(nodes, high);
+	set_left(nodes, high, join(map, low, nodes[high].left));
 	return high;
 }
 
@@ -116,14 +120,12 @@ static void split(struct interval_map *map, uint32_t tree, uint64_t address, uin
 	} else if (map->nodes[tree].interval.start < address) {
 		uint32_t middle;
 		split(map, map->nodes[tree].right, address, &middle, high);
-		map->nodes[tree].right = middle;
-		collect_flags(map->nodes, tree);
+		set_right(map->nodes, tree, middle);
 		*low = tree;
 	} else {
 		uint32_t middle;
 		split(map, map->nodes[tree].left, address, low, &middle);
-		map->nodes[tree].left = middle;
-		collect_flags(map->nodes, tree);
+		set_left(map->nodes, tree, middle);
 		*high = tree;
 	}
 }
@@ -225,7 +227,7 @@ bool interval_map_next(const struct interval_map *map, uint64_t address, struct 
 
 /* The first of a tree that ends after `address` and has one of the flags. */
 static uint32_t first_flagged(const struct interval_map *map, uint32_t tree, uint64_t address, uint32_t flags) {
-	if (tree == NONE || !(map->nodes[tree].flags_below & flags))
+	if (!(flags_of(map->nodes, tree) & flags))
 		return NONE;
 	const struct interval_node *node = &map->nodes[tree];
 	if (node->interval.end > address) {

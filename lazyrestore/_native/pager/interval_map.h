@@ -13,7 +13,7 @@ struct interval {
 	uint64_t end;   /* exclusive */
 	uint64_t image; /* what `start` maps to */
 	uint32_t backing;
-	uint32_t flags;
+	uint32_t flags; /* below 1 << 16 */
 };
 
 struct interval_node;

@@ -56,7 +56,10 @@ int piece_empty(struct interval_map *map, const struct interval_map *before, uin
 	struct interval piece;
 	for (uint64_t at = start; piece_next(before, at, end, &piece);) {
 		at = piece.end;
+		uint32_t old = piece.flags;
 		piece.flags |= flags | (piece.backing < LR_BACKING_SHARED ? INTERVAL_ZERO : 0);
+		if (map == before && piece.flags == old)
+			continue;
 		int error = interval_map_insert(map, piece);
 		if (error)
 			return error;

@@ -33,11 +33,11 @@ void window_deinit(struct window *window) {
 
 /* -- events ------------------------------------------------------------------------------------------------------------ */
 
-/* One was read: opens the window. */
+/* One was read: opens the window, unless its caller, who was asleep until then, is all there is: it leaves nothing to be settled. */
 static struct window *on_event(struct space *space) {
 	struct window *window = &space->window;
 	window->in_order = (window->in_order || !window->open) && proc_one_thread(space);
-	window->open = true;
+	window->open = window->open || !window->in_order;
 	return window;
 }
 
@@ -101,7 +101,8 @@ int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t lengt
 }
 
 int window_fork(struct space *space, struct space *child) {
-	on_event(space)->forked = true;
+	struct window *window = on_event(space);
+	window->open = window->forked = true; /* until its caller is awake, nothing can be installed for the child */
 	return take(space, (struct event){.kind = UFFD_EVENT_FORK, .child = child});
 }
 

@@ -29,7 +29,7 @@
  * What is read before a FORK is over when the child first runs, for none of its callers can have waited for the fork's return: so it
  * was before the fork, or beside it, when no program can know which.
  * While the process has one thread (and nobody shares its memory by a bare CLONE_VM), events come as calls happened, and
- * none of this is needed: they change the map at once.
+ * none of this is needed: they change the map at once, and only a fork opens a window.
  * Then each suspect is held against the kernel: a UFFDIO_COPY from where nothing can be read ends
  * in ENOENT where nothing is registered and in EFAULT where something is, and changes nothing. What is not registered is erased,
  * and what is, but is another part of the file (a neighbour grew over it, which no event tells).
