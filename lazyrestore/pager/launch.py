@@ -7,6 +7,9 @@ pager is spawned as vfork does (os.posix_spawn), so its start costs the same fro
 and it inherits just the descriptors named on its command line. It needs about 2 ms to start, but its socket takes
 connections before it runs: so whoever starts it connects at once, lets go of the lock, and waits for the answer only
 when there is nothing else left to do. Cost: what a pager says that cannot start is in its log only.
+
+A pager's keeper finds what is to die with it in /proc, which shows its own PID namespace and those below, and when that
+namespace ends both die in one instant. So there is a pager per PID namespace: its processes are in it or below.
 """
 
 from __future__ import annotations
@@ -302,12 +305,21 @@ def _directory(given: StrPath | None) -> str:
 
 
 def _socket_path(directory: StrPath, key: str) -> str:
-    path = os.path.join(directory, blake2b(f"{wire.VERSION} {key}".encode(), digest_size=8).hexdigest() + _SOCKET)
+    whose = f"{wire.VERSION} {_pid_namespace()} {key}"
+    path = os.path.join(directory, blake2b(whose.encode(), digest_size=8).hexdigest() + _SOCKET)
     if len(os.fsencode(path)) > _LONGEST_PATH:
         raise PagerError(
             f"run-time directory {directory}", "socket", "path too long", _ELSEWHERE, errno=errno.ENAMETOOLONG
         )
     return path
+
+
+def _pid_namespace() -> int:
+    """Its number; 0 where /proc shows another one than ours, in which nothing is restored."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
 
 
 def _lock_path(path: str) -> str:

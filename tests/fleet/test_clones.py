@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import Victims, alive, in_threads, sockets_of, until
+from helpers import Victims, alive, children_of, in_threads, sockets_of, until
 from helpers_cli import command, run_cli
 from helpers_fleet import descriptors, report, reporter
 
@@ -109,6 +110,25 @@ def test_processes_restore_one_snapshot_at_once(run: Path, victims: Victims, sto
         output, _ = restorer.communicate()
         assert restorer.returncode == 0
         assert output.splitlines() == [" ".join(["2", *expected[1:]])] * 6
+
+
+def test_a_pager_per_pid_namespace(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    """One in a namespace below could not end the processes above when it dies, as all do with their namespace."""
+    victim = reporter(run, victims)
+    expected = report(run, victim.pid)
+    with store.snapshot(victim.pid, name="x") as snapshot:
+        restore = command(run / "store", "restore", "x", "--pid", "new", "--detach", "--no-record")
+        unshare = ["unshare", "--pid", "--fork", "--mount-proc"]
+        below = victims.start([*unshare, "sh", "-c", f"{shlex.join(restore)} && touch {run}/restored && sleep 1000"])
+        below.until((run / "restored").exists, "a restored process in a namespace of its own")
+        process = snapshot.restore(new_pid=True, record=False)
+        assert process.pid in [space.pid for space in process.stats().spaces]
+        (init,) = children_of(below.pid)
+        os.kill(init, signal.SIGKILL)
+        below.process.wait(60)  # the end of the init is that of its whole namespace
+        assert report(run, process.pid) == ["2", *expected[1:]]
+        process.kill()
+        process.wait(60)
 
 
 def test_clones_in_the_library(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
