@@ -1,9 +1,9 @@
 """Restoring: a new process runs its program, the pager takes its lazy memory, and it is let go.
 
-The steps, each timed as a phase: compile (or take the stored plan), check (this host, the mapped files), pager (until
-it answers), spawn, map (the program up to the userfaultfd), attach (the pager registers the ranges), write (what cannot
-be lazy), finish (threads, credentials, registers, detach). Whatever fails, the new process is killed and reaped before
-the exception leaves.
+The steps, each timed as a phase: compile (or take the stored plan), check (this host, what is to be opened), pager
+(until it answers), spawn, map (the program up to the userfaultfd; the mapped files are checked meanwhile), attach (the
+pager registers the ranges), write (what cannot be lazy), finish (threads, credentials, registers, detach). Whatever
+fails, the new process is killed and reaped before the exception leaves.
 
 What a plan (`restore_plan`) does not hold, this file does not know: the manifest, and with it all that knows resources,
 is imported only to make a plan, or to say in the terms of resources why something failed.
@@ -184,8 +184,8 @@ def explain(prepared: Prepared, options: Options = AS_IT_WAS) -> list[str]:
 
 
 def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"") -> Checked:
-    """Make the plan if that is to do, and check what may change between two restores: all that can be done before the
-    pager answers. `filled`: a working set all of which is in the pager's template; the process then gets its own copies
+    """Make the plan if that is to do, and check what may change between two restores, but for the mapped files: all that
+    can be done before the pager answers. `filled`: a working set all of which is in the pager's template; the process then gets its own copies
     of the pages that it is about to write before the pager has to do with them. Raises PidTaken, FileChanged and
     RestoreError."""
     phases = _Phases()
@@ -199,7 +199,7 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"")
     phases.done("compile")
     if not options.new_pid:
         check_pid_free(plan.pid)
-    _check_files(prepared, plan)
+    _check_opened(prepared, plan)
     for address in plan.addresses:
         addresses.make_free(address)
     phases.done("check")
@@ -260,9 +260,11 @@ def run(
             process = NewProcess(plan, prepared.image, partial(_named_program, checked, plan), child.pid)
             process.start()  # it maps its memory meanwhile
             process.set_attributes()
+            _check_mapped(prepared, plan)
             contents = process.contents()
             ahead = prepared.pieces or _take(contents, AHEAD)
             first = [piece for piece in ahead if not piece[0].zeros]  # where the pager has nothing to do
+            ranges = ready.ranges
             process.reach_stop()
             phases.done("map")
             if pager is None:
@@ -276,7 +278,7 @@ def run(
                 pager.attach(
                     userfaultfd,
                     child.pidfd,
-                    ready.ranges,
+                    ranges,
                     lazy_shared,
                     record=options.record,
                     own_pages=bool(checked.own_pages),
@@ -308,8 +310,9 @@ def run(
 # -- pieces of one restore ---------------------------------------------------------------------------------------------
 
 
-def _check_files(prepared: Prepared, plan: RestorePlan) -> None:
-    """FileChanged if the process would find other files, or none, where it had some."""
+def _check_mapped(prepared: Prepared, plan: RestorePlan) -> None:
+    """FileChanged if the process maps other files than it did, or finds none. It has not run yet, and stops where a file
+    cannot be mapped."""
     files = plan.files
     signatures = prepared.signatures or files.signatures
     number = -1
@@ -325,6 +328,10 @@ def _check_files(prepared: Prepared, plan: RestorePlan) -> None:
         vma.check_file(identity)
         start = number * SIGNATURE.size
         prepared.signatures = signatures = signatures[:start] + now + signatures[start + SIGNATURE.size :]
+
+
+def _check_opened(prepared: Prepared, plan: RestorePlan) -> None:
+    """FileChanged if what it is to open or to enter is not there, or of another kind: to open that might have effects."""
     if not all(map(os.path.isdir, plan.folders)):
         from lazyrestore.resources import attributes
 
