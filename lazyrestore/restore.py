@@ -184,10 +184,10 @@ def explain(prepared: Prepared, options: Options = AS_IT_WAS) -> list[str]:
 
 
 def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"") -> Checked:
-    """Make the plan if that is to do, and check what may change between two restores, but for the mapped files: all that
-    can be done before the pager answers. `filled`: a working set all of which is in the pager's template; the process then gets its own copies
-    of the pages that it is about to write before the pager has to do with them. Raises PidTaken, FileChanged and
-    RestoreError."""
+    """Make the plan if that is to do, and check what may change between two restores, but for the mapped files: all
+    that can be done before the pager answers. `filled`: a working set all of which is in the pager's template; the
+    process then gets its own copies of the pages that it is about to write before the pager has to do with them.
+    Raises PidTaken, FileChanged and RestoreError."""
     phases = _Phases()
     known, own_pages = prepared.own_pages
     if known != filled:

@@ -4,9 +4,10 @@
  * there already (EEXIST), a range that changed hands (ENOENT) or an event under way (EAGAIN) are no errors: whoever
  * touches the page faults as ever. Choice: the space's own thread replays, before and between its other work, so that the
  * rules of space.h hold without a word more; demand faults and events go first, every few runs. Of a parked clone, the thread that
- * registers it does, before the clone can run (attach.c). What is filled in the template is mapped in runs by address; in a new pager, threads that run since its start fill the chunks in first-touch
- * order, and the space's thread follows them. Pages that the recorded process had written are installed as private copies
- * (UFFDIO_COPY into a private file mapping makes anonymous memory): the kernel's own copy would cost the process a fault. Those of a
+ * registers it does, before the clone can run (attach.c). In a new pager, threads that run since its start fill the chunks in first-touch
+ * order, and the space's thread follows them. Pages are mapped in that order, too, but for each hundred chunks in runs by address: by
+ * address as a whole, what the process asks for first may come last. Pages that the recorded process had written are installed as private
+ * copies (UFFDIO_COPY into a private file mapping makes anonymous memory): the kernel's own copy would cost the process a fault. Those of a
  * pack never were in the template (own_pages.h). */
 #pragma once
 #include "space.h"

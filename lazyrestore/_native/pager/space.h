@@ -63,6 +63,7 @@ struct space {
 	bool poison; /* UFFDIO_POISON works */
 	_Atomic uint32_t records; /* the recording of the working set that its faults make; 0: none */
 	bool replays; /* it gets the working set */
+	uint64_t runs_ns; /* when the process is likely to run by itself */
 	bool has_own_pages; /* of it: those that are private copies */
 	bool fill_now, fill_idle; /* it gets all of its private memory: after the working set; once it is filled */
 	uint64_t bytes_registered;
