@@ -311,8 +311,8 @@ def run(
 
 
 def _check_mapped(prepared: Prepared, plan: RestorePlan) -> None:
-    """FileChanged if the process maps other files than it did, or finds none. It has not run yet, and stops where a file
-    cannot be mapped."""
+    """FileChanged if the process maps other files than it did, or finds none. It has not run yet, and stops where a
+    file cannot be mapped."""
     files = plan.files
     signatures = prepared.signatures or files.signatures
     number = -1
