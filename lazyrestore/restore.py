@@ -331,7 +331,10 @@ def _check_mapped(prepared: Prepared, plan: RestorePlan) -> None:
 
 
 def _check_opened(prepared: Prepared, plan: RestorePlan) -> None:
-    """FileChanged if what it is to open or to enter is not there, or of another kind, which to open might have effects."""
+    """FileChanged if what it is to open or to enter is not there, or of another kind.
+
+    Before that is opened, which might have effects.
+    """
     if not all(map(os.path.isdir, plan.folders)):
         from lazyrestore.resources import attributes
 
