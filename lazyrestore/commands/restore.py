@@ -114,7 +114,7 @@ def foreground(snapshot: Snapshot, choices: Mapping[str, Any], json_output: bool
 
 
 def _explain_sigbus(process: RestoredProcess) -> None:
-    """Say so if the snapshot is damaged; the pager stays long enough to be asked."""
+    """Say so if memory could not be brought; the pager stays long enough to be asked."""
     from lazyrestore.errors import PagerError
 
     try:
@@ -122,8 +122,8 @@ def _explain_sigbus(process: RestoredProcess) -> None:
     except PagerError:
         return
     if poisoned:
-        text = f"snapshot {process.name} is damaged, and its process needed what is lost; see `verify {process.name}`"
-        complain(f"lazyrestore: {text}")
+        text = f"snapshot {process.name} is damaged (see `verify {process.name}`), or there was no huge page left"
+        complain(f"lazyrestore: memory that the process needed could not be brought: {text}")
 
 
 def _stopped(pid: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -32,10 +33,10 @@ def huge_kib(pid: int, kind: str = "Private") -> int:
     return next(int(line.split()[1]) for line in rollup.splitlines() if line.startswith(f"{kind}_Hugetlb:"))
 
 
-def pool_of_two() -> bool:
-    """Whether no more than two are free; the pages of a dead process come back when its memory has gone."""
-    POOL.write_text(str(int(POOL.read_text()) - int(FREE.read_text()) + 2))
-    return int(FREE.read_text()) <= 2
+def pool_of(pages: int) -> bool:
+    """Whether no more than so many are free; the pages of a dead process come back when its memory has gone."""
+    POOL.write_text(str(int(POOL.read_text()) - int(FREE.read_text()) + pages))
+    return int(FREE.read_text()) <= pages
 
 
 @contextmanager
@@ -120,9 +121,30 @@ def test_too_few_pages(
     with twins_in(victims, store, run / f"huge{next(numbers)}", lambda control: [program, control, kind]) as twins:
         snapshot = twins.snapshot()
         twins.never.kill()
-        until(pool_of_two, "a pool with two free pages")
+        until(lambda: pool_of(2), "a pool with two free pages")
         with pytest.raises(LazyrestoreError, match=reason):
             twins.copy = snapshot.restore()
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_none_left_when_it_is_touched(
+    victims: Victims, build: Builder, store: lazyrestore.Store, run: Path, left: int
+) -> None:
+    """Who needs one ends, be it for contents (its second page) or for zeros (its third). A later copy of the same pager
+    finds pages again."""
+    program = build.c("hugepages")
+    with twins_in(victims, store, run / f"huge{next(numbers)}", lambda control: [program, control, "private"]) as twins:
+        expected = twins.both("digest")
+        snapshot = twins.snapshot()
+        twins.never.kill()
+        twins.copy = snapshot.restore()
+        until(lambda: pool_of(left), f"a pool with {left} free pages")
+        with pytest.raises(AssertionError, match="digest"):
+            twins.ask("restored", "digest")
+        assert twins.copy.wait(60) == -signal.SIGBUS
+        POOL.write_text(str(int(POOL.read_text()) + PAGES))
+        twins.copy = snapshot.restore()
+        assert twins.ask("restored", "digest") == expected
 
 
 REFUSED = {"memfd-private": "huge pages of a file cannot be stored yet", "huger": "huge pages of 1024 MiB"}

@@ -197,7 +197,10 @@ static enum chunk_state put(struct backing *backing, const struct image *image, 
 		log_line("snapshot %s: chunk %llu at image address %#llx cannot be read: %s: %s", image->name,
 			 (unsigned long long)chunk, (unsigned long long)image->chunks[chunk].address, error.step,
 			 strerror(error.code));
-		return settle(backing, chunk, CHUNK_BAD);
+		if (error.code != ENOSPC && error.code != ENOMEM)
+			return settle(backing, chunk, CHUNK_BAD);
+		settle(backing, chunk, present(backing, chunk) ? CHUNK_PARTLY : CHUNK_EMPTY); /* the next may find memory */
+		return CHUNK_BAD;
 	}
 	if (whole)
 		return settle(backing, chunk, CHUNK_FILLED);

@@ -76,6 +76,15 @@ static struct uffd_result settle_shared(struct space *space, uint64_t at, uint32
 	return result;
 }
 
+/* Whether a huge page of zeros could not be had. Fact (mm/hugetlb.c, hugetlb_mfill_atomic_pte(), Linux 6.18; tried): UFFDIO_COPY then answers
+ * EEXIST, too, once the page table has room for an entry; the process would fault there for ever. Nobody but the caller's thread installs
+ * anything, so what was not there before a second attempt, of which EEXIST is said, is not there at all. */
+static bool none_left(const struct space *space, uint64_t at) {
+	uint64_t entry;
+	ssize_t n = space->pagemap < 0 ? -1 : pread(space->pagemap, &entry, sizeof entry, (off_t)(at / LR_PAGE * sizeof entry));
+	return n == sizeof entry && !(entry >> 62) && attempt(space->uffd, INSTALL_COPY_ZERO, at, at + LR_HUGE).code == EEXIST;
+}
+
 static enum verdict give_up(struct space *space, struct job job, int code) {
 	log_line("snapshot %s: process %d: page %#llx cannot be installed: %s", space->pager->image.name, (int)space->pid,
 		 (unsigned long long)job.at, strerror(code));
@@ -122,6 +131,8 @@ static enum verdict install(struct space *space, struct job job) {
 		case EEXIST:
 			stats_add(&space->stats, LR_COUNT_EEXIST, 1);
 			if (job.start == job.at) {
+				if (job.what == INSTALL_COPY_ZERO && none_left(space, job.at))
+					return give_up(space, job, ENOMEM);
 				if (job.what == INSTALL_ZERO) /* or the file's, if it is shared and the map has lost it */
 					show_file(space, job.at, job.page);
 				uffd_wake(space->uffd, job.at, job.at + job.page);
