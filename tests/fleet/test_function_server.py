@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
 import signal
@@ -17,6 +18,31 @@ import lazyrestore
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install lazyrestore[examples]")
 EXAMPLES = VICTIMS.parent.parent / "examples"
+
+
+ANSWERS = {  # what a worker sends before it closes the connection, and the status that the front makes of it
+    "/nothing": (b"", 502),
+    "/half": (b"HTTP/1.0 200 OK\r\nContent-Length: 8\r\n\r\nhalf", 502),
+    "/half-a-chunk": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n8\r\nhalf", 502),
+    "/no-status": (b"HTTP/1.0\r\n\r\n", 502),
+    "/no-number": (b"HTTP/1.0 1000 OK\r\n\r\n", 502),
+    "/no-name": (b"HTTP/1.0 200 OK\r\na b: c\r\n\r\n", 502),
+    "/other-protocol": (b"HTTP/1.1 101 OK\r\nUpgrade: x\r\n\r\n", 502),
+    "/chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nbody\r\n0\r\n\r\n", 200),
+    "/until-the-end": (b"HTTP/1.0 200 OK\r\n\r\nbody", 200),
+}
+WORKER = f"""
+import socket, time
+listener = socket.create_server(("127.0.0.1", 0))
+print("ready", listener.getsockname()[1], flush=True)
+while True:
+    connection, _ = listener.accept()
+    with connection:
+        path = connection.recv(65536).split()[1].decode()
+        while path == "/hangs":
+            time.sleep(1)
+        connection.sendall({ {path: answer for path, (answer, _) in ANSWERS.items()}!r}[path])
+"""
 
 
 def ready(log: Path) -> int:
@@ -56,3 +82,36 @@ def test_no_request_sees_anothers_state(run: Path, victims: Victims, store: lazy
     server.process.wait(60)
     assert "Traceback" not in server.log.read_text()
     until(lambda: not set(victims.marked()), "the end of all workers")
+
+
+def test_answers_that_are_none(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    """They are told from answers, and cost neither the front nor later requests anything."""
+    worker = victims.start([sys.executable, "-c", WORKER])
+    worker.until(lambda: ready(worker.log), "the worker")
+    worker.quiet()
+    store.snapshot(worker.pid, name="worker", kill=True).close()
+    worker.gone()
+    serve = [sys.executable, EXAMPLES / "function_server.py", "--store", run / "store", "--pool", "2", "worker"]
+    server, hasty = victims.start(serve), victims.start([*serve, "--seconds", "0.1"])
+    front = server.until(lambda: ready(server.log), "the function server")
+    for path, (_, status) in ANSWERS.items():
+        found, body = fetch(front, path)
+        assert found == status, path
+        assert status != 200 or body == b"body", path
+    assert fetch(hasty.until(lambda: ready(hasty.log), "a hasty server"), "/hangs")[0] == 504
+    for each in (server, hasty):
+        each.process.send_signal(signal.SIGINT)
+        each.process.wait(60)
+        assert "Traceback" not in each.log.read_text()
+    until(lambda: not set(victims.marked()), "the end of all workers")
+
+
+def fetch(port: int, path: str) -> tuple[int, bytes]:
+    """(status, body)"""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
