@@ -199,6 +199,8 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"")
     phases.done("compile")
     if not options.new_pid:
         check_pid_free(plan.pid)
+    if plan.files.with_content:
+        _check_mapped(prepared, plan)
     _check_opened(prepared, plan)
     for address in plan.addresses:
         addresses.make_free(address)
@@ -260,7 +262,8 @@ def run(
             process = NewProcess(plan, prepared.image, partial(_named_program, checked, plan), child.pid)
             process.start()  # it maps its memory meanwhile
             process.set_attributes()
-            _check_mapped(prepared, plan)
+            if not plan.files.with_content:
+                _check_mapped(prepared, plan)
             contents = process.contents()
             ahead = prepared.pieces or _take(contents, AHEAD)
             first = [piece for piece in ahead if not piece[0].zeros]  # where the pager has nothing to do
@@ -311,8 +314,10 @@ def run(
 
 
 def _check_mapped(prepared: Prepared, plan: RestorePlan) -> None:
-    """FileChanged if the process maps other files than it did, or finds none. It has not run yet, and stops where a
-    file cannot be mapped."""
+    """FileChanged if the process maps other files than it did, or finds none. Makes those again that it can.
+
+    If there are none of these, it is done while the process maps them: it has not run yet, and stops where one is gone.
+    """
     files = plan.files
     signatures = prepared.signatures or files.signatures
     number = -1

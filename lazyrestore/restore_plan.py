@@ -25,11 +25,13 @@ UNKNOWN = bytes(SIGNATURE.size)  # no file's: there is no inode 0
 
 
 class MappedFiles(msgspec.Struct, frozen=True):
-    """The files that are mapped: their paths, each ended by NUL, and of each its Signature at the snapshot, packed."""
+    """The files that are mapped: their paths, each ended by NUL, and of each its Signature at the snapshot, packed.
+    with_content: of some, the snapshot has the contents: should they be gone, they are made again."""
 
     count: int
     paths: bytes
     signatures: bytes
+    with_content: bool
 
 
 class Linked(msgspec.Struct, frozen=True):

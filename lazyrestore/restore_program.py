@@ -92,7 +92,7 @@ def make_plan(
 def _mapped_files(files: Sequence[vma.FileIdentity]) -> MappedFiles:
     paths = b"".join(os.fsencode(file.path) + b"\0" for file in files)
     signatures = b"".join(SIGNATURE.pack(*file.seen) if file.seen else UNKNOWN for file in files)
-    return MappedFiles(len(files), paths, signatures)
+    return MappedFiles(len(files), paths, signatures, any(file.content is not None for file in files))
 
 
 def _ranges(manifest: Manifest) -> Iterator[Range]:

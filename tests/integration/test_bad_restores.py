@@ -198,7 +198,13 @@ def test_a_process_that_cannot_be_started() -> None:
     assert (children_of(os.getpid()), open_descriptors()) == before
 
 
-@pytest.mark.parametrize("damage", [grow, rebuild, Path.unlink])
+def make_fifo(path: Path) -> None:
+    """What waits for ever if it is opened."""
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("damage", [grow, rebuild, Path.unlink, make_fifo])
 def test_changed_program(
     run: Path, victims: Victims, copies: Copies, start: Start, damage: Callable[[Path], None]
 ) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from pathlib import Path
 
 import pytest
-from helpers import Builder, Victim, Victims, ask
+from helpers import Builder, Victim, Victims, ask, until
 from helpers_copies import Copies
 from helpers_facts import mappings
 
@@ -64,6 +66,29 @@ def test_generations(run: Path, victims: Victims, copies: Copies, build: Builder
     copies.restore(snapshot)
     assert ask(control, "fork") == "ok"
     assert ask(control, "digest") == expected
+
+
+def test_a_small_shared_file_that_is_gone_is_made_again(run: Path, victims: Victims, copies: Copies) -> None:
+    """As programs leave them in /tmp for others to look at; the copies then share it as ever."""
+    shares = (
+        "import mmap, os, signal, time\n"
+        "file = open('shared', 'w+b'); file.truncate(4096)\n"
+        "memory = mmap.mmap(file.fileno(), 4096); file.close(); memory[:5] = b'bytes'\n"
+        "def grow(*_): memory[5:6] = b'!'\n"
+        "signal.signal(signal.SIGUSR1, grow); open('ready', 'w').close()\n"
+        "while True: time.sleep(1)\n"
+    )
+    victim = victims.start([sys.executable, "-c", shares], cwd=run)
+    victim.until((run / "ready").exists, "its mapping")
+    snapshot = copies.snapshot(victim.pid, "x", kill=True)
+    victim.gone()
+    for _ in range(5):
+        (run / "shared").unlink()
+        copy = copies.restore(snapshot)
+        assert (run / "shared").read_bytes()[:6] == b"bytes\0"
+        copy.process.send_signal(signal.SIGUSR1)
+        until(lambda: (run / "shared").read_bytes()[:6] == b"bytes!", "what the copy writes is in the file")
+        copy.kill()
 
 
 @pytest.mark.requires("root")
