@@ -285,6 +285,8 @@ class Model:
         at, size = ARENA + start * PAGE, n * PAGE
         if kind == MEMFD_PRIVATE and name in DIFFERENT:
             return  # where it was written, it is anonymous in one and a file in the other
+        if name == "FREE" and not all(self.pages[i].protection & WRITE for i in range(start, start + n)):
+            return  # old contents or zeros, as the kernel likes, until it is written
         different = DIFFERENT.get(name) if kind == ANONYMOUS else None
         self.pair.send("advise", at, size, ADVICE[name], different=different)
         if name == "FREE":  # may be zero from now on; an allocator writes before it reads

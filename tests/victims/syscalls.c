@@ -262,6 +262,28 @@ static void locked(unsigned char *m)
 	say(munlock(m, SIZE));
 }
 
+/* Locked memory that moves and grows: the kernel brings what it grew by before it tells of the move. */
+static void locked_growth(unsigned char *m)
+{
+	static const int protections[] = { PROT_READ | PROT_WRITE, PROT_READ, PROT_NONE };
+
+	for (size_t i = 0; i < 3; i++) {
+		unsigned char *at = m + i * 8 * PAGE, *moved;
+
+		say(mlock(at, 4 * PAGE));
+		say(mprotect(at, 4 * PAGE, protections[i]));
+		moved = mremap(at, 4 * PAGE, 6 * PAGE, MREMAP_MAYMOVE);
+		say(moved == MAP_FAILED || moved == at);
+		say(mprotect(moved, 6 * PAGE, PROT_READ | PROT_WRITE));
+		show(moved, 6 * PAGE);
+		moved[5 * PAGE]++;
+		say(munlock(moved, 6 * PAGE));
+		say(madvise(moved + 3 * PAGE, 2 * PAGE, MADV_DONTNEED));
+		show(moved, 6 * PAGE);
+		say(mremap(moved, 6 * PAGE, 4 * PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, at) != at);
+	}
+}
+
 static void locked_all(unsigned char *m)
 {
 	void *later;
@@ -386,7 +408,7 @@ static const struct { const char *name; void (*run)(unsigned char *); } cases[] 
 	CASE(file_write), CASE(file_read), CASE(direct_write), CASE(direct_read), CASE(file_writev), CASE(file_readv),
 	CASE(names), CASE(pipe_writev), CASE(pipe_readv), CASE(socket_send_receive), CASE(vmsplice_in), CASE(vmsplice_out),
 	CASE(splice_tee), CASE(waiting), CASE(vm_copy), CASE(exec_arguments), CASE(spawned), CASE(shared_vm), CASE(sealed), CASE(futexes), CASE(stacks), CASE(times),
-	CASE(mempolicy), CASE(move_pages_query), CASE(locked), CASE(dont_fork), CASE(wipe_on_fork), CASE(collapse),
+	CASE(mempolicy), CASE(move_pages_query), CASE(locked), CASE(locked_growth), CASE(dont_fork), CASE(wipe_on_fork), CASE(collapse),
 	CASE(process_advice), CASE(stack_to_limit), { "outside", NULL }, { "outside_vm", NULL }, { "debugger", NULL },
 	{ "core", NULL }, CASE(locked_all_on_fault), CASE(locked_all), /* which bring everything, last */
 };

@@ -16,7 +16,7 @@ enum { LOOKS_MAX = 16 };
 
 void forked_begin(struct space *parent, struct space *child) {
 	if (parent->pid_namespace < 0 && !parent->generation)
-		parent->pid_namespace = proc_open(parent, "ns/pid_for_children");
+		parent->pid_namespace = proc_open(parent, "ns/pid_for_children", O_RDONLY);
 	if (parent->pid_namespace >= 0)
 		child->pid_namespace = fcntl(parent->pid_namespace, F_DUPFD_CLOEXEC, 0);
 }

@@ -5,11 +5,12 @@
 #include "pieces.h"
 #include "proc.h"
 #include "uffd.h"
+#include <fcntl.h>
 #include <string.h>
 #include <sys/ioctl.h>
 
 void guards_begin(struct space *space) {
-	space->pagemap = proc_open(space, "pagemap");
+	space->pagemap = proc_open(space, "pagemap", O_RDONLY);
 }
 
 /* The first run of guard pages in [start, end). False: there is none, or the kernel does not tell. */

@@ -59,13 +59,13 @@ static bool find_in_text(int maps, uint64_t address, struct proc_place *place) {
 	return found;
 }
 
-int proc_open(const struct space *space, const char *name) {
+int proc_open(const struct space *space, const char *name, int flags) {
 	char path[32];
 	struct pollfd ended = {.fd = space->pidfd, .events = POLLIN};
 	if (space->pidfd < 0)
 		return -1;
 	snprintf(path, sizeof path, "/proc/%d/%s", (int)space->pid, name);
-	int file = open(path, O_RDONLY | O_CLOEXEC);
+	int file = open(path, flags | O_CLOEXEC);
 	if (file < 0 || !poll(&ended, 1, 0))
 		return file;
 	close(file);
@@ -75,7 +75,7 @@ int proc_open(const struct space *space, const char *name) {
 bool proc_place(struct space *space, uint64_t address, struct proc_place *place) {
 	enum { COVERING_OR_NEXT = 0x10 };
 	if (space->maps < 0)
-		space->maps = proc_open(space, "maps");
+		space->maps = proc_open(space, "maps", O_RDONLY);
 	if (space->maps < 0)
 		return false;
 	struct procmap_query_v1 query = {.size = sizeof query, .query_addr = address, .query_flags = COVERING_OR_NEXT};
@@ -88,7 +88,7 @@ bool proc_place(struct space *space, uint64_t address, struct proc_place *place)
 
 static bool open_task(struct space *space) {
 	if (space->task < 0)
-		space->task = proc_open(space, "task");
+		space->task = proc_open(space, "task", O_RDONLY);
 	return space->task >= 0;
 }
 
@@ -109,6 +109,25 @@ int32_t pid_behind(int pidfd) {
 bool proc_one_thread(struct space *space) {
 	struct stat about;
 	return open_task(space) && !fstat(space->task, &about) && about.st_nlink == 3;
+}
+
+int32_t proc_own_number(struct space *space, int32_t thread) {
+	char path[32], line[256];
+	int number = 0;
+	if (!open_task(space))
+		return 0;
+	snprintf(path, sizeof path, "%d/status", (int)thread);
+	int status = openat(space->task, path, O_RDONLY | O_CLOEXEC);
+	FILE *file = status >= 0 ? fdopen(status, "r") : NULL;
+	if (!file) {
+		scoped_close(&status);
+		return 0;
+	}
+	while (fgets(line, sizeof line, file))
+		if (!strncmp(line, "NSpid:", 6))
+			number = atoi(strrchr(line, '\t') + 1); /* one for each namespace, the innermost last */
+	fclose(file);
+	return number;
 }
 
 void proc_tasks_init(struct proc_tasks *tasks, struct space *space) {

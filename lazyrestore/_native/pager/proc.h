@@ -11,8 +11,8 @@
 
 struct space;
 
-/* A file of /proc/PID. -1: it cannot be opened, or the process has ended, and its pid may be another's. */
-int proc_open(const struct space *space, const char *name);
+/* A file of /proc/PID, opened with `flags` (O_RDONLY, O_RDWR). -1: it cannot be, or the process has ended, and its pid may be another's. */
+int proc_open(const struct space *space, const char *name, int flags);
 
 /* Where in which file an address is mapped. */
 struct proc_place {
@@ -30,6 +30,9 @@ int32_t pid_behind(int pidfd);
 
 /* Does the process have one thread only? False where it cannot be asked. */
 bool proc_one_thread(struct space *space);
+
+/* The number that a thread has for itself, in the innermost PID namespace; 0: nobody tells. */
+int32_t proc_own_number(struct space *space, int32_t thread);
 
 /* The threads of a process, one after the other. */
 struct proc_tasks {

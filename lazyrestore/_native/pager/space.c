@@ -4,6 +4,7 @@
 #include "array.h"
 #include "callers.h"
 #include "forked.h"
+#include "growth.h"
 #include "guards.h"
 #include "log.h"
 #include "pieces.h"
@@ -261,12 +262,16 @@ bool space_drain(struct space *space, uint32_t *n_read) {
  * that must run is often queued on this CPU. Nor is it disturbed soon, unless somebody waits, or it makes one such call
  * after the other: then only a look in between, at random, ends a window. True: there is an event to read. */
 bool space_await_event(struct space *space, unsigned round) {
-	enum { MANY_EVENTS = 32, PATIENT_NS = 100000, SHORT_NS = 5000, MAX_DOUBLINGS = 4 };
+	enum { MANY_EVENTS = 32, PATIENT_NS = 100000, SHORT_NS = 5000, MAX_DOUBLINGS = 4, ROUNDS_TO_GROWTH = 16 };
 	bool awaited = space->first_fault < space->n_faults || space->window.forked || space->window_events > MANY_EVENTS;
 	unsigned doublings = round < MAX_DOUBLINGS ? round : MAX_DOUBLINGS;
 	const struct timespec pause = {.tv_nsec = awaited ? SHORT_NS << doublings : PATIENT_NS};
 	struct pollfd readable = {.fd = space->uffd, .events = POLLIN};
-	return ppoll(&readable, 1, &pause, NULL) > 0;
+	if (ppoll(&readable, 1, &pause, NULL) > 0)
+		return true;
+	if (round % ROUNDS_TO_GROWTH == ROUNDS_TO_GROWTH - 1 && space->first_fault < space->n_faults)
+		growth_bring(space);
+	return false;
 }
 
 /* One step of closing the window; a fault is served after it only. */

@@ -36,6 +36,11 @@ struct lr_error uffd_register(int uffd, uint64_t start, uint64_t end) {
 	return ioctl(uffd, UFFDIO_REGISTER, &range) ? lr_fail("UFFDIO_REGISTER", errno, start) : LR_OK;
 }
 
+struct lr_error uffd_unregister(int uffd, uint64_t start, uint64_t end) {
+	struct uffdio_range range = {.start = start, .len = end - start};
+	return ioctl(uffd, UFFDIO_UNREGISTER, &range) ? lr_fail("UFFDIO_UNREGISTER", errno, start) : LR_OK;
+}
+
 static struct uffd_result outcome(int returned, int64_t done) {
 	return (struct uffd_result){.done = done > 0 ? (uint64_t)done : 0, .code = returned ? errno : 0};
 }

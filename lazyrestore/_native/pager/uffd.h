@@ -19,6 +19,8 @@ struct lr_error uffd_api(int uffd, bool *poison, bool *hugetlb);
 /* Any VMAs that lie in [start, end), for missing and minor faults. */
 struct lr_error uffd_register(int uffd, uint64_t start, uint64_t end);
 
+struct lr_error uffd_unregister(int uffd, uint64_t start, uint64_t end);
+
 struct uffd_result uffd_continue(int uffd, uint64_t start, uint64_t end);
 struct uffd_result uffd_zero(int uffd, uint64_t start, uint64_t end);
 struct uffd_result uffd_copy(int uffd, uint64_t start, uint64_t end, const void *source);
