@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lazyrestore.fleet.pool import Pool
     from lazyrestore.manifest import Manifest
     from lazyrestore.pager.client import PagerClient, PagerStats
+    from lazyrestore.pager.launch import Connecting
     from lazyrestore.readiness import ReadySocket
     from lazyrestore.restore import Prepared, Started
     from lazyrestore.restore_options import Options
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 _snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
-LINGER_MS = 2000  # how long a pager stays when its last process and connection are gone
+LINGER_SECONDS = 2.0
+LONGEST_LINGER = 86400.0
 
 
 class Store:
@@ -113,13 +115,16 @@ class Store:
 class Snapshot:
     """A stored process.
 
-    Restoring it the first time compiles its program and starts or finds its pager; both are kept.
+    Restoring it the first time compiles its program and starts or finds its pager; both are kept. linger: seconds, at
+    most a day, for which a pager that is started from here stays, with what it has decompressed, when its last process
+    and connection are gone.
     """
 
     def __init__(self, image: StoredImage) -> None:
         self._image = image
         self.name: str = image.name
         self.seconds: float = 0.0
+        self.linger: float = LINGER_SECONDS
         self._manifest: Manifest | None = None
         self._stored: tuple[Settings, RestorePlan] | None = None
         if image.plan:
@@ -418,11 +423,10 @@ class Snapshot:
     def _start(self, options: Options, streams: Sequence[int], listen: Mapping[int, int], reuseport: bool) -> Started:
         """One attempt. A pager that has to be started starts while the rest is done."""
         from lazyrestore import restore
-        from lazyrestore.pager import launch
 
         pager = self._connect() if options.parked else None  # the restore must be this one's: what it has filled counts
         filled = pager.filled_working_set() if pager else b""
-        with launch.begin(self._image, linger_ms=LINGER_MS) if self._pager is None else nullcontext() as connecting:
+        with self._begin() if self._pager is None else nullcontext() as connecting:
             checked = restore.check(self._prepare(listen, reuseport), options, filled)
 
             def answered() -> PagerClient:
@@ -432,10 +436,17 @@ class Snapshot:
 
             return restore.run(checked, answered, connecting.template if connecting else -1, streams)
 
-    def _connect(self) -> PagerClient:
-        from lazyrestore.pager.launch import connect_or_start
+    def _begin(self) -> Connecting:
+        """Finds or starts the pager, without waiting for its answer. Raises PagerError."""
+        from lazyrestore.pager import launch
 
-        return self._pager or self._share(connect_or_start(self._image, linger_ms=LINGER_MS))
+        return launch.begin(self._image, linger_ms=int(min(max(0.0, self.linger), LONGEST_LINGER) * 1000))
+
+    def _connect(self) -> PagerClient:
+        if (pager := self._pager) is not None:
+            return pager
+        with self._begin() as connecting:
+            return self._share(connecting.answered())
 
     def _share(self, pager: PagerClient) -> PagerClient:
         """The connection that all threads use: this one, or the one that another thread made meanwhile.

@@ -64,6 +64,13 @@ LAST_DESCRIPTOR = (1 << 31) - 1  # a C int
     help="Bring all of its memory, not just what it touches: when the CPUs have nothing else to do, or at once.",
 )
 @click.option(
+    "--linger",
+    type=click.FloatRange(0, 86400),
+    metavar="SECONDS",
+    help="If this is the first copy: how long what was decompressed stays for others when the last one has ended.  "
+    "[default: 2]",
+)
+@click.option(
     "--keep-pipes",
     is_flag=True,
     help="With --detach or -n: let the copy have pipes that are lazyrestore's own standard streams. Otherwise it gets "
@@ -86,6 +93,7 @@ def restore(
     inherited: tuple[str, ...],
     no_record: bool,
     fill: str,
+    linger: float | None,
     keep_pipes: bool,
     explain: bool,
     json_output: bool,
@@ -123,6 +131,8 @@ def restore(
     }
     new_pid = pid_choice == "new" or count is not None
     with Store.open(store, create=False) as opened, opened.get(name) as snapshot:
+        if linger is not None:
+            snapshot.linger = linger
         if explain:
             lines = snapshot.explain(new_pid=new_pid, **shape)
             say(to_json(lines) if json_output else "\n".join(lines))

@@ -182,6 +182,22 @@ def test_clones_on_the_command_line(run: Path, victims: Victims, store: lazyrest
     until(lambda: not any(alive(pid) for pid in pids), "the end of the clones")
 
 
+def test_the_pager_lingers_as_long_as_asked(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    """But not for a snapshot that was removed."""
+    victim = reporter(run, victims)
+    store.snapshot(victim.pid, name="x").close()
+    answer = run_cli(run / "store", "restore", "x", "-n", 1, "--linger", 86400)
+    assert answer.returncode == 0, answer.stderr
+    with store.get("x") as snapshot:
+        pager, _ = snapshot._connect().pids()
+    assert b"--linger\x0086400000\x00" in Path(f"/proc/{pager}/cmdline").read_bytes()
+    os.kill(int(answer.stdout), signal.SIGKILL)
+    until(lambda: not alive(int(answer.stdout)), "the end of the clone")
+    assert alive(pager)
+    store.remove("x")
+    until(lambda: not alive(pager), "the end of the pager")
+
+
 def test_a_number_and_the_old_process_id_exclude_each_other(run: Path, store: lazyrestore.Store) -> None:
     answer = run_cli(run / "store", "restore", "x", "-n", 2, "--pid", "same")
     assert answer.returncode == 2

@@ -237,16 +237,21 @@ static void reap_recorder(struct pager *pager) {
 	pager->recorder_pidfd = -1;
 }
 
+/* pins: the pin's file. Only a store's image, which has a recorder, can be removed. */
+static bool is_removed(int pins, const struct options *options) {
+	uint8_t removed = 0;
+	return options->recorder && pread(pins, &removed, 1, (off_t)options->pin_at) == 1 && removed;
+}
+
 /* If the snapshot was removed while it was in use, the recorder's command, with "-" as its last word, frees what it needed.
  * The pin goes first, and through another open file description it is seen whether there is something to free: who removes a
  * snapshot says so first, and looks for pins then. So one of the two frees it. */
 static void free_if_removed(const struct options *options) {
 	char path[64];
-	uint8_t removed = 0;
 	snprintf(path, sizeof path, "/proc/self/fd/%d", options->fds[PIN]);
 	scoped_fd pins = open(path, O_RDONLY | O_CLOEXEC);
 	close(options->fds[PIN]);
-	if (pins < 0 || pread(pins, &removed, 1, (off_t)options->pin_at) != 1 || !removed || !options->recorder)
+	if (pins < 0 || !is_removed(pins, options))
 		return;
 	char **last = options->recorder;
 	while (last[1])
@@ -257,7 +262,7 @@ static void free_if_removed(const struct options *options) {
 }
 
 static void serve(struct pager *pager, const struct options *options) {
-	enum { RETRY_MS = 50 };
+	enum { RETRY_MS = 50, LOOK_MS = 1000 };
 	uint64_t idle_since = now_ns();
 	bool was_idle = true, stopping = false;
 	accept_all(pager, options->fds[LISTEN]); /* who waits for an answer comes before the working set */
@@ -276,12 +281,13 @@ static void serve(struct pager *pager, const struct options *options) {
 		int timeout = -1;
 		if (idle) {
 			uint64_t passed = (now_ns() - idle_since) / 1000000;
-			if (stopping || passed >= options->linger_ms) {
+			if (stopping || passed >= options->linger_ms || is_removed(options->fds[PIN], options)) {
 				if (may_leave(pager, options))
 					return;
 				timeout = RETRY_MS; /* a restorer is at work under the lock; it will connect or let go */
 			} else {
-				timeout = (int)(options->linger_ms - passed) + 1;
+				uint64_t left = options->linger_ms - passed + 1;
+				timeout = left < LOOK_MS ? (int)left : LOOK_MS; /* nobody says that the snapshot was removed */
 			}
 		}
 		if (pager->keeper.pidfd < 0)
