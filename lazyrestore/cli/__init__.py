@@ -132,7 +132,7 @@ class LazyGroup(click.Group):
 
         try:
             return super().invoke(ctx)
-        except (LazyrestoreError, OSError, KeyboardInterrupt) as error:
+        except (LazyrestoreError, OSError, MemoryError, KeyboardInterrupt) as error:
             if isinstance(error, BrokenPipeError):
                 raise  # click ends quietly
             ctx.exit(failed(error, debug=bool(ctx.params.get("debug"))))

@@ -6,11 +6,12 @@ import errno
 import os
 import sys
 
-from lazyrestore.errors import LazyrestoreError
+from lazyrestore.errors import LazyrestoreError, OutOfMemory
 
 OF_LIMITS = {
     errno.EFBIG: "; raise the limit on file sizes: ulimit -f unlimited",  # memory files are files too
     errno.EMFILE: "; raise the limit on open files: ulimit -n 1024",
+    errno.ENOMEM: "; free some memory, or raise the limit on it: ulimit -v unlimited",
 }
 INTERRUPTED = 130  # the exit status, 128 + SIGINT
 
@@ -71,6 +72,8 @@ def failed(error: BaseException, *, debug: bool) -> int:
     elif isinstance(error, OSError):
         advice = OF_LIMITS.get(error.errno or 0, "")
         text, status = f"{error}{advice}", 1
+    elif isinstance(error, MemoryError):
+        text, status = f"out of memory{OF_LIMITS[errno.ENOMEM]}", OutOfMemory.exit_status
     else:
         raise error
     if not isinstance(error, BrokenPipeError):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Victims, alive, until
-from helpers_cli import command, run_cli
+from helpers_cli import MAIN, command, run_cli
 from helpers_copies import Copies
 
 import lazyrestore
@@ -96,6 +96,24 @@ def test_limit_on_file_sizes_is_one_line_with_advice(run: Path, victims: Victims
             continue
         assert answer.returncode in {"snapshot": [24], "restore": [1, 35]}[words[0]], answer.stderr
         assert re.fullmatch(r"lazyrestore: .*ulimit -f unlimited.*\n", answer.stderr)
+
+
+NO_MEMORY = f"""
+from lazyrestore.store.compressor import Compressor
+def compress(*_):
+    raise MemoryError
+Compressor.compress = compress
+{MAIN}
+"""
+
+
+def test_no_memory_is_one_line_with_advice(run: Path, victims: Victims) -> None:
+    victim = victims.start(["sleep", "1000000"])
+    victim.until(lambda: os.readlink(f"/proc/{victim.pid}/exe").endswith("sleep"), "exec")
+    answer = run_cli(run / "store", "snapshot", victim.pid, "--name", "x", "--kill", code=NO_MEMORY)
+    assert answer.returncode == lazyrestore.errors.OutOfMemory.exit_status
+    assert re.fullmatch(r"lazyrestore: .*memory.*ulimit -v unlimited\n", answer.stderr), answer.stderr
+    assert alive(victim.pid)
 
 
 @pytest.mark.parametrize(
