@@ -103,6 +103,8 @@ class Clone:
 
     def connect(self, number: int | None = None, *, timeout: float | None = None) -> socket.socket:
         """A connection to its listening socket with descriptor `number`, by default the lowest. OSError, KeyError."""
+        if not self.addresses:
+            raise KeyError("it has no listening socket of its own")
         return self.addresses[min(self.addresses) if number is None else number].connect(timeout)
 
     def give_back(self, *, reuse: bool = True) -> None:

@@ -84,6 +84,8 @@ def test_a_parked_clone_runs_nothing_and_sees_nothing(run: Path, victims: Victim
             for name in ("SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt"):
                 assert now[name] == original[name], name
             assert report(run, clone.pid) == ["2", *expected[1:]]
+            with pytest.raises(KeyError, match="no listening socket"):
+                clone.connect()
         assert clone.pid in parked
 
 
