@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import zlib
 from collections.abc import Callable
@@ -261,6 +263,37 @@ def test_other_protocol_version_is_refused(image: Image, start: Start) -> None:
     request = wire.REQUEST.pack(wire.STATS, wire.VERSION + 1, 0, 0, 0, *[0] * wire.MAX_SHARED)
     with pytest.raises(PagerError, match="protocol version"):
         client._ask(request)
+
+
+STRANGER = """
+import os, socket, sys
+user, request = int(sys.argv[1]), bytes.fromhex(sys.argv[2])
+os.setresuid(user, user, user)
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+    connection.connect(sys.argv[3])
+    try:
+        connection.sendall(request)
+        print(len(connection.recv(4096)))
+    except ConnectionError:
+        print(0)
+"""
+
+
+@pytest.mark.parametrize("user", [0, 65534])
+def test_another_user_is_refused(image: Image, start: Start, runtime: Path, user: int) -> None:
+    """By its credentials, where it gets at the socket."""
+    start(image)
+    (path,) = sockets(runtime)
+    runtime.chmod(0o711)
+    path.chmod(0o777)
+    request = wire.REQUEST.pack(wire.STATS, wire.VERSION, 0, 0, 0, *[0] * wire.MAX_SHARED)
+    # From within the directory: those above it may be root's alone.
+    words = [sys.executable, "-c", STRANGER, str(user), request.hex(), path.name]
+    answer = subprocess.run(words, cwd=runtime, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert (int(answer.stdout) > 0) == (user == 0)
+    refused = "another user was refused"
+    until(lambda: user == 0 or refused in (runtime / "pager.log").read_text(), "a line in the log")
 
 
 def test_runtime_directory_must_be_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
