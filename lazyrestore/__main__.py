@@ -67,8 +67,9 @@ def _flushed(status: int) -> int:
             import contextlib  # by now it is there; when this file is imported, garbage is not collected rarely yet
 
             if status == 0 and stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                reason = error.strerror if isinstance(error, OSError) else error
                 with contextlib.suppress(OSError, ValueError):
-                    print(f"lazyrestore: standard output: {error}", file=sys.stderr)
+                    print(f"lazyrestore: standard output: write: {reason}", file=sys.stderr)
             status = status or 1  # if it is not 0, a command that could not write has said so
     return status
 

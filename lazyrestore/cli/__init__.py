@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyrestore.commands import complain, default_store, failed
+from lazyrestore.commands import complain, default_store, failed, unwritable
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -124,7 +124,7 @@ class LazyGroup(click.Group):
         except OSError as error:  # --help and --version print from here
             if isinstance(error, BrokenPipeError):
                 raise  # click ends quietly
-            complain(f"lazyrestore: {error}")
+            complain(f"lazyrestore: {unwritable(error)}")
             raise click.exceptions.Exit(1) from None
 
     def invoke(self, ctx: click.Context) -> object:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import click
 
+from lazyrestore.commands import say
+
 
 @click.command("completion")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
@@ -20,4 +22,4 @@ def completion_command(shell: str) -> None:
 
     completion = get_completion_class(shell)
     assert completion is not None
-    click.echo(completion(main, {}, "lazyrestore", "_LAZYRESTORE_COMPLETE").source())
+    say(completion(main, {}, "lazyrestore", "_LAZYRESTORE_COMPLETE").source())

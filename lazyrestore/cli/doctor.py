@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from lazyrestore.commands import say
 from lazyrestore.errors import MissingFeature
 from lazyrestore.kernel.features import Feature, Result, try_all, usable
 
@@ -55,7 +56,7 @@ def print_table(features: list[Feature]) -> None:
         table.add_row(feature.name, "needed" if feature.needed else "optional", result, said)
     with console.capture() as drawn:
         console.print(table)
-    click.echo("\n".join(line.rstrip() for line in drawn.get().splitlines()), color=True)
+    say("\n".join(line.rstrip() for line in drawn.get().splitlines()))
     console.print(
         f"\n{verdict(features)}", style="green" if usable(features) else "red", highlight=False, soft_wrap=True
     )
@@ -69,7 +70,7 @@ def doctor_command(json_output: bool) -> None:
     """Try every kernel feature and privilege that matters; exit status 0 only if snapshot and restore will work."""
     features = try_all()
     if json_output:
-        click.echo(json.dumps(as_json(features), indent=2))
+        say(json.dumps(as_json(features), indent=2))
     else:
         print_table(features)
     if not usable(features):

@@ -42,6 +42,7 @@ def snapshot_command(
         snapshot = opened.snapshot(
             pid, name=name, kill=kill, replace=replace, level=level, progress=report, committing=_ignore_interrupts
         )
+    done = f"snapshot {name} is stored{' and the process ended' if kill else ''}"
     ratio = snapshot.raw_bytes / snapshot.stored_bytes if snapshot.stored_bytes else 0.0
     if json_output:
         fields = {
@@ -55,11 +56,12 @@ def snapshot_command(
             "seconds": round(snapshot.seconds, 3),
             "killed": kill,
         }
-        say(to_json(fields))
+        say(to_json(fields), done)
         return
     say(
         f"{name}: {snapshot.pages} pages, {size(snapshot.raw_bytes)} raw, {size(snapshot.stored_bytes)} stored "
-        f"(ratio {ratio:.2f}), paused {snapshot.pause_ms:.1f} ms, took {snapshot.seconds:.2f} s"
+        f"(ratio {ratio:.2f}), paused {snapshot.pause_ms:.1f} ms, took {snapshot.seconds:.2f} s",
+        done,
     )
 
 

@@ -9,9 +9,9 @@ import sys
 from lazyrestore.errors import LazyrestoreError, OutOfMemory
 
 OF_LIMITS = {
-    errno.EFBIG: "; raise the limit on file sizes: ulimit -f unlimited",  # memory files are files too
-    errno.EMFILE: "; raise the limit on open files: ulimit -n 1024",
-    errno.ENOMEM: "; free some memory, or raise the limit on it: ulimit -v unlimited",
+    errno.EFBIG: "raise the limit on file sizes: ulimit -f unlimited",  # memory files are files too
+    errno.EMFILE: "raise the limit on open files: ulimit -n 1024",
+    errno.ENOMEM: "free some memory, or raise the limit on it: ulimit -v unlimited",
 }
 INTERRUPTED = 130  # the exit status, 128 + SIGINT
 
@@ -29,9 +29,21 @@ def nothing_stored(store: str) -> bool:
     return store == default_store() and not os.path.lexists(store)
 
 
-def say(text: str) -> None:
-    """A line of output, written at once. Raises OSError if it cannot be."""
-    print(text, flush=True)
+def say(text: str, done: str = "") -> None:
+    """A line of output, written at once. Raises BrokenPipeError if nobody reads it, LazyrestoreError if it cannot be
+    written otherwise, which tells `done`: what the command has done already."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise unwritable(error, done) from error
+
+
+def unwritable(error: OSError, done: str = "") -> LazyrestoreError:
+    """What stands for a failed write to standard output."""
+    advice = done or OF_LIMITS.get(error.errno or 0, "send it to another file")
+    return LazyrestoreError("standard output", "write", advice=advice, errno=error.errno)
 
 
 def complain(text: str) -> None:
@@ -67,13 +79,13 @@ def failed(error: BaseException, *, debug: bool) -> int:
     if isinstance(error, KeyboardInterrupt):
         text, status = "interrupted", INTERRUPTED
     elif isinstance(error, LazyrestoreError):
-        advice = OF_LIMITS[errno.EMFILE] if error.errno == errno.EMFILE else ""
+        advice = f"; {OF_LIMITS[errno.EMFILE]}" if error.errno == errno.EMFILE else ""
         text, status = f"{error}{advice}", error.exit_status
     elif isinstance(error, OSError):
         advice = OF_LIMITS.get(error.errno or 0, "")
-        text, status = f"{error}{advice}", 1
+        text, status = f"{error}; {advice}" if advice else str(error), 1
     elif isinstance(error, MemoryError):
-        text, status = f"out of memory{OF_LIMITS[errno.ENOMEM]}", OutOfMemory.exit_status
+        text, status = f"out of memory; {OF_LIMITS[errno.ENOMEM]}", OutOfMemory.exit_status
     else:
         raise error
     if not isinstance(error, BrokenPipeError):

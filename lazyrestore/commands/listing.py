@@ -60,9 +60,9 @@ def rm(store: str, names: tuple[str, ...], json_output: bool) -> None:
             fields.append({"name": name, "freed_bytes": freed.stored_bytes, "still_in_use": freed.still_pinned})
             if not json_output:  # at once: the next may fail
                 later = ", the rest once its processes have ended" if freed.still_pinned else ""
-                say(f"{name}: removed, {size(freed.stored_bytes)} freed{later}")
+                say(f"{name}: removed, {size(freed.stored_bytes)} freed{later}", f"snapshot {name} is removed")
     if json_output:
-        say(to_json(fields))
+        say(to_json(fields), f"{counted(len(fields), 'snapshot')} removed")
 
 
 def verify(store: str, name: str | None, json_output: bool) -> int:

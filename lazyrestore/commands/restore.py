@@ -45,9 +45,16 @@ def detached(snapshot: Snapshot, choices: Mapping[str, Any], json_output: bool) 
     """Restore and say which process it is; if nobody can read that, none is left."""
     end_like_ctrl_c()
     process = snapshot.restore(**choices)
-    try:
+    with _ended_if_unheard(process):
         say(to_json(facts(process)) if json_output else _told(process))
-    except BaseException:  # nobody would know its process id
+
+
+@contextmanager
+def _ended_if_unheard(process: RestoredProcess) -> Iterator[None]:
+    """If telling of it fails, the process ends: nobody would know its process id."""
+    try:
+        yield
+    except BaseException:
         process.kill()
         process.wait()
         raise
@@ -96,7 +103,8 @@ def foreground(snapshot: Snapshot, choices: Mapping[str, Any], json_output: bool
     try:
         process = snapshot.restore(**choices)
         if json_output:
-            complain(to_json(facts(process)))
+            with _ended_if_unheard(process):
+                complain(to_json(facts(process)))
         with _terminal_given_to(process.pid):
             same_group = os.getpgid(process.pid) == os.getpgid(0)
             while (status := process.poll()) is None:

@@ -16,6 +16,7 @@ import pytest
 from helpers import Victims, alive, until
 from helpers_cli import MAIN, command, run_cli
 from helpers_copies import Copies
+from helpers_fleet import reporter
 
 import lazyrestore
 from lazyrestore import errors
@@ -360,3 +361,22 @@ def test_the_exit_statuses_are_documented() -> None:
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     assert rows == [(str(kind.exit_status), kind.__name__) for kind in kinds]
     assert len({kind.exit_status for kind in kinds}) == len(kinds)
+
+
+def test_output_that_cannot_be_written_is_named_with_what_was_done(run: Path, victims: Victims) -> None:
+    victim = reporter(run, victims)
+    snapshot = ["snapshot", str(victim.pid), "--name", "x", "--json"]
+    lost = "lazyrestore: standard output: write: No space left on device; {}\n"
+    for words, left in (
+        (snapshot, "snapshot x is stored"),
+        (["ls"], "send it to another file"),
+        (["rm", "x"], "snapshot x is removed"),
+        ([*snapshot, "--kill"], "snapshot x is stored and the process ended"),
+        (["rm", "x", "--json"], "1 snapshot removed"),
+        (["doctor", "--json"], "send it to another file"),
+    ):
+        with open("/dev/full", "w") as sink:
+            done = subprocess.run(
+                command(run / "store", *words), stdout=sink, stderr=subprocess.PIPE, text=True, check=False
+            )
+        assert (done.returncode, done.stderr) == (1, lost.format(left))

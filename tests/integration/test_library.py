@@ -133,6 +133,18 @@ def test_the_command_line_is_a_parent(run: Path, victims: Victims, copies: Copie
         until(lambda: not alive(victim.pid), "the end of the copy")
 
 
+def test_a_process_that_cannot_be_told_of_is_ended(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
+    """The foreground tells on standard error, so that standard output is the process's alone."""
+    victim = victims.start([build.c("small", "-lm"), run / "control"])
+    victim.listens(run / "control")
+    copies.snapshot(victim.pid, "x", kill=True)
+    victim.gone()
+    with open("/dev/full", "w") as full:
+        words = command(run / "store", "restore", "x", "--json")
+        assert subprocess.run(words, stdin=subprocess.DEVNULL, stderr=full, check=False).returncode == 1
+    assert not alive(victim.pid)
+
+
 def test_the_main_job_on_the_command_line(run: Path, victims: Victims) -> None:
     """snapshot --kill, ls, show, restore --detach, stats, verify, rm; each answer as JSON."""
     store = run / "store"
