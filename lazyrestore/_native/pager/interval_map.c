@@ -4,166 +4,288 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Index 0 is no node. `left` also chains free nodes. */
-struct interval_node {
-	struct interval interval;
-	uint32_t priority; /* a parent's is not lower than its children's */
-	uint32_t left;
-	uint32_t right;
-	uint16_t left_flags; /* of all intervals of a subtree, or'ed: here, so that who has one child at hand need not look at the other */
-	uint16_t right_flags;
+/* What a block above knows of one: all that a change of its neighbour asks for, so that only what changes is touched. */
+struct entry {
+	uint64_t start; /* of the first interval */
+	uint32_t block; /* in a free block: the next free one */
+	uint16_t count; /* of intervals or entries */
+	uint16_t flags; /* of all intervals, or'ed */
 };
 
-enum { NONE = 0, FIRST_CAPACITY = 64 };
+#ifndef INTERVAL_MAP_BLOCK
+#define INTERVAL_MAP_BLOCK 1024 /* bytes; tests have less, for more blocks */
+#endif
+enum {
+	LEAF = INTERVAL_MAP_BLOCK / sizeof(struct interval),
+	FAN = INTERVAL_MAP_BLOCK / sizeof(struct entry),
+	LEVELS = 16, /* a block parts after FAN / 4 or more of those below it have: 17^16 changes > 2^64 */
+	FIRST_CAPACITY = 4,
+};
+
+/* Sorted intervals, or entries of the level below. */
+struct interval_block {
+	union {
+		struct interval intervals[LEAF];
+		struct entry entries[FAN];
+		unsigned char bytes[INTERVAL_MAP_BLOCK];
+	};
+};
+
+/* The way to a leaf. */
+struct path {
+	struct entry *at[LEVELS + 1]; /* the root's, which alone is in block 0, to the leaf's */
+	struct interval *intervals;   /* of the leaf */
+	uint32_t count;
+	uint64_t after; /* where the next leaf starts, or UINT64_MAX */
+};
 
 void interval_map_init(struct interval_map *map) {
-	*map = (struct interval_map){.used = 1, .seed = 2463534242u};
+	*map = (struct interval_map){0};
 }
 
 void interval_map_deinit(struct interval_map *map) {
-	free(map->nodes);
+	free(map->blocks);
 	interval_map_init(map);
 }
 
 int interval_map_copy(const struct interval_map *map, struct interval_map *copy) {
-	struct interval_node *nodes = NULL;
+	struct interval_block *blocks = NULL;
 	if (map->capacity) {
-		nodes = malloc(map->capacity * sizeof *nodes);
-		if (!nodes)
+		blocks = malloc(map->capacity * sizeof *blocks);
+		if (!blocks)
 			return ENOMEM;
-		memcpy(nodes, map->nodes, map->used * sizeof *nodes);
+		memcpy(blocks, map->blocks, map->used * sizeof *blocks);
 	}
 	*copy = *map;
-	copy->nodes = nodes;
+	copy->blocks = blocks;
 	return 0;
 }
 
-/* Makes sure that `wanted` nodes can be taken without failing: a change is whole or does not begin. */
-static int reserve(struct interval_map *map, uint32_t wanted) {
-	uint32_t live = map->count + 1;
-	if (live + wanted <= map->capacity)
+/* Makes sure that a change, which adds at most a block to each level and one above them, cannot fail: it is whole or does not begin. */
+static int reserve(struct interval_map *map) {
+	if (map->used + map->levels + 2 <= map->capacity)
 		return 0;
 	uint32_t capacity = map->capacity ? map->capacity * 2 : FIRST_CAPACITY;
-	while (capacity < live + wanted)
-		capacity *= 2;
-	struct interval_node *nodes = realloc(map->nodes, capacity * sizeof *nodes);
-	if (!nodes)
+	struct interval_block *blocks = realloc(map->blocks, capacity * sizeof *blocks);
+	if (!blocks)
 		return ENOMEM;
-	map->nodes = nodes;
+	map->blocks = blocks;
 	map->capacity = capacity;
+	if (!map->used) {
+		blocks[0].entries[0] = (struct entry){.block = 1};
+		map->used = 2;
+	}
 	return 0;
 }
 
-static uint32_t node_take(struct interval_map *map, struct interval interval) {
-	uint32_t index = map->free;
-	if (index != NONE)
-		map->free = map->nodes[index].left;
-	else
-		index = map->used++;
-	map->seed ^= map->seed << 13;
-	map->seed ^= map->seed >> 17;
-	map->seed ^= map->seed << 5;
-	map->nodes[index] = (struct interval_node){.interval = interval, .priority = map->seed};
-	map->count++;
-	return index;
+static uint32_t block_take(struct interval_map *map) {
+	uint32_t block = map->free;
+	if (!block)
+		return map->used++;
+	map->free = map->blocks[block].entries[0].block;
+	return block;
 }
 
-static void node_give(struct interval_map *map, uint32_t index) {
-	map->nodes[index].left = map->free;
-	map->free = index;
-	map->count--;
+static void block_give(struct interval_map *map, uint32_t block) {
+	map->blocks[block].entries[0].block = map->free;
+	map->free = block;
 }
 
-static void tree_give(struct interval_map *map, uint32_t tree) {
-	if (tree == NONE)
-		return;
-	tree_give(map, map->nodes[tree].left);
-	tree_give(map, map->nodes[tree].right);
-	node_give(map, tree);
+static struct entry *root(const struct interval_map *map) {
+	return &map->blocks[0].entries[0];
 }
 
-static uint16_t flags_of(const struct interval_node *nodes, uint32_t tree) {
-	if (tree == NONE)
+/* How many of `count` items, which begin with where they start, start at or before `address`. */
+static inline uint32_t until(const void *items, size_t size, uint32_t count, uint64_t address) {
+	const unsigned char *first = items;
+	if (!count)
 		return 0;
-	return (uint16_t)(nodes[tree].interval.flags | nodes[tree].left_flags | nodes[tree].right_flags);
-}
-
-static void set_left(struct interval_node *nodes, uint32_t index, uint32_t child) {
-	nodes[index].left = child;
-	nodes[index].left_flags = flags_of(nodes, child);
-}
-
-static void set_right(struct interval_node *nodes, uint32_t index, uint32_t child) {
-	nodes[index].right = child;
-	nodes[index].right_flags = flags_of(nodes, child);
-}
-
-/* Everything in `low` lies before everything in `high`. */
-static uint32_t join(struct interval_map *map, uint32_t low, uint32_t high) {
-	if (low == NONE)
-		return high;
-	if (high == NONE)
-		return low;
-	struct interval_node *nodes = map->nodes;
-	if (nodes[low].priority >= nodes[high].priority) {
-		set_right(nodes, low, join(map, nodes[low].right, high));
-		return low;
+	while (count > 1) {
+		uint32_t half = count / 2;
+		first += *(const uint64_t *)(first + half * size) <= address ? half * size : 0;
+		count -= half;
 	}
-	set_left(nodes, high, join(map, low, nodes[high].left));
-	return high;
+	return (uint32_t)((size_t)(first - (const unsigned char *)items) / size) + (*(const uint64_t *)first <= address);
 }
 
-/* Parts `tree` at `address`, which no interval lies across. */
-static void split(struct interval_map *map, uint32_t tree, uint64_t address, uint32_t *low, uint32_t *high) {
-	if (tree == NONE) {
-		*low = *high = NONE;
-	} else if (map->nodes[tree].interval.start < address) {
-		uint32_t middle;
-		split(map, map->nodes[tree].right, address, &middle, high);
-		set_right(map->nodes, tree, middle);
-		*low = tree;
-	} else {
-		uint32_t middle;
-		split(map, map->nodes[tree].left, address, low, &middle);
-		set_left(map->nodes, tree, middle);
-		*high = tree;
+/* Goes to the one leaf that may hold what starts at `address`; returns how many of its intervals start at or before that. */
+static uint32_t descend(const struct interval_map *map, uint64_t address, struct path *path) {
+	struct entry *entry = root(map);
+	path->after = UINT64_MAX;
+	for (uint32_t level = 0; level < map->levels; level++) {
+		path->at[level] = entry;
+		struct entry *entries = map->blocks[entry->block].entries;
+		uint32_t next = until(entries, sizeof *entries, entry->count, address);
+		next += !next;
+		if (next < entry->count)
+			path->after = entries[next].start;
+		entry = &entries[next - 1];
 	}
+	path->at[map->levels] = entry;
+	path->intervals = map->blocks[entry->block].intervals;
+	path->count = entry->count;
+	return until(path->intervals, sizeof *path->intervals, path->count, address);
 }
 
-/* split(), after cutting the interval that lies across `address`, if any; takes at most one node. */
-static void cut(struct interval_map *map, uint32_t tree, uint64_t address, uint32_t *low, uint32_t *high) {
-	uint32_t across = tree;
-	while (across != NONE) {
-		const struct interval *here = &map->nodes[across].interval;
-		if (here->end <= address)
-			across = map->nodes[across].right;
-		else if (here->start >= address)
-			across = map->nodes[across].left;
-		else
-			break;
+bool interval_map_find(const struct interval_map *map, uint64_t address, struct interval *found) {
+	struct path path;
+	uint32_t n = map->count ? descend(map, address, &path) : 0;
+	if (!n || path.intervals[n - 1].end <= address)
+		return false;
+	*found = path.intervals[n - 1];
+	return true;
+}
+
+bool interval_map_before(const struct interval_map *map, uint64_t address, struct interval *found) {
+	struct path path;
+	for (; map->count && address; address = found->start) {
+		uint32_t n = descend(map, address - 1, &path);
+		if (!n)
+			return false;
+		*found = path.intervals[n - 1];
+		if (found->end <= address)
+			return true;
 	}
-	uint32_t upper = NONE;
-	if (across != NONE) {
-		struct interval rest = map->nodes[across].interval;
-		map->nodes[across].interval.end = address;
-		rest.image += address - rest.start;
-		rest.start = address;
-		upper = node_take(map, rest);
+	return false;
+}
+
+bool interval_map_next(const struct interval_map *map, uint64_t address, struct interval *found) {
+	struct path path;
+	if (!map->count)
+		return false;
+	uint32_t n = descend(map, address, &path);
+	n -= n && path.intervals[n - 1].end > address;
+	if (n == path.count) {
+		if (path.after == UINT64_MAX)
+			return false;
+		n = descend(map, path.after, &path) - 1;
 	}
-	split(map, tree, address, low, high);
-	*high = join(map, upper, *high);
+	*found = path.intervals[n];
+	return true;
 }
 
-static uint32_t leftmost(const struct interval_map *map, uint32_t tree) {
-	while (tree != NONE && map->nodes[tree].left != NONE)
-		tree = map->nodes[tree].left;
-	return tree;
+/* The first below an entry that ends after `address` and has one of the flags. */
+static bool first_flagged(const struct interval_map *map, const struct entry *entry, uint32_t level, uint64_t address, uint32_t flags,
+			  struct interval *found) {
+	if (!(entry->flags & flags))
+		return false;
+	const struct interval_block *block = &map->blocks[entry->block];
+	bool leaf = level == map->levels;
+	uint32_t i = until(block, leaf ? sizeof *block->intervals : sizeof *block->entries, entry->count, address);
+	for (i -= i > 0; i < entry->count; i++) {
+		if (!leaf && first_flagged(map, &block->entries[i], level + 1, address, flags, found))
+			return true;
+		if (leaf && block->intervals[i].end > address && block->intervals[i].flags & flags) {
+			*found = block->intervals[i];
+			return true;
+		}
+	}
+	return false;
 }
 
-static uint32_t rightmost(const struct interval_map *map, uint32_t tree) {
-	while (tree != NONE && map->nodes[tree].right != NONE)
-		tree = map->nodes[tree].right;
-	return tree;
+bool interval_map_flagged(const struct interval_map *map, uint64_t address, uint32_t flags, struct interval *found) {
+	return map->count && first_flagged(map, root(map), 0, address, flags, found);
+}
+
+static struct entry entry_of(const struct interval_map *map, bool leaf, uint32_t index, uint32_t count) {
+	const struct interval_block *block = &map->blocks[index];
+	struct entry entry = {.start = block->entries[0].start, .block = index, .count = (uint16_t)count};
+	for (uint32_t i = 0; i < count; i++)
+		entry.flags |= leaf ? (uint16_t)block->intervals[i].flags : block->entries[i].flags;
+	return entry;
+}
+
+/* Replaces items [i, j) of a block by `n` others, at most two more; returns how many blocks that takes, 0 to 2, and makes their entries. */
+static uint32_t put(struct interval_map *map, bool leaf, const struct entry *entry, uint32_t i, uint32_t j, const void *items, uint32_t n,
+		    struct entry *made) {
+	size_t size = leaf ? sizeof(struct interval) : sizeof(struct entry);
+	uint32_t behind = entry->count - j, total = i + n + behind;
+	unsigned char *block = map->blocks[entry->block].bytes;
+	if (total <= (leaf ? LEAF : FAN)) {
+		memmove(block + (i + n) * size, block + j * size, behind * size);
+		memcpy(block + i * size, items, n * size);
+		made[0] = entry_of(map, leaf, entry->block, total);
+		return total > 0;
+	}
+	unsigned char all[INTERVAL_MAP_BLOCK + 2 * sizeof(struct interval)];
+	memcpy(all, block, i * size);
+	memcpy(all + i * size, items, n * size);
+	memcpy(all + (i + n) * size, block + j * size, behind * size);
+	uint32_t low = total / 2, other = block_take(map);
+	memcpy(block, all, low * size);
+	memcpy(map->blocks[other].bytes, all + low * size, (total - low) * size);
+	made[0] = entry_of(map, leaf, entry->block, low);
+	made[1] = entry_of(map, leaf, other, total - low);
+	return 2;
+}
+
+/* Makes one of two neighbours if that leaves a quarter of a block free, so that they do not part again at once. */
+static bool join(struct interval_map *map, bool leaf, struct entry *low, const struct entry *high) {
+	size_t size = leaf ? sizeof(struct interval) : sizeof(struct entry);
+	if (low->count + high->count > (leaf ? LEAF : FAN) * 3 / 4)
+		return false;
+	memcpy(map->blocks[low->block].bytes + low->count * size, map->blocks[high->block].bytes, high->count * size);
+	block_give(map, high->block);
+	low->count += high->count;
+	low->flags |= high->flags;
+	return true;
+}
+
+/* Replaces intervals [i, j) of a leaf by `n` others, at most two more. */
+static void splice(struct interval_map *map, const struct path *path, uint32_t i, uint32_t j, const struct interval *intervals, uint32_t n) {
+	struct entry made[2];
+	uint32_t level = map->levels, blocks = put(map, true, path->at[level], i, j, intervals, n, made);
+	map->count += n - (j - i);
+	for (; level; level--) {
+		bool leaf = level == map->levels;
+		const struct entry *above = path->at[level - 1];
+		struct entry *siblings = map->blocks[above->block].entries;
+		i = (uint32_t)(path->at[level] - siblings);
+		j = i + 1;
+		if (!blocks) {
+			block_give(map, siblings[i].block);
+			if (i) { /* two others are neighbours now */
+				made[0] = siblings[--i];
+				blocks = 1;
+			}
+		}
+		if (blocks == 1 && j < above->count && join(map, leaf, &made[0], &siblings[j]))
+			j++;
+		if (blocks == 1 && i && join(map, leaf, &siblings[i - 1], &made[0]))
+			made[0] = siblings[--i];
+		if (blocks == 1 && j - i == 1 && made[0].start == siblings[i].start && made[0].flags == siblings[i].flags) {
+			siblings[i] = made[0]; /* nothing that those above know of has changed */
+			return;
+		}
+		blocks = put(map, false, above, i, j, made, blocks, made);
+	}
+	if (blocks == 2) {
+		uint32_t top = block_take(map);
+		memcpy(map->blocks[top].entries, made, sizeof made);
+		made[0] = entry_of(map, false, top, 2);
+		map->levels++;
+	}
+	for (; map->levels && made[0].count == 1; map->levels--) {
+		uint32_t top = made[0].block;
+		made[0] = map->blocks[top].entries[0];
+		block_give(map, top);
+	}
+	*root(map) = made[0];
+}
+
+/* Drops what starts in [start, end), and puts `n` intervals there instead, at most two more. */
+static void replace(struct interval_map *map, uint64_t start, uint64_t end, const struct interval *intervals, uint32_t n) {
+	struct path path;
+	uint32_t i = descend(map, start, &path);
+	while (path.after < end) { /* as much as the next leaf holds of it */
+		descend(map, path.after, &path);
+		splice(map, &path, 0, until(path.intervals, sizeof *path.intervals, path.count, end - 1), intervals, 0);
+		i = descend(map, start, &path);
+	}
+	i -= i && path.intervals[i - 1].start == start;
+	uint32_t j = until(path.intervals, sizeof *path.intervals, path.count, end - 1);
+	if (i < j || n)
+		splice(map, &path, i, j, intervals, n);
 }
 
 static bool continues(const struct interval *one, const struct interval *next) {
@@ -171,138 +293,78 @@ static bool continues(const struct interval *one, const struct interval *next) {
 	       one->image + (one->end - one->start) == next->image;
 }
 
-/* join(), and the two intervals at the seam become one if they continue each other. */
-static uint32_t seam(struct interval_map *map, uint32_t low, uint32_t high) {
-	uint32_t last = rightmost(map, low);
-	uint32_t first = leftmost(map, high);
-	if (last == NONE || first == NONE || !continues(&map->nodes[last].interval, &map->nodes[first].interval))
-		return join(map, low, high);
-	uint64_t end = map->nodes[first].interval.end;
-	uint32_t dropped, rest;
-	split(map, high, end, &dropped, &rest);
-	tree_give(map, dropped);
-	map->nodes[last].interval.end = end;
-	return join(map, low, rest);
-}
-
-bool interval_map_find(const struct interval_map *map, uint64_t address, struct interval *found) {
-	struct interval next;
-	if (!interval_map_next(map, address, &next) || next.start > address)
-		return false;
-	*found = next;
-	return true;
-}
-
-bool interval_map_before(const struct interval_map *map, uint64_t address, struct interval *found) {
-	uint32_t best = NONE;
-	for (uint32_t tree = map->root; tree != NONE;) {
-		if (map->nodes[tree].interval.end <= address) {
-			best = tree;
-			tree = map->nodes[tree].right;
-		} else {
-			tree = map->nodes[tree].left;
-		}
+/* Appends an interval to `n` others, or to the last of them if it continues that; returns how many they are then. */
+static uint32_t append(struct interval *intervals, uint32_t n, struct interval next) {
+	if (n && continues(&intervals[n - 1], &next)) {
+		intervals[n - 1].end = next.end;
+		return n;
 	}
-	if (best == NONE)
-		return false;
-	*found = map->nodes[best].interval;
-	return true;
+	intervals[n] = next;
+	return n + 1;
 }
 
-bool interval_map_next(const struct interval_map *map, uint64_t address, struct interval *found) {
-	uint32_t best = NONE;
-	for (uint32_t tree = map->root; tree != NONE;) {
-		if (map->nodes[tree].interval.end > address) {
-			best = tree;
-			tree = map->nodes[tree].left;
-		} else {
-			tree = map->nodes[tree].right;
-		}
+/* Makes [start, end) hold `interval`, or nothing if that is NULL. What lies across or beside a border is put back, cut or joined. */
+static int change(struct interval_map *map, uint64_t start, uint64_t end, const struct interval *interval) {
+	struct interval intervals[3], beside;
+	uint32_t n = 0;
+	uint64_t from = start, to = end;
+	if (start >= end)
+		return EINVAL;
+	int error = reserve(map);
+	if (error)
+		return error;
+	if (start && interval_map_find(map, start - 1, &beside)) {
+		from = beside.start;
+		beside.end = start;
+		n = append(intervals, n, beside);
 	}
-	if (best == NONE)
-		return false;
-	*found = map->nodes[best].interval;
-	return true;
-}
-
-/* The first of a tree that ends after `address` and has one of the flags. */
-static uint32_t first_flagged(const struct interval_map *map, uint32_t tree, uint64_t address, uint32_t flags) {
-	if (!(flags_of(map->nodes, tree) & flags))
-		return NONE;
-	const struct interval_node *node = &map->nodes[tree];
-	if (node->interval.end > address) {
-		uint32_t lower = first_flagged(map, node->left, address, flags);
-		if (lower != NONE)
-			return lower;
-		if (node->interval.flags & flags)
-			return tree;
+	if (interval)
+		n = append(intervals, n, *interval);
+	if (interval_map_find(map, end, &beside)) {
+		to = beside.end;
+		beside.image += end - beside.start;
+		beside.start = end;
+		n = append(intervals, n, beside);
 	}
-	return first_flagged(map, node->right, address, flags);
-}
-
-bool interval_map_flagged(const struct interval_map *map, uint64_t address, uint32_t flags, struct interval *found) {
-	uint32_t first = first_flagged(map, map->root, address, flags);
-	if (first == NONE)
-		return false;
-	*found = map->nodes[first].interval;
-	return true;
-}
-
-/* Takes [start, end) out of the map; at most two nodes are taken from the pool. */
-static void cut_out(struct interval_map *map, uint64_t start, uint64_t end, uint32_t *low, uint32_t *out, uint32_t *high) {
-	uint32_t rest;
-	cut(map, map->root, start, low, &rest);
-	cut(map, rest, end, out, high);
-	map->root = NONE;
+	replace(map, from, to, intervals, n);
+	return 0;
 }
 
 int interval_map_erase(struct interval_map *map, uint64_t start, uint64_t end) {
-	if (start >= end)
-		return EINVAL;
-	int error = reserve(map, 2);
-	if (error)
-		return error;
-	uint32_t low, out, high;
-	cut_out(map, start, end, &low, &out, &high);
-	tree_give(map, out);
-	map->root = join(map, low, high);
-	return 0;
+	return change(map, start, end, NULL);
 }
 
 int interval_map_insert(struct interval_map *map, struct interval interval) {
-	if (interval.start >= interval.end)
-		return EINVAL;
-	int error = reserve(map, 3);
-	if (error)
-		return error;
-	uint32_t low, out, high;
-	cut_out(map, interval.start, interval.end, &low, &out, &high);
-	tree_give(map, out);
-	map->root = seam(map, seam(map, low, node_take(map, interval)), high);
-	return 0;
-}
-
-static void shift(struct interval_map *map, uint32_t tree, uint64_t distance) {
-	if (tree == NONE)
-		return;
-	map->nodes[tree].interval.start += distance;
-	map->nodes[tree].interval.end += distance;
-	shift(map, map->nodes[tree].left, distance);
-	shift(map, map->nodes[tree].right, distance);
+	return change(map, interval.start, interval.end, &interval);
 }
 
 int interval_map_move(struct interval_map *map, uint64_t from, uint64_t to, uint64_t length) {
-	if (!length || from + length < from || to + length < to)
+	uint64_t end = from + length;
+	struct interval_map after;
+	struct interval piece;
+	if (!length || end < from || to + length < to)
 		return EINVAL;
-	int error = reserve(map, 4);
-	if (error)
-		return error;
-	uint32_t low, moved, high, dropped;
-	cut_out(map, from, from + length, &low, &moved, &high);
-	map->root = join(map, low, high);
-	cut_out(map, to, to + length, &low, &dropped, &high);
-	tree_give(map, dropped);
-	shift(map, moved, to - from);
-	map->root = seam(map, seam(map, low, moved), high);
-	return 0;
+	interval_map_init(&after);
+	int error = interval_map_copy(map, &after);
+	if (!error)
+		error = interval_map_erase(&after, from, end);
+	if (!error)
+		error = interval_map_erase(&after, to, to + length);
+	for (uint64_t at = from; !error && at < end && interval_map_next(map, at, &piece) && piece.start < end;) {
+		if (piece.start < at) {
+			piece.image += at - piece.start;
+			piece.start = at;
+		}
+		at = piece.end < end ? piece.end : end;
+		piece.start += to - from;
+		piece.end = at + (to - from);
+		error = interval_map_insert(&after, piece);
+	}
+	if (!error) {
+		struct interval_map before = *map;
+		*map = after;
+		after = before;
+	}
+	interval_map_deinit(&after);
+	return error;
 }
