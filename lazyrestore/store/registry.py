@@ -66,6 +66,9 @@ def _prepare(directory: str, create: bool) -> bool:
             os.makedirs(directory, 0o700, exist_ok=True)
         files = set(os.listdir(directory))
     except FileNotFoundError as error:
+        if create:
+            reason = "a link to nothing" if os.path.islink(directory) else "no directory can be made there"
+            raise NotAStore(resource, "open", reason, NAME_ANOTHER, errno=errno.ENOENT) from error
         advice = "no snapshot was taken into it yet (`lazyrestore snapshot` makes it), or another one is meant"
         raise NotAStore(resource, "open", "it does not exist", advice, errno=errno.ENOENT) from error
     except NotADirectoryError as error:

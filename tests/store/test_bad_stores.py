@@ -238,6 +238,10 @@ def test_what_is_not_a_store(tmp_path: Path) -> None:
         assert snapshot_of(tmp_path / name) == before
     with pytest.raises(NotAStore, match="does not exist; no snapshot was taken"):
         ImageStore.open(tmp_path / "missing", create=False)
+    (tmp_path / "link").symlink_to("nothing")
+    for place, reason in (("/proc/store", "no directory can be made there"), (tmp_path / "link", "link to nothing")):
+        with pytest.raises(NotAStore, match=f"{reason}; name a store, or a directory"):
+            ImageStore.open(place)
     (tmp_path / "empty").mkdir()
     with pytest.raises(NotAStore, match="empty"):
         ImageStore.open(tmp_path / "empty", create=False)
