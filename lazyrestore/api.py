@@ -371,8 +371,8 @@ class Snapshot:
         Each of its clones gets listening sockets of its own in place of the process's (`clone.connect()`), but for
         those in `inherit_fd`, and for all with `new_net` or `reuseport`. A clone that is given back is ended after
         `max_requests` hand-outs, `max_seconds` since the first one, or when it wrote to more than `max_bytes` of
-        memory; None: no limit. All clones end with the pool. The snapshot must stay open as long. Raises RestoreError
-        if a clone would notice that it was parked.
+        memory; None: no limit. All clones end with the pool. The snapshot must stay open as long. Raises
+        ValueError, and RestoreError if a clone would notice that it was parked.
         """
         from lazyrestore.fleet import parking, sockets
         from lazyrestore.fleet.pool import Clone, Limits, Pool

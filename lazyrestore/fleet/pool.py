@@ -61,6 +61,12 @@ class Limits:
     seconds: float | None = None
     bytes_written: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.requests is not None and self.requests < 1:
+            raise ValueError("a clone serves at least one request")
+        if (self.seconds or 0) < 0 or (self.bytes_written or 0) < 0:
+            raise ValueError("a limit on time or memory is not negative")
+
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:

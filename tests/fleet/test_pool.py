@@ -247,6 +247,12 @@ def test_limits(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
                 assert ask(other) == f"1 {pid}"
 
 
+@pytest.mark.parametrize("limit", [{"requests": 0}, {"seconds": -0.1}, {"bytes_written": -1}])
+def test_limits_that_are_none(limit: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"at least|not negative"):
+        Limits(**limit)
+
+
 def test_close_ends_them_all(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
     pid = listening(run, victims)
     with store.snapshot(pid, name="x") as snapshot:
