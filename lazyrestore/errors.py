@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 
-_ESCAPED = {code: f"\\x{code:02x}" for code in (*range(32), 127)}  # a path may have a newline in it
+ESCAPED = {
+    code: f"\\x{code:02x}" for code in (*range(32), 127)
+}  # a path may have a newline, or a terminal's controls, in it
 
 
 class LazyrestoreError(Exception):
@@ -30,7 +32,7 @@ class LazyrestoreError(Exception):
         self.reason = reason or (os.strerror(errno) if errno is not None else "")
         self.advice = advice
         line = ": ".join(part for part in (resource, step, self.reason) if part)
-        super().__init__((f"{line}; {advice}" if advice else line).translate(_ESCAPED))
+        super().__init__((f"{line}; {advice}" if advice else line).translate(ESCAPED))
 
 
 # -- the process to be snapshotted -------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lazyrestore.errors import ESCAPED
+
 
 def size(count: float) -> str:
     """Bytes in binary units: "12.3 MiB"."""
@@ -15,7 +17,8 @@ def size(count: float) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]], right: frozenset[int] = frozenset()) -> list[str]:
-    """Rows of words as aligned lines; the columns in `right` are aligned to the right."""
+    """Rows of words as aligned lines, control characters escaped; the columns in `right` are aligned to the right."""
+    rows = [[word.translate(ESCAPED) for word in row] for row in rows]
     widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
     return [
         "  ".join(

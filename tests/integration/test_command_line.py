@@ -8,6 +8,7 @@ import pty
 import re
 import signal
 import subprocess
+import sys
 import termios
 from contextlib import suppress
 from pathlib import Path
@@ -380,3 +381,16 @@ def test_output_that_cannot_be_written_is_named_with_what_was_done(run: Path, vi
                 command(run / "store", *words), stdout=sink, stderr=subprocess.PIPE, text=True, check=False
             )
         assert (done.returncode, done.stderr) == (1, lost.format(left))
+
+
+def test_show_escapes_what_a_terminal_would_obey(run: Path, victims: Victims, copies: Copies) -> None:
+    odd = run / "a\nb\x1b[31m"
+    code = "import sys, time\nfile = open(sys.argv[1], 'w')\nwhile True: time.sleep(100)"
+    victim = victims.start([sys.executable, "-c", code, odd])
+    victim.until(odd.exists, "its file")
+    copies.snapshot(victim.pid, "x")
+    shown = run_cli(run / "store", "show", "x").stdout
+    assert "\x1b" not in shown
+    assert f"(file {run}/a\\x0ab\\x1b[31m)\n" in shown
+    assert "-c import sys, time\\x0afile = open" in shown
+    assert str(odd) in "".join(json.loads(run_cli(run / "store", "show", "x", "--json").stdout)["descriptors"])
