@@ -1,12 +1,15 @@
 /* Threads that call mremap, munmap, mmap, madvise and fork at random on blocks of their own, and know what must be in them.
  *
- * usage: storm THREADS CALLS SHARED% FORKS% KINDS SEED
+ * usage: storm THREADS CALLS SHARED% FORKS% KINDS SEED; THREADS beside the main one, which waits for them; 0: it makes the calls, alone;
+ * -1: it does, and so does another thread that comes and goes.
  * The blocks are made, "ready" is printed, SIGUSR1 starts the storm; with SEED 0 no two are alike. KINDS: which calls, a bit each as in
  * enum call. No thread touches another's block, but the kernel gives each the addresses that others have just given back.
  * Exit status 0; 1 after a line on standard output for each page that is wrong; 2: a call failed that cannot fail. */
 #define _GNU_SOURCE
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -293,6 +296,32 @@ static void *run(void *argument) {
 	return NULL;
 }
 
+static atomic_bool guest_is_here;
+
+static void *be_guest(void *argument) {
+	storm_on(argument, 1 + below(argument, 3));
+	guest_is_here = false;
+	return NULL;
+}
+
+/* The main thread's calls; with a `guest`, another thread lives for a few calls at a time. */
+static void storm_on_main(struct thread *thread, struct thread *guest) {
+	pthread_attr_t detached;
+	pthread_t id;
+	pthread_attr_init(&detached);
+	pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+	for (int i = 0; i < n_calls; i++) {
+		if (guest && !atomic_exchange(&guest_is_here, true) && pthread_create(&id, &detached, be_guest, guest))
+			abort();
+		one_call(thread);
+	}
+	while (guest_is_here)
+		sched_yield();
+	check_all(thread, "at the end");
+	if (guest)
+		check_all(guest, "at the end");
+}
+
 static struct thread *make_thread(int number) {
 	struct thread *thread =
 		mmap(NULL, sizeof *thread, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
@@ -325,7 +354,7 @@ int main(int argc, char **argv) {
 	pthread_t ids[MOST_THREADS];
 	sigset_t start, none;
 	struct timespec now;
-	int status = 0;
+	int status = 0, made;
 	if (argc != 7 || atoi(argv[1]) > MOST_THREADS)
 		return 2;
 	n_threads = atoi(argv[1]);
@@ -339,22 +368,24 @@ int main(int argc, char **argv) {
 	sigaddset(&start, SIGUSR1);
 	sigprocmask(SIG_BLOCK, &start, NULL);
 	signal(SIGUSR1, nothing);
-	for (int i = 0; i < n_threads; i++)
+	made = n_threads > 0 ? n_threads : 1 - n_threads;
+	for (int i = 0; i < made; i++)
 		threads[i] = make_thread(i);
 	puts("ready");
 	fflush(stdout);
 	sigsuspend(&none);
 	clock_gettime(CLOCK_REALTIME, &now);
-	for (int i = 0; i < n_threads; i++) {
-		if (!seed)
-			threads[i]->state ^= (uint64_t)now.tv_nsec << 20 ^ (uint64_t)getpid() * 7919 * (uint64_t)(i + 1);
+	for (int i = 0; i < made && !seed; i++)
+		threads[i]->state ^= (uint64_t)now.tv_nsec << 20 ^ (uint64_t)getpid() * 7919 * (uint64_t)(i + 1);
+	if (n_threads <= 0)
+		storm_on_main(threads[0], threads[1]);
+	for (int i = 0; i < n_threads; i++)
 		if (pthread_create(&ids[i], NULL, run, threads[i]))
 			abort();
-	}
-	for (int i = 0; i < n_threads; i++) {
+	for (int i = 0; i < n_threads; i++)
 		pthread_join(ids[i], NULL);
+	for (int i = 0; i < made; i++)
 		if (threads[i]->status > status)
 			status = threads[i]->status;
-	}
 	return status;
 }

@@ -22,7 +22,10 @@ from helpers_storm import ALL_CALLS, GROWTH, storms  # noqa: E402
 import lazyrestore  # noqa: E402
 
 COPIES = 10
-MIXES = {  # threads, calls, % shared, % forks, kinds
+MIXES = {  # threads (0: only the main one; -1: and others that come and go), calls, % shared, % forks, kinds
+    "alone": (0, 1200, 0, 0, ALL_CALLS),
+    "alone, shared memory, forks": (0, 1200, 30, 10, ALL_CALLS),
+    "threads that come and go": (-1, 1200, 0, 0, ALL_CALLS),
     "one thread": (1, 1200, 0, 0, ALL_CALLS),
     "one thread, shared memory, forks": (1, 1200, 30, 10, ALL_CALLS),
     "4 threads, nothing grows": (4, 1200, 0, 0, ALL_CALLS & ~GROWTH),

@@ -62,7 +62,9 @@ static void find_calls(struct history *history) {
 /* Was the call of event `a`, which was read first, surely made before that of `b`? */
 static bool must_precede(const struct history *history, uint32_t a, uint32_t b) {
 	const struct event *first = &history->events[a], *second = &history->events[b];
-	return history->begun[a] < history->begun[b] && (same(first->by, second->by) || history->begun[a] <= history->low[b]);
+	if (history->begun[a] >= history->begun[b])
+		return false;
+	return second->kind == UFFD_EVENT_REMOVE || same(first->by, second->by) || history->begun[a] <= history->low[b];
 }
 
 /* -- the search -------------------------------------------------------------------------------------------------------- */

@@ -3,6 +3,7 @@
  * Facts (window.h): events are read in the order in which they were queued, not in that of the changes they tell of; growth is not told at
  * all; memory that grew shows its file where it goes on. A call changed everything before its first event was queued, and not before
  * the last event of its thread's call before it was read. What a call has put somewhere nobody else uses before it has returned.
+ * A REMOVE is the exception: memory is dropped after it was read, so after all calls of which an event was read before it.
  * Consequence: an order is possible if in it each call finds what it takes (its image is known from what the kernel showed at its
  * destination), finds its destination free, unmaps something that is there, and all ends as the kernel shows it now. What is
  * missing may have grown there from what lies before it.

@@ -5,7 +5,7 @@
 #include "space.h"
 #include <errno.h>
 
-enum { PER_REPLAY = 10, PUT_SHIFT = 8, OWNER_SHIFT = 20, NUMBER_MASK = 0xfff };
+enum { PER_REPLAY = 10, PUT_SHIFT = 8, NUMBER_MASK = 0xfff };
 
 /* -- the scene --------------------------------------------------------------------------------------------------------- */
 
@@ -50,7 +50,7 @@ static int add_anchor(struct history *history, struct interval last) {
 	if (!anchors)
 		return ENOMEM;
 	history->anchors = anchors;
-	anchors[history->n_anchors++] = (struct anchor){last.end, last.image + (last.end - last.start), last.backing, last.flags, limit};
+	anchors[history->n_anchors++] = (struct anchor){last.end, last.image + (last.end - last.start), last.backing, limit};
 	return 0;
 }
 
@@ -70,24 +70,10 @@ static bool may_have_grown(struct history *history, uint64_t address, struct ori
 		if (anchor->at > address || anchor->limit <= address ||
 		    (origin.known && (anchor->backing != origin.backing || anchor->image + (address - anchor->at) != origin.image)))
 			continue;
-		*from = (struct interval){.start = anchor->at, .end = anchor->at, .image = anchor->image, .backing = anchor->backing, .flags = anchor->flags};
+		*from = (struct interval){.start = anchor->at, .end = anchor->at, .image = anchor->image, .backing = anchor->backing};
 		return true;
 	}
 	return false;
-}
-
-static uint32_t owner_bits(struct interval piece) {
-	return piece.flags & (uint32_t)NUMBER_MASK << OWNER_SHIFT;
-}
-
-static uint32_t owned_by(const struct history *history, const struct event *event) {
-	return (uint32_t)(event - history->events + 1) << OWNER_SHIFT;
-}
-
-/* What it costs that `event` uses what another thread has used last, in the same window. */
-static uint32_t handover(const struct history *history, struct interval piece, const struct event *event) {
-	uint32_t owner = piece.flags >> OWNER_SHIFT & NUMBER_MASK;
-	return owner && differ(history->events[owner - 1].by, event->by) ? HANDOVER : 0;
 }
 
 /* What must be assumed so that there is something at `address`, which is free; the cost of that. `from` and `origin` as in may_have_grown(). */
@@ -104,7 +90,7 @@ static struct interval continued(struct interval from, uint64_t start, uint64_t 
 				 .end = end,
 				 .image = from.image + (start - from.start),
 				 .backing = from.backing,
-				 .flags = (from.backing < LR_BACKING_SHARED ? INTERVAL_ZERO : 0) | owner_bits(from)};
+				 .flags = from.backing < LR_BACKING_SHARED ? INTERVAL_ZERO : 0};
 }
 
 /* Has whoever put this there not yet returned when `event` was read, so that nobody else could have used it? */
@@ -120,7 +106,7 @@ static int replay_unmap(struct history *history, const struct event *event, stru
 	for (uint64_t at = event->start; piece_next(&history->now, at, event->end, &piece); at = piece.end) {
 		if (is_too_new(history, piece, event))
 			return 0;
-		outcome->cost += handover(history, piece, event) + (piece.start > at ? GAP : 0);
+		outcome->cost += piece.start > at ? GAP : 0;
 		last = piece;
 	}
 	outcome->cost += last.end && last.end < event->end ? GAP : 0;
@@ -129,37 +115,29 @@ static int replay_unmap(struct history *history, const struct event *event, stru
 		if (from.end > from.start && from.end < event->start)
 			error = interval_map_insert(&history->now, continued(from, from.end, event->start));
 		last = continued(from, event->start, event->end);
-		outcome->cost += handover(history, last, event);
 	}
 	outcome->possible = true;
 	if (!error)
 		error = interval_map_erase(&history->now, event->start, event->end);
-	last = continued(last, event->start, event->end);
-	last.flags = owned_by(history, event);
-	return error ? error : add_anchor(history, last);
+	return error ? error : add_anchor(history, continued(last, event->start, event->end));
 }
 
 /* Leaves in the range of an event what `before` holds there, empty. */
-static int own(struct history *history, const struct interval_map *before, const struct event *event) {
+static int leave_zeros(struct history *history, const struct interval_map *before, const struct event *event) {
 	struct interval piece;
 	int error = 0;
-	for (uint64_t at = event->start; !error && piece_next(before, at, event->end, &piece); at = piece.end) {
-		struct interval left = continued(piece, piece.start, piece.end);
-		left.flags = (left.flags & INTERVAL_ZERO) | owned_by(history, event);
-		error = interval_map_insert(&history->now, left);
-	}
+	for (uint64_t at = event->start; !error && piece_next(before, at, event->end, &piece); at = piece.end)
+		error = interval_map_insert(&history->now, continued(piece, piece.start, piece.end));
 	return error;
 }
 
 static int replay_remove(struct history *history, const struct event *event, struct outcome *outcome) {
 	struct interval piece;
-	for (uint64_t at = event->start; piece_next(&history->now, at, event->end, &piece); at = piece.end) {
+	for (uint64_t at = event->start; piece_next(&history->now, at, event->end, &piece); at = piece.end)
 		if (is_too_new(history, piece, event))
 			return 0;
-		outcome->cost += handover(history, piece, event);
-	}
 	outcome->possible = true;
-	return own(history, &history->now, event);
+	return leave_zeros(history, &history->now, event);
 }
 
 static int replay_move(struct history *history, uint32_t number, struct outcome *outcome) {
@@ -181,7 +159,6 @@ static int replay_move(struct history *history, uint32_t number, struct outcome 
 			outcome->cost += assume(history, at, here, &from);
 			if (!origin.known && from.start == at && from.end == at)
 				return 0; /* nothing is known of it */
-			outcome->cost += handover(history, from, event);
 			error = interval_map_insert(&moved, continued(from, at, piece.start));
 			if (!origin.known)
 				origin = (struct origin){true, from.backing, from.image + (event->start - from.start)};
@@ -194,7 +171,6 @@ static int replay_move(struct history *history, uint32_t number, struct outcome 
 			return 0;
 		if (!origin.known)
 			origin = (struct origin){true, piece.backing, piece.image - (piece.start - event->start)};
-		outcome->cost += handover(history, piece, event);
 		error = interval_map_insert(&moved, piece);
 	}
 	if (error)
@@ -202,9 +178,9 @@ static int replay_move(struct history *history, uint32_t number, struct outcome 
 	if (event_unmaps(event)) {
 		error = interval_map_erase(&history->now, event->start, event->end);
 		if (!error)
-			error = add_anchor(history, (struct interval){.start = event->start, .end = event->end, .image = origin.image, .backing = origin.backing, .flags = owned_by(history, event)});
+			error = add_anchor(history, (struct interval){.start = event->start, .end = event->end, .image = origin.image, .backing = origin.backing});
 	} else {
-		error = own(history, &moved, event);
+		error = leave_zeros(history, &moved, event);
 	}
 	if (error)
 		return error;
@@ -215,7 +191,7 @@ static int replay_move(struct history *history, uint32_t number, struct outcome 
 		struct interval put = piece;
 		put.start += distance;
 		put.end += distance;
-		put.flags = (piece.flags & INTERVAL_ZERO) | (number + 1) << PUT_SHIFT | owned_by(history, event);
+		put.flags = (piece.flags & INTERVAL_ZERO) | (number + 1) << PUT_SHIFT;
 		error = interval_map_insert(&history->now, put);
 	}
 	return error;

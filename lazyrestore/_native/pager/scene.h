@@ -5,15 +5,15 @@
 #include <linux/userfaultfd.h>
 
 /* What must be assumed, weighed: that a mapping grew; that it did before it was cut off from that; that a call unmapped what was not mapped; that
- * an event overtook another; that two threads used the same memory within the window; that something lay there which nobody knows. */
-enum { GROWTH = 1, OLD_GROWTH = 2, GAP = 1, INVERSION = 1, HANDOVER = 2, UNKNOWN = 4 };
+ * an event overtook another; that something lay there which nobody knows. Not that two threads used the same memory within a window:
+ * a thread passes memory on, or ends, and another frees it at once. */
+enum { GROWTH = 1, OLD_GROWTH = 2, GAP = 1, INVERSION = 1, UNKNOWN = 4 };
 
 /* Where a mapping may have been cut: what it had grown by went on from here. */
 struct anchor {
 	uint64_t at;
 	uint64_t image;
 	uint32_t backing;
-	uint32_t flags;
 	uint64_t limit; /* something else lay from there on */
 };
 
