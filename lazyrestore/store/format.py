@@ -84,7 +84,8 @@ class Counters(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct, frozen=True):
     """One snapshot. created: seconds since 1970; raw_bytes: sum of the chunks' raw lengths; stored_bytes: compressed
     size of the distinct chunks it refers to; added_bytes: what of this was new to the store; packs: ids, by slot;
-    hugetlb: whether it has chunks of 2 MiB, for huge pages; sums: whether the index has checksums."""
+    hugetlb: whether it has chunks of 2 MiB, for huge pages; sums: whether the index has checksums; sum: sum_of(), None
+    before 24 November 2026."""
 
     created: float
     chunks: int
@@ -94,6 +95,7 @@ class Record(msgspec.Struct, frozen=True):
     packs: list[int]
     hugetlb: bool = False
     sums: bool = False
+    sum: int | None = None
 
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -143,6 +145,19 @@ def sums_of(index: bytes | bytearray | memoryview) -> bytes:
     """What stands behind an index: a little-endian u32 for each block."""
     step = INDEX_BLOCK * ENTRY.size
     return b"".join(zlib.crc32(index[at : at + step]).to_bytes(4, "little") for at in range(0, len(index), step))
+
+
+def sum_of(record: Record, manifest: bytes) -> int:
+    """The checksum of a manifest and of what else would show other memory if it were damaged. -1: it is."""
+    try:
+        places = struct.pack(f"<QBB{len(record.packs)}Q", record.chunks, record.hugetlb, record.sums, *record.packs)
+    except struct.error:  # numbers that nobody writes
+        return -1
+    return zlib.crc32(places, zlib.crc32(manifest))
+
+
+def with_sum(record: Record, manifest: bytes) -> Record:
+    return msgspec.structs.replace(record, sum=sum_of(record, manifest))
 
 
 def touched_runs(pages: int, length: int) -> list[tuple[int, int]]:

@@ -249,6 +249,19 @@ def record_of(environment: Environment, txn: Transaction, snapshot: int) -> form
     return format.decode(data, format.Record, environment.resource)
 
 
+def manifest_of(environment: Environment, txn: Transaction, snapshot: int, record: format.Record) -> bytes:
+    """The manifest of a snapshot with this record. Raises ChunkInvalid if one of the two is not what was committed."""
+    manifest = bytes(environment.need(txn, format.key(format.MANIFESTS, snapshot)))
+    if record.sum is not None and record.sum != format.sum_of(record, manifest):
+        raise ChunkInvalid(
+            environment.resource,
+            "read a manifest",
+            "it or its record is damaged: the checksum is wrong",
+            "restore data.mdb from a backup, or take a new snapshot",
+        )
+    return manifest
+
+
 def index_of(environment: Environment, txn: Transaction, snapshot: int, record: format.Record) -> memoryview:
     """The entries of a snapshot's index, without what stands behind them. Raises ChunkInvalid."""
     value = environment.need(txn, format.key(format.INDEXES, snapshot))
@@ -289,6 +302,7 @@ def _frames(environment: Environment, value: memoryview, touched: int) -> tuple[
 
 def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int, data: int, pin: int) -> StoredImage:
     record = record_of(environment, txn, snapshot)
+    manifest = manifest_of(environment, txn, snapshot, record)
     index = environment.need(txn, format.key(format.INDEXES, snapshot))
     index_of(environment, txn, snapshot, record)
     packs = []
@@ -310,7 +324,7 @@ def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int
         name=name,
         key=key_of(environment, snapshot),
         snapshot=snapshot,
-        manifest=bytes(environment.need(txn, format.key(format.MANIFESTS, snapshot))),
+        manifest=manifest,
         data_fd=data,
         index_offset=place,
         n_chunks=record.chunks,

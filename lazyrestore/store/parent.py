@@ -18,7 +18,7 @@ from typing import NamedTuple
 from lazyrestore.errors import ChunkInvalid
 from lazyrestore.store import format
 from lazyrestore.store.environment import Environment
-from lazyrestore.store.image import index_of, record_of
+from lazyrestore.store.image import index_of, manifest_of, record_of
 
 
 class Reference(NamedTuple):
@@ -45,6 +45,7 @@ class Parent:
         self.snapshot = snapshot
         with environment.read() as txn:
             record = record_of(environment, txn, snapshot)
+            manifest_of(environment, txn, snapshot, record)  # for the sake of the record's checksum
             index = bytes(index_of(environment, txn, snapshot, record))
             stored = environment.need(txn, format.key(format.INDEXES, snapshot))
             sums = format.sums_of(index) if record.sums else b""

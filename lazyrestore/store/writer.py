@@ -207,7 +207,7 @@ class ImageWriter:
             txn.put(format.key(format.MANIFESTS, self._snapshot), manifest)
             if plan:
                 txn.put(format.key(format.PLANS, self._snapshot), plan)
-            txn.put(format.key(format.SNAPSHOTS, self._snapshot), format.encode(record))
+            txn.put(format.key(format.SNAPSHOTS, self._snapshot), format.encode(format.with_sum(record, manifest)))
             txn.put(self._key, format.KEY.pack(self._snapshot))
             txn.put(format.COUNTERS, counters)
 

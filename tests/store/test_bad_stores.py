@@ -100,7 +100,9 @@ def test_a_plausible_entry_that_is_wrong(path: Path) -> None:
                 with pytest.raises(ChunkInvalid, match="checksum"):
                     image.read(start, PAGE)
     record = format.key(format.SNAPSHOTS, 1)
-    alter(path, record, lambda data: msgspec.msgpack.encode(msgspec.msgpack.decode(data) | {"sums": False}))
+    alter(
+        path, record, lambda data: msgspec.msgpack.encode(msgspec.msgpack.decode(data) | {"sums": False, "sum": None})
+    )
     with ImageStore.open(path) as store, store.open_image("good") as image:  # as before November 2026
         assert image.read(address, PAGE) == bytes(PAGE)
 
@@ -142,6 +144,15 @@ RECORDS: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
         format.key(format.SNAPSHOTS, 1),
         lambda data: msgspec.msgpack.encode(msgspec.msgpack.decode(data) | {"packs": [77]}),
     ),
+    "index said to have no checksums": (
+        format.key(format.SNAPSHOTS, 1),
+        lambda data: msgspec.msgpack.encode(msgspec.msgpack.decode(data) | {"sums": False}),
+    ),
+    "number beyond all": (
+        format.key(format.SNAPSHOTS, 1),
+        lambda data: msgspec.msgpack.encode(msgspec.msgpack.decode(data) | {"chunks": -1}),
+    ),
+    "manifest changed": (format.key(format.MANIFESTS, 1), lambda data: data[:-1] + bytes([data[-1] ^ 1])),
     "hashes cut": (format.key(format.HASHES, 1), lambda data: data[:-1]),
     "name of nothing": (format.NAMES + b"good", lambda _: format.KEY.pack(9)),
     "name cut": (format.NAMES + b"good", lambda _: b"1"),
