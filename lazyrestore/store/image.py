@@ -61,7 +61,7 @@ class StoredImage(msgspec.Struct, eq=False):
     _lengths: list[int] = msgspec.field(default_factory=list)
     _map: mmap.mmap | None = None
     _skip: int = 0  # bytes of the map before the index
-    _sound: set[int] = msgspec.field(default_factory=set)  # blocks of the index whose checksum was right
+    _sound: dict[int, bytes] = msgspec.field(default_factory=dict)  # blocks of the index whose checksum was right
 
     def read(self, address: int, length: int) -> bytes:
         """`length` bytes from image address `address`; zeros where nothing is stored. Raises ChunkInvalid."""
@@ -94,14 +94,17 @@ class StoredImage(msgspec.Struct, eq=False):
     def entry(self, number: int, previous: int = 0) -> Entry:
         """Chunk `number` of the index, checked; previous: image address where the one before ends. Raises
         ChunkInvalid."""
+        sound = self.is_sound(number // format.INDEX_BLOCK)
         found = self.entry_within_bounds(number, previous)
-        if not self.is_sound(number // format.INDEX_BLOCK):
+        if not sound:
             raise self.invalid(found[0], f"the checksum of entries around number {number} of the index is wrong")
         return found
 
     def entry_within_bounds(self, number: int, previous: int) -> Entry:
         """As entry(), but for the checksum of its block. Raises ChunkInvalid."""
-        found = self._entry(number)
+        block, place = divmod(number, format.INDEX_BLOCK)
+        sound = self._sound.get(block)
+        found = format.ENTRY.unpack_from(sound, place * format.ENTRY.size) if sound else self._entry(number)
         if fault := format.fault_in(found, previous, self._lengths):
             raise self.invalid(found[0], fault)
         return found
@@ -115,9 +118,10 @@ class StoredImage(msgspec.Struct, eq=False):
         end = self._skip + self.n_chunks * format.ENTRY.size
         start = self._skip + block * step
         expected = index[end + 4 * block : end + 4 * block + 4]
-        if format.sums_of(index[start : min(start + step, end)]) != expected:
+        entries = index[start : min(start + step, end)]
+        if format.sums_of(entries) != expected:
             return False
-        self._sound.add(block)
+        self._sound[block] = entries
         return True
 
     def entries(self) -> Iterator[Entry]:

@@ -67,3 +67,24 @@ def test_flipped_bits(
         assert refused >= sum(len(content[at]) // PAGE for at in in_doubt)
         assert ("index is damaged" in (runtime / "pager.log").read_text()) == bool(seed)
     assert client.stats().spaces[0].pid == victim.pid
+
+
+def test_a_block_that_was_checked_may_be_damaged_later(
+    make_image: Callable[..., Image], start: Callable[..., PagerClient], make_victim: Callable[[], Victim]
+) -> None:
+    """The file is mapped, and a page of it may be read from a failing disk again: what was checked is kept."""
+    content = chunks(random.Random(1))
+    image = make_image(content)
+    length = max(content) + len(content[max(content)]) - BASE
+    client = start(image)
+    victim = make_victim()
+    victim.clone(client, BASE, length)
+    for at in list(content)[:: wire.INDEX_BLOCK]:  # one of each block
+        assert victim.ask("crc", at, PAGE) == str(zlib.crc32(content[at][:PAGE]))
+    with image.path.open("r+b") as file:
+        for entry in range(1, COUNT, 5):
+            file.seek(image.index_offset + entry * wire.CHUNK.size + 2)
+            file.write(b"\x55\x55\x55")
+    for at, raw in content.items():
+        for page in range(0, len(raw), PAGE):
+            assert victim.ask("crc", at + page, PAGE) == str(zlib.crc32(raw[page : page + PAGE])), hex(at + page)

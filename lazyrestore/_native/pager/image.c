@@ -3,6 +3,7 @@
 #include "log.h"
 #include "stored.h"
 #include <errno.h>
+#include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -59,6 +60,8 @@ static struct lr_error read_whole(int fd, void *buffer, size_t length, uint64_t 
 }
 
 void image_deinit(struct image *image) {
+	if (image->verdicts && image->chunks)
+		munmap(image->chunks, image->n_chunks * sizeof *image->chunks);
 	if (image->map)
 		munmap(image->map, image->map_length);
 	free((void *)image->verdicts);
@@ -90,12 +93,20 @@ static struct lr_error map_index(struct image *image, uint64_t offset, bool sums
 		image->map = NULL;
 		return lr_fail("mmap of the index", errno, offset);
 	}
-	image->chunks = (const struct lr_chunk *)((const char *)image->map + (offset - first));
+	image->stored = (const struct lr_chunk *)((const char *)image->map + (offset - first));
+	image->chunks = (struct lr_chunk *)image->stored;
 	if (!sums)
 		return LR_OK;
-	image->sums = (const uint32_t *)(image->chunks + image->n_chunks);
+	void *copy = mmap(NULL, entries, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (copy == MAP_FAILED)
+		return lr_fail("mmap of a copy of the index", errno, entries);
+	image->chunks = copy;
+	image->sums = (const uint32_t *)(image->stored + image->n_chunks);
 	image->verdicts = calloc(n_blocks(image), 1);
-	return image->verdicts ? LR_OK : lr_fail("calloc", ENOMEM, 0);
+	if (image->verdicts)
+		return LR_OK;
+	munmap(copy, entries);
+	return lr_fail("calloc", ENOMEM, 0);
 }
 
 static struct lr_error read_frames(struct image *image, int image_fd, uint64_t table, uint32_t n, uint64_t offset) {
@@ -173,21 +184,36 @@ struct lr_error image_init(int image_fd, int data_fd, struct image *image) {
 
 enum index_verdict { INDEX_UNKNOWN, INDEX_SOUND, INDEX_DAMAGED };
 
-/* Threads that ask for a block at the same time come to the same verdict. */
+static pthread_mutex_t verdict_lock = PTHREAD_MUTEX_INITIALIZER; /* one thread copies a block */
+
+static enum index_verdict verdict_of(const struct image *image, uint64_t block) {
+	uint64_t first = block * LR_INDEX_BLOCK;
+	uint64_t n = image->n_chunks - first < LR_INDEX_BLOCK ? image->n_chunks - first : LR_INDEX_BLOCK;
+	struct lr_chunk copy[LR_INDEX_BLOCK];
+	memcpy(copy, image->stored + first, n * sizeof *copy);
+	if (crc32_of(0, copy, n * sizeof *copy) == image->sums[block]) {
+		memcpy(image->chunks + first, copy, n * sizeof *copy);
+		return INDEX_SOUND;
+	}
+	log_line("snapshot %s: the index is damaged: chunks %llu to %llu cannot be read", image->name, (unsigned long long)first,
+		 (unsigned long long)(first + n - 1));
+	return INDEX_DAMAGED;
+}
+
 static bool is_sound(const struct image *image, uint64_t chunk) {
 	if (!image->sums)
 		return true;
-	uint64_t block = chunk / LR_INDEX_BLOCK, first = block * LR_INDEX_BLOCK;
-	uint8_t verdict = atomic_load_explicit(&image->verdicts[block], memory_order_relaxed);
-	if (verdict != INDEX_UNKNOWN)
-		return verdict == INDEX_SOUND;
-	uint64_t n = image->n_chunks - first < LR_INDEX_BLOCK ? image->n_chunks - first : LR_INDEX_BLOCK;
-	bool sound = crc32_of(0, image->chunks + first, n * sizeof *image->chunks) == image->sums[block];
-	atomic_store_explicit(&image->verdicts[block], sound ? INDEX_SOUND : INDEX_DAMAGED, memory_order_relaxed);
-	if (!sound)
-		log_line("snapshot %s: the index is damaged: chunks %llu to %llu cannot be read", image->name,
-			 (unsigned long long)first, (unsigned long long)(first + n - 1));
-	return sound;
+	uint64_t block = chunk / LR_INDEX_BLOCK;
+	uint8_t verdict = atomic_load_explicit(&image->verdicts[block], memory_order_acquire);
+	if (verdict == INDEX_UNKNOWN) {
+		pthread_mutex_lock(&verdict_lock);
+		verdict = atomic_load_explicit(&image->verdicts[block], memory_order_relaxed);
+		if (verdict == INDEX_UNKNOWN)
+			verdict = (uint8_t)verdict_of(image, block);
+		atomic_store_explicit(&image->verdicts[block], verdict, memory_order_release);
+		pthread_mutex_unlock(&verdict_lock);
+	}
+	return verdict == INDEX_SOUND;
 }
 
 /* The first chunk from `first` on that begins a sound block; `end` if there is none below it. Both are such chunks, or n_chunks. */

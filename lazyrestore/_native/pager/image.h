@@ -3,8 +3,9 @@
  * Facts: the numbers come from a file that may be damaged; a read beyond the end of a mapped file, or of a bad disk
  * block, is SIGBUS, while pread(2) says so. Opening must cost O(packs). Choice: the index is mapped (its range checked
  * against the file's size once), each entry is checked when it is used, and its block's checksum before the first such
- * use; packs are read with pread. Cost: one copy of the compressed bytes, 2 us per chunk; 2 us per 128 chunks for the
- * checksum; a disk error under the index ends the pager, and the keeper its processes.
+ * use; from then on a copy of the block is used, since a page of a mapped file may be read anew, and be another then, at any
+ * time. Packs are read with pread. Cost: one copy of the compressed bytes, 2 us per chunk; 2 us and 3 KB per 128 chunks for
+ * the checksum and the copy; a disk error under the index ends the pager, and the keeper its processes.
  *
  * A search may look at damaged entries, but ends between two neighbours, and there is only one such place for an address
  * in a sorted index: if the blocks of both are sound, so is the answer. Stores before November 2026 have no checksums. */
@@ -28,7 +29,8 @@ struct image {
 	uint64_t data_size;
 	void *map; /* the pages that hold the index */
 	size_t map_length;
-	const struct lr_chunk *chunks;
+	const struct lr_chunk *stored; /* the index, in the map */
+	struct lr_chunk *chunks;       /* the blocks of it that are known to be sound, zeros else; without checksums: `stored` */
 	uint64_t n_chunks;
 	const uint32_t *sums;      /* in the map, one per block; NULL: the image has none */
 	_Atomic uint8_t *verdicts; /* enum index_verdict of each block */
