@@ -78,14 +78,14 @@ class Namespace:
         self._close_watching()
 
     def _close_watching(self) -> None:
-        if self._watching >= 0:
-            os.close(self._watching)
-            self._watching = -1
+        watching, self._watching = self._watching, -1
+        if watching >= 0:
+            os.close(watching)
 
     def _close_namespace(self) -> None:
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def new_namespace(pid: int, *, ends_with_caller: bool = False) -> Namespace:

@@ -41,9 +41,7 @@ class RestoredProcess:
         self.wait()
 
     def __del__(self) -> None:
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
+        self._close_pidfd()
 
     def __repr__(self) -> str:
         return f"<RestoredProcess {self.name!r} pid={self.pid} returncode={self.returncode}>"
@@ -119,7 +117,11 @@ class RestoredProcess:
             if result is None:
                 return
             self.returncode = result.si_status if result.si_code == os.CLD_EXITED else -result.si_status
-        os.close(self._pidfd)
-        self._pidfd = -1
+        self._close_pidfd()
         if self._namespace is not None:
             self._namespace.collect()
+
+    def _close_pidfd(self) -> None:
+        pidfd, self._pidfd = self._pidfd, -1
+        if pidfd >= 0:
+            os.close(pidfd)

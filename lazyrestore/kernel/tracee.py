@@ -180,9 +180,7 @@ class Frozen:
                 self._stop_came = False
                 with suppress(ProcessLookupError):
                     os.kill(self.pid, signal.SIGSTOP)
-            if self.memory >= 0:
-                os.close(self.memory)
-                self.memory = -1
+            self._close_memory()
 
     def kill(self) -> None:
         """End the process, and collect its threads: a traced thread stays a zombie until its tracer has seen it end.
@@ -201,10 +199,13 @@ class Frozen:
 
     # -- stopping ------------------------------------------------------------------------------------------------------
 
+    def _close_memory(self) -> None:
+        memory, self.memory = self.memory, -1
+        if memory >= 0:
+            os.close(memory)
+
     def _open_memory(self) -> None:
-        if self.memory >= 0:
-            os.close(self.memory)
-            self.memory = -1
+        self._close_memory()
         try:
             self.memory = os.open(f"/proc/{self.pid}/mem", os.O_RDWR | os.O_CLOEXEC)
         except (FileNotFoundError, ProcessLookupError) as error:

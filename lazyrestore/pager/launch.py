@@ -175,13 +175,13 @@ class Connecting:
             raise self._ended_at_once(error) from error
 
     def close(self) -> None:
-        """Let go of what was not handed out."""
+        """Let go of what was not handed out. An interrupt may come as each call returns, and this be called once more."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if self.template >= 0:
-            os.close(self.template)
-            self.template = -1
+        template, self.template = self.template, -1
+        if template >= 0:
+            os.close(template)
         if self._starter:
             with contextlib.suppress(ChildProcessError):  # somebody else's waitpid(-1) was faster
                 os.waitpid(self._starter, 0)

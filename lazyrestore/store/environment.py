@@ -199,9 +199,9 @@ class Environment:
 
     def close(self) -> None:
         self._env.close()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        descriptor, self.fd = self.fd, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     # -- transactions --------------------------------------------------------------------------------------------------
 

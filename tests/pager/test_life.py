@@ -52,6 +52,25 @@ def test_one_that_does_not_answer_is_passed_over(make_image: Callable[..., Image
     assert len(list(launch.connect_all(runtime_dir=runtime))) == 2
 
 
+def test_an_interrupt_as_the_template_is_closed(image: Image, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes as the call returns (Ctrl-C in a restore); what is closed then is not closed again, as another's may be."""
+    before = open_fds(os.getpid())
+    connecting = launch.begin(image, runtime_dir=runtime, linger_ms=0)
+    close = os.close
+
+    def interrupted(descriptor: int) -> None:
+        close(descriptor)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        connecting.close()
+    monkeypatch.undo()
+    connecting.close()
+    assert open_fds(os.getpid()) == before
+    until(lambda: not sockets(runtime), "the end of the pager")
+
+
 def test_killed_pager_takes_its_processes_along(
     image: Image, start: Start, runtime: Path, make_victim: MakeVictim
 ) -> None:
