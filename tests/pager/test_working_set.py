@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import until
-from helpers_pager import CHUNK, PAGE, stats_when
+from helpers_pager import CHUNK, PAGE, pages, stats_when
 from helpers_working_set import (
     BASE,
     FULL,
@@ -27,6 +27,7 @@ from helpers_working_set import (
 )
 
 from lazyrestore.pager import BACKING_TEMPLATE, Range
+from lazyrestore.pager.wire import INDEX_BLOCK
 
 pytestmark = pytest.mark.requires("root")
 
@@ -189,6 +190,20 @@ def test_from_a_store(start: Start, make_image: MakeImage, make_victim: MakeVict
     replayed(client, 3 * CHUNK // PAGE)
     assert numbers(client.working_set()) == (5, 4, 11)
     assert victim.ask("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
+
+
+def test_a_known_set_is_not_extended(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
+    """Unless it is small: the next process, whatever it goes on to touch, records nothing. Nobody has looked at the
+    part of the index that the set is of when its size is asked for."""
+    chunks = {BASE + number * PAGE: pages(number, PAGE) for number in range(16 * INDEX_BLOCK)}
+    known = packed(*range(5 * INDEX_BLOCK, 8 * INDEX_BLOCK))  # 1.5 MiB
+    client, victim = start(make_image(chunks, working_set=known)), make_victim()
+    victim.clone(client, BASE, len(chunks) * PAGE, record=None)
+    for number in range(9 * INDEX_BLOCK, 12 * INDEX_BLOCK):
+        victim.ask("touch", BASE + number * PAGE)
+    victim.process.kill()
+    stats_when(client, lambda stats: not stats.spaces)
+    assert numbers(client.working_set(end=True)) == numbers(known)
 
 
 def test_damaged_chunk_in_it(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:

@@ -156,7 +156,7 @@ static enum chunk_state settle(struct backing *backing, uint64_t chunk, enum chu
 static struct lr_error unpack(const struct image *image, uint64_t chunk, struct unpacker *unpacker) {
 	struct lr_error error = image_unpack(image, chunk, unpacker);
 	if (!error.code)
-		atomic_fetch_add_explicit(&fill_stats.bytes_read, image->chunks[chunk].stored, memory_order_relaxed);
+		atomic_fetch_add_explicit(&fill_stats.bytes_read, image_chunk(image, chunk)->stored, memory_order_relaxed);
 	return error;
 }
 
@@ -168,7 +168,7 @@ struct content {
 
 /* Writes those of a claimed chunk's pages that are missing. */
 static struct lr_error write_pages(struct backing *backing, const struct image *image, uint64_t chunk, struct content content) {
-	const struct lr_chunk *about = &image->chunks[chunk];
+	const struct lr_chunk *about = image_chunk(image, chunk);
 	uint16_t there = present(backing, chunk), passed = there | content.but;
 	const char *raw = content.raw;
 	uint32_t n = about->length / LR_PAGE, missing = passed ? (uint16_t)~passed : ALL_PAGES, page = 0;
@@ -188,14 +188,14 @@ static struct lr_error write_pages(struct backing *backing, const struct image *
 /* The end of a claim: writes pages, unless getting them was an error. */
 static enum chunk_state put(struct backing *backing, const struct image *image, uint64_t chunk, struct content content,
 			    struct lr_error error) {
-	uint32_t n = image->chunks[chunk].length / LR_PAGE;
+	uint32_t n = image_chunk(image, chunk)->length / LR_PAGE;
 	uint16_t there = present(backing, chunk) | (content.pages & ~content.but);
 	bool whole = content.pages == ALL_PAGES || (n <= 16 && (there & ((1u << n) - 1)) == (1u << n) - 1);
 	if (!error.code)
 		error = write_pages(backing, image, chunk, content);
 	if (error.code) {
 		log_line("snapshot %s: chunk %llu at image address %#llx cannot be read: %s: %s", image->name,
-			 (unsigned long long)chunk, (unsigned long long)image->chunks[chunk].address, error.step,
+			 (unsigned long long)chunk, (unsigned long long)image_chunk(image, chunk)->address, error.step,
 			 strerror(error.code));
 		if (error.code != ENOSPC && error.code != ENOMEM)
 			return settle(backing, chunk, CHUNK_BAD);
@@ -318,7 +318,7 @@ bool backing_is_untouched(const struct backing *backing, uint64_t chunk) {
 struct lr_error backing_fill_all(struct backing *backing, const struct image *image, struct unpacker *unpacker) {
 	for (uint64_t chunk = backing->first; chunk < backing->first + backing->n; chunk++)
 		if (backing_fill(backing, image, chunk, unpacker) != CHUNK_FILLED)
-			return lr_fail("filling a shared memory file", EBADMSG, image->chunks[chunk].address);
+			return lr_fail("filling a shared memory file", EBADMSG, image_chunk(image, chunk)->address);
 	return LR_OK;
 }
 
@@ -342,7 +342,7 @@ void backing_spoil_range(struct backing *backing, const struct image *image, uin
 		uint8_t empty = CHUNK_EMPTY;
 		if (atomic_compare_exchange_strong(&backing->states[chunk - backing->first], &empty, CHUNK_BAD))
 			log_line("snapshot %s: image address %#llx of shared memory is lost: it may have been removed", image->name,
-				 (unsigned long long)image->chunks[chunk].address);
+				 (unsigned long long)image_chunk(image, chunk)->address);
 	}
 }
 

@@ -216,6 +216,11 @@ static bool is_sound(const struct image *image, uint64_t chunk) {
 	return verdict == INDEX_SOUND;
 }
 
+const struct lr_chunk *image_chunk(const struct image *image, uint64_t chunk) {
+	is_sound(image, chunk);
+	return &image->chunks[chunk];
+}
+
 /* The first chunk from `first` on that begins a sound block; `end` if there is none below it. Both are such chunks, or n_chunks. */
 static uint64_t sound_from(const struct image *image, uint64_t first, uint64_t end) {
 	while (first < end && !is_sound(image, first))
@@ -340,7 +345,7 @@ struct lr_error image_unpack(const struct image *image, uint64_t index, struct u
 }
 
 uint64_t image_touched_bytes(const struct image *image, const struct lr_touched *touched) {
-	uint32_t n = image->chunks[touched->chunk].length / LR_PAGE, page = 0;
+	uint32_t n = image_chunk(image, touched->chunk)->length / LR_PAGE, page = 0;
 	uint64_t bytes = 0;
 	for (uint32_t end; (end = image_next_run(touched->pages, n, &page)); page = end)
 		bytes += (end - page) * (uint64_t)LR_PAGE;

@@ -30,7 +30,7 @@ struct image {
 	void *map; /* the pages that hold the index */
 	size_t map_length;
 	const struct lr_chunk *stored; /* the index, in the map */
-	struct lr_chunk *chunks;       /* the blocks of it that are known to be sound, zeros else; without checksums: `stored` */
+	struct lr_chunk *chunks;       /* the blocks of it that were found to be sound, zeros else; without checksums: `stored` */
 	uint64_t n_chunks;
 	const uint32_t *sums;      /* in the map, one per block; NULL: the image has none */
 	_Atomic uint8_t *verdicts; /* enum index_verdict of each block */
@@ -75,6 +75,9 @@ struct image_place {
 	uint64_t end;
 };
 struct image_place image_find(const struct image *image, uint64_t address);
+
+/* Entry `chunk` of the index, below n_chunks; zeros if it is damaged. */
+const struct lr_chunk *image_chunk(const struct image *image, uint64_t chunk);
 
 /* The first chunk that begins at or after `address`; n_chunks if there is none. Next to damaged blocks, one of theirs. */
 uint64_t image_first_at(const struct image *image, uint64_t address);

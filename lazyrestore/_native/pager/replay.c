@@ -110,13 +110,12 @@ static int by_number(const void *a, const void *b) {
 
 /* Maps pages that are there, by chunks, sorted here, in runs. False: the address space is gone. */
 static bool map_chunks(struct space *space, struct lr_touched *touched, uint32_t n) {
-	const struct lr_chunk *index = space->pager->image.chunks;
 	const struct own_pages *own = &space->pager->own;
 	struct run run = {0};
 	unsigned runs = 0;
 	qsort(touched, n, sizeof *touched, by_number);
 	for (uint32_t i = 0; i < n; i++) {
-		const struct lr_chunk *chunk = &index[touched[i].chunk];
+		const struct lr_chunk *chunk = image_chunk(&space->pager->image, touched[i].chunk);
 		const struct own_entry *entry = own_pages_find(own, touched[i].chunk);
 		for (uint32_t page = 0; page < chunk->length / LR_PAGE; page++) {
 			uint64_t at = chunk->address + page * (uint64_t)LR_PAGE;

@@ -301,7 +301,7 @@ static bool records_pages(const struct space *space, const struct backing *backi
 /* Image addresses [from, to), of which the first lies in chunk `chunk`, and no hole. */
 static void record(struct space *space, const struct backing *backing, uint64_t chunk, uint64_t from, uint64_t to) {
 	for (; space->records && backing->kind == LR_BACKING_TEMPLATE && from < to; chunk++) {
-		const struct lr_chunk *about = &space->pager->image.chunks[chunk];
+		const struct lr_chunk *about = image_chunk(&space->pager->image, chunk);
 		uint64_t stop = earlier(about->address + about->length, to);
 		uint64_t first = (from - about->address) / LR_PAGE, n = (stop - from) / LR_PAGE;
 		uint16_t pages = records_pages(space, backing, about) ? (uint16_t)(((1u << n) - 1) << first) : ALL_PAGES;
@@ -333,7 +333,7 @@ static struct chunk_stream *choose_stream(struct space *space, uint64_t asked, u
 static void fill_ahead(struct space *space, struct backing *backing, const struct interval *interval, uint64_t chunk, bool single,
 		       bool fresh, struct job *job) {
 	const struct image *image = &space->pager->image;
-	const struct lr_chunk *about = &image->chunks[chunk];
+	const struct lr_chunk *about = image_chunk(image, chunk);
 	uint64_t asked = interval->image + (job->at - interval->start), end = interval->image + (job->end - interval->start);
 	uint64_t limit = interval->image + (interval->end - interval->start);
 	struct chunk_stream *stream = single ? choose_stream(space, asked, PAGES_AHEAD_MAX)
@@ -387,7 +387,7 @@ static enum verdict serve_page(struct space *space, uint64_t address, struct fav
 	if (place.hole)
 		return serve_zero(space, job, favour);
 	job.what = INSTALL_CONTINUE;
-	const struct lr_chunk *chunk = &image->chunks[place.chunk];
+	const struct lr_chunk *chunk = image_chunk(image, place.chunk);
 	uint32_t page = (uint32_t)((wanted - chunk->address) / LR_PAGE);
 	bool single = records_pages(space, backing, chunk), fresh = !backing_has(backing, place.chunk, ALL_PAGES);
 	bool there = single ? backing_bring_page(backing, image, place.chunk, page, &space->unpacker)

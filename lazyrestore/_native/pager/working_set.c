@@ -88,7 +88,7 @@ static uint16_t written_pages(int pagemap, const struct lr_chunk *chunk) {
 static void keep(struct working_set *set) {
 	for (uint32_t i = 0; set->pagemap >= 0 && i < set->n; i++) {
 		struct lr_touched *touched = &set->chunks[i];
-		touched->written |= written_pages(set->pagemap, &set->image->chunks[touched->chunk]);
+		touched->written |= written_pages(set->pagemap, image_chunk(set->image, touched->chunk));
 		if (touched->pages != ALL_PAGES)
 			touched->pages |= touched->written;
 	}
