@@ -175,7 +175,7 @@ class Connecting:
             raise self._ended_at_once(error) from error
 
     def close(self) -> None:
-        """Let go of what was not handed out. An interrupt may come as each call returns, and this be called once more."""
+        """Let go of what was not handed out. Called once more if an interrupt comes as one of these calls returns."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
