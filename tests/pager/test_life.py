@@ -53,7 +53,7 @@ def test_one_that_does_not_answer_is_passed_over(make_image: Callable[..., Image
 
 
 def test_an_interrupt_as_the_template_is_closed(image: Image, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It comes as the call returns (Ctrl-C in a restore); what is closed then is not closed again, as another's may be."""
+    """It comes as the call returns (Ctrl-C in a restore); what is closed by then is not closed again."""
     before = open_fds(os.getpid())
     connecting = launch.begin(image, runtime_dir=runtime, linger_ms=0)
     close = os.close
