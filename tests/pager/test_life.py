@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import until
+from helpers import open_descriptors, until
 from helpers_pager import CHUNK, Image, Victim, await_end
 
 from lazyrestore.errors import PagerError
@@ -54,7 +54,7 @@ def test_one_that_does_not_answer_is_passed_over(make_image: Callable[..., Image
 
 def test_an_interrupt_as_the_template_is_closed(image: Image, runtime: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It comes as the call returns (Ctrl-C in a restore); what is closed by then is not closed again."""
-    before = open_fds(os.getpid())
+    before = open_descriptors()
     connecting = launch.begin(image, runtime_dir=runtime, linger_ms=0)
     close = os.close
 
@@ -67,7 +67,7 @@ def test_an_interrupt_as_the_template_is_closed(image: Image, runtime: Path, mon
         connecting.close()
     monkeypatch.undo()
     connecting.close()
-    assert open_fds(os.getpid()) == before
+    assert open_descriptors() == before
     until(lambda: not sockets(runtime), "the end of the pager")
 
 
