@@ -9,6 +9,7 @@
  * is needed: either an event comes or the toucher got through without. After a failure the range is unregistered, which
  * wakes the toucher, and events are still read until it is done; closing is not relied on. fork() is tried elsewhere
  * (features_process.c): with EVENT_FORK in this process, every thread's fork would wait for us.
+ * What was moved or unmapped may be another thread's memory by the next instruction: `gone` keeps our hands off it.
  * Cost. A thread per attempt.
  */
 #define _GNU_SOURCE
@@ -30,7 +31,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, PAGES = 4, PATTERN = 0xa5 };
+enum { PAGE = 4096, PAGES = 4, PATTERN = 0xa5, RANGES = 3 };
 
 /* A failed call: its name goes to *step, its errno is the value. */
 #define FAILED(name) (*step = (name), errno)
@@ -107,11 +108,29 @@ struct lazy {
 	size_t length; /* bytes of file, alias, clone and elsewhere */
 	int file, uffd, done, pipe[2];
 	uint8_t *alias, *clone, *elsewhere;
+	_Atomic(uint8_t *) gone; /* the page of clone that the toucher gives up, from before the call; NULL if none */
 	unsigned events; /* 1 << event number - UFFD_EVENT_PAGEFAULT, for each that came */
 	uint8_t seen;    /* what the toucher read */
 	int error;       /* the toucher's */
 	const char *step;
 };
+
+/* What may be registered and is still ours; returns how many ranges. */
+static size_t lazy_registered(const struct lazy *lazy, struct uffdio_range ranges[RANGES])
+{
+	uintptr_t clone = (uintptr_t)lazy->clone, gone = (uintptr_t)lazy->gone, end = clone + lazy->length;
+	size_t count = 0;
+
+	if (lazy->elsewhere)
+		ranges[count++] = (struct uffdio_range){(uintptr_t)lazy->elsewhere, lazy->length};
+	if (clone && gone > clone)
+		ranges[count++] = (struct uffdio_range){clone, gone - clone};
+	if (clone && gone)
+		clone = gone + lazy->page;
+	if (clone)
+		ranges[count++] = (struct uffdio_range){clone, end - clone};
+	return count;
+}
 
 static void lazy_deinit(struct lazy *lazy)
 {
@@ -122,11 +141,13 @@ static void lazy_deinit(struct lazy *lazy)
 			close(descriptors[i]);
 	if (lazy->uffd >= 0)
 		close(lazy->uffd);
-	uint8_t *mappings[] = {lazy->alias, lazy->clone, lazy->elsewhere};
+	struct uffdio_range ranges[RANGES];
+	size_t count = lazy_registered(lazy, ranges);
 
-	for (size_t i = 0; i < sizeof mappings / sizeof *mappings; i++)
-		if (mappings[i])
-			munmap(mappings[i], lazy->length);
+	for (size_t i = 0; i < count; i++)
+		munmap((void *)(uintptr_t)ranges[i].start, ranges[i].len);
+	if (lazy->alias)
+		munmap(lazy->alias, lazy->length);
 }
 
 static int lazy_map(struct lazy *lazy, int flags, int fd, uint8_t **result, const char **step)
@@ -215,12 +236,20 @@ static int toucher_act(struct lazy *lazy, const char **step)
 		lazy->seen = read_byte(filled);
 		return 0;
 	case LR_LAZY_REMAP:
-		if (mremap(filled, lazy->page, lazy->page, MREMAP_MAYMOVE | MREMAP_FIXED, lazy->elsewhere) == MAP_FAILED)
+		lazy->gone = filled;
+		if (mremap(filled, lazy->page, lazy->page, MREMAP_MAYMOVE | MREMAP_FIXED, lazy->elsewhere) == MAP_FAILED) {
+			lazy->gone = NULL;
 			return FAILED("mremap");
+		}
 		lazy->seen = read_byte(lazy->elsewhere);
 		return 0;
 	case LR_LAZY_UNMAP:
-		return munmap(hole, lazy->page) ? FAILED("munmap") : 0;
+		lazy->gone = hole;
+		if (munmap(hole, lazy->page)) {
+			lazy->gone = NULL;
+			return FAILED("munmap");
+		}
+		return 0;
 	case LR_LAZY_POISON:
 		if (write(lazy->pipe[1], hole, 1) == 1)
 			return SURPRISE("a poisoned page was readable");
@@ -270,7 +299,7 @@ static int lazy_event(struct lazy *lazy, const char **step)
 static int lazy_serve(struct lazy *lazy, const char **step)
 {
 	struct pollfd polled[] = {{.fd = lazy->uffd, .events = POLLIN}, {.fd = lazy->done, .events = POLLIN}};
-	struct uffdio_range range = {(uintptr_t)lazy->clone, lazy->length};
+	struct uffdio_range ranges[RANGES];
 	int first = 0;
 
 	while (!polled[1].revents) {
@@ -282,9 +311,8 @@ static int lazy_serve(struct lazy *lazy, const char **step)
 			error = lazy_event(lazy, step);
 		if (error && !first) {
 			first = error;
-			ioctl(lazy->uffd, UFFDIO_UNREGISTER, &range);
-			range.start = (uintptr_t)lazy->elsewhere;
-			ioctl(lazy->uffd, UFFDIO_UNREGISTER, &range);
+			for (size_t i = lazy_registered(lazy, ranges); i--;)
+				ioctl(lazy->uffd, UFFDIO_UNREGISTER, &ranges[i]);
 		}
 	}
 	return first;

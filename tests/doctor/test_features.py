@@ -139,6 +139,24 @@ def test_all_at_once_in_many_threads_and_nothing_is_left() -> None:
     assert (ran.returncode, ran.stderr) == (0, "")
 
 
+MAPPING_AT_ONCE = """
+from concurrent.futures import ThreadPoolExecutor
+from lazyrestore.kernel import features
+
+names = ["uffd-missing-shmem", "uffd-minor-shmem", "uffd-event-remove", "uffd-event-remap", "uffd-event-unmap"]
+with ThreadPoolExecutor(4) as pool:
+    for feature in pool.map(features.try_one, names * 4000):
+        assert feature.ok, feature
+"""
+
+
+@pytest.mark.requires("userfaultfd", "uffd-event-remap", "uffd-event-unmap")
+def test_what_a_probe_unmapped_belongs_to_other_threads() -> None:
+    """A probe that unmaps what it gave up takes away what another thread has mapped there by then."""
+    ran = subprocess.run([sys.executable, "-c", MAPPING_AT_ONCE], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stderr) == (0, "")
+
+
 def test_vdso_as_its_elf_header_says() -> None:
     start, end = features_process.vdso_range()
     with open("/proc/self/mem", "rb", buffering=0) as memory:
