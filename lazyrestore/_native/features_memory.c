@@ -31,7 +31,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-enum { PAGE = 4096, PAGES = 4, PATTERN = 0xa5, RANGES = 3 };
+enum { PAGE = 4096, PAGES = 4, PATTERN = 0xa5, RANGES = 2 };
 
 /* A failed call: its name goes to *step, its errno is the value. */
 #define FAILED(name) (*step = (name), errno)
@@ -108,7 +108,7 @@ struct lazy {
 	size_t length; /* bytes of file, alias, clone and elsewhere */
 	int file, uffd, done, pipe[2];
 	uint8_t *alias, *clone, *elsewhere;
-	_Atomic(uint8_t *) gone; /* the page of clone that the toucher gives up, from before the call; NULL if none */
+	_Atomic size_t gone; /* bytes at the start of clone that the toucher gives up, from before the call */
 	unsigned events; /* 1 << event number - UFFD_EVENT_PAGEFAULT, for each that came */
 	uint8_t seen;    /* what the toucher read */
 	int error;       /* the toucher's */
@@ -118,17 +118,12 @@ struct lazy {
 /* What may be registered and is still ours; returns how many ranges. */
 static size_t lazy_registered(const struct lazy *lazy, struct uffdio_range ranges[RANGES])
 {
-	uintptr_t clone = (uintptr_t)lazy->clone, gone = (uintptr_t)lazy->gone, end = clone + lazy->length;
-	size_t count = 0;
+	size_t gone = lazy->gone, count = 0;
 
 	if (lazy->elsewhere)
 		ranges[count++] = (struct uffdio_range){(uintptr_t)lazy->elsewhere, lazy->length};
-	if (clone && gone > clone)
-		ranges[count++] = (struct uffdio_range){clone, gone - clone};
-	if (clone && gone)
-		clone = gone + lazy->page;
-	if (clone)
-		ranges[count++] = (struct uffdio_range){clone, end - clone};
+	if (lazy->clone)
+		ranges[count++] = (struct uffdio_range){(uintptr_t)lazy->clone + gone, lazy->length - gone};
 	return count;
 }
 
@@ -236,20 +231,12 @@ static int toucher_act(struct lazy *lazy, const char **step)
 		lazy->seen = read_byte(filled);
 		return 0;
 	case LR_LAZY_REMAP:
-		lazy->gone = filled;
-		if (mremap(filled, lazy->page, lazy->page, MREMAP_MAYMOVE | MREMAP_FIXED, lazy->elsewhere) == MAP_FAILED) {
-			lazy->gone = NULL;
+		if (mremap(filled, lazy->page, lazy->page, MREMAP_MAYMOVE | MREMAP_FIXED, lazy->elsewhere) == MAP_FAILED)
 			return FAILED("mremap");
-		}
 		lazy->seen = read_byte(lazy->elsewhere);
 		return 0;
 	case LR_LAZY_UNMAP:
-		lazy->gone = hole;
-		if (munmap(hole, lazy->page)) {
-			lazy->gone = NULL;
-			return FAILED("munmap");
-		}
-		return 0;
+		return munmap(filled, lazy->page) ? FAILED("munmap") : 0;
 	case LR_LAZY_POISON:
 		if (write(lazy->pipe[1], hole, 1) == 1)
 			return SURPRISE("a poisoned page was readable");
@@ -264,7 +251,11 @@ static void *toucher(void *argument)
 {
 	struct lazy *lazy = argument;
 
+	if (lazy->action == LR_LAZY_REMAP || lazy->action == LR_LAZY_UNMAP)
+		lazy->gone = lazy->page;
 	lazy->error = toucher_act(lazy, &lazy->step);
+	if (lazy->error)
+		lazy->gone = 0;
 	eventfd_write(lazy->done, 1);
 	return NULL;
 }
