@@ -24,7 +24,7 @@ def entry() -> None:
     """Run the command line and end the process with its exit status."""
     try:
         _run()
-    except KeyboardInterrupt as error:  # before there was a command to end
+    except (KeyboardInterrupt, OSError, MemoryError) as error:  # where there was no command to end
         from lazyrestore.commands import failed
 
         os._exit(failed(error, debug=False))

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyrestore.commands import complain, default_store, failed, unwritable
+from lazyrestore.commands import Misunderstood, complain, default_store, failed, unwritable
+from lazyrestore.errors import LazyrestoreError
 
 if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
@@ -82,7 +86,22 @@ STORE_HERE = click.Option(
 )
 
 
-class LazyGroup(click.Group):
+class Command(click.Command):
+    """A command whose words are read with errors that know where they happened."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            error.ctx = error.ctx or ctx
+            raise
+        except BrokenPipeError:
+            raise
+        except OSError as error:  # --help and --version print from here
+            raise unwritable(error) from error
+
+
+class LazyGroup(Command, click.Group):
     """A group whose commands are imported when they are needed, and whose errors end in one line and an exit status."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -114,28 +133,53 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(HELP.items()))
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args and not ctx.resilient_parsing:
+            with suppress(OSError):
+                complain(ctx.get_help())
+            ctx.exit(Misunderstood.exit_status)
+        return super().parse_args(ctx, args)
+
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
         # click would import shutil, with four compression modules, to ask for the width when it prints help.
         extra.setdefault("terminal_width", help_width())
-        try:
+        with _one_line(None):
             return super().make_context(info_name, args, parent, **extra)
-        except OSError as error:  # --help and --version print from here
-            if isinstance(error, BrokenPipeError):
-                raise  # click ends quietly
-            complain(f"lazyrestore: {unwritable(error)}")
-            raise click.exceptions.Exit(1) from None
 
     def invoke(self, ctx: click.Context) -> object:
-        from lazyrestore.errors import LazyrestoreError
-
-        try:
+        with _one_line(ctx):
             return super().invoke(ctx)
-        except (LazyrestoreError, OSError, MemoryError, KeyboardInterrupt) as error:
-            if isinstance(error, BrokenPipeError):
-                raise  # click ends quietly
-            ctx.exit(failed(error, debug=bool(ctx.params.get("debug"))))
+
+
+@contextmanager
+def _one_line(ctx: click.Context | None) -> Iterator[None]:
+    """Whatever goes wrong ends the command with one line and an exit status, wrong words too: click has four lines."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # click ends quietly
+    except (click.UsageError, LazyrestoreError, OSError, MemoryError, KeyboardInterrupt) as error:
+        ours = _misunderstood(error) if isinstance(error, click.UsageError) else error
+        raise click.exceptions.Exit(failed(ours, debug=bool(ctx and ctx.params.get("debug")))) from None
+
+
+def _misunderstood(error: click.UsageError) -> Misunderstood:
+    """click's sentences as one, with what it says in lines of their own: which command, and where its help is."""
+    text = error.format_message()
+    if isinstance(error, click.MissingParameter):  # which lists choices in lines
+        text = " ".join(text.split()).replace(". Choose from: ", ": one of ")
+    reason, guess, near = re.sub(r"\. \(?(Did you mean .*\?)\)?$", r"\0\1", text).partition("\0")
+    ctx = error.ctx
+    command = (ctx.info_name or "") if ctx and ctx.parent else ""
+    advice = f"{_lower(near)} " if guess else ""
+    advice += f"see `{ctx.command_path if ctx else 'lazyrestore'} --help`"
+    return Misunderstood(command, "", _lower(reason.rstrip(".")), advice)
+
+
+def _lower(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:]
 
 
 def help_width() -> int:
@@ -152,7 +196,7 @@ def help_width() -> int:
     return max(min(columns or 80, 80) - 2, 50)
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=LazyGroup, no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--store",
     metavar="DIR",

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import click
 
+from lazyrestore.cli import Command, main
 from lazyrestore.commands import say
 
 
-@click.command("completion")
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.command("completion", cls=Command)
+@click.argument("shell", metavar="SHELL", type=click.Choice(["bash", "zsh", "fish"]))
 def completion_command(shell: str) -> None:
-    """Print the completion script for SHELL.
+    """Print the completion script for SHELL: bash, zsh or fish.
 
     \b
     eval "$(lazyrestore completion bash)"
     lazyrestore completion fish > ~/.config/fish/completions/lazyrestore.fish
     """
     from click.shell_completion import get_completion_class
-
-    from lazyrestore.cli import main
 
     completion = get_completion_class(shell)
     assert completion is not None

@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from lazyrestore.cli import Command
 from lazyrestore.commands import say
 from lazyrestore.errors import MissingFeature
 from lazyrestore.kernel.features import Feature, Result, try_all, usable
@@ -64,7 +65,7 @@ def print_table(features: list[Feature]) -> None:
         console.print("you are not root: `sudo lazyrestore doctor` tells what works for root", soft_wrap=True)
 
 
-@click.command("doctor")
+@click.command("doctor", cls=Command)
 @click.option("--json", "json_output", is_flag=True, help="Print JSON.")
 def doctor_command(json_output: bool) -> None:
     """Try every kernel feature and privilege that matters; exit status 0 only if snapshot and restore will work."""

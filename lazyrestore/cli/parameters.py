@@ -6,12 +6,13 @@ import os
 
 import click
 
+from lazyrestore import cli
 from lazyrestore.stand_ins import bring
 
 LARGEST_PID = (1 << 31) - 1  # a C int
 
 
-class Command(click.Command):
+class Command(cli.Command):
     """A command that needs msgspec when it runs, though not to show its help."""
 
     def invoke(self, ctx: click.Context) -> object:

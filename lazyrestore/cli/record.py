@@ -13,6 +13,7 @@ import click
 from lazyrestore.cli.parameters import Command, complete_name
 from lazyrestore.commands import complain, end_like_ctrl_c, say, to_json
 from lazyrestore.commands.words import size
+from lazyrestore.errors import LazyrestoreError
 
 if TYPE_CHECKING:
     from lazyrestore.api import RestoredProcess, Snapshot
@@ -121,7 +122,7 @@ def _place(snapshot: Snapshot, address: str) -> tuple[str, int] | str:
 
 
 def _ask(process: RestoredProcess, place: tuple[str, int] | str, request: bytes) -> None:
-    """Until the first byte of an answer. Raises ClickException if the process ends first, or stays silent."""
+    """Until the first byte of an answer. Raises LazyrestoreError if the process ends first, or stays silent."""
     address = place if isinstance(place, str) else f"{place[0]} port {place[1]}"
     deadline = time.monotonic() + ANSWER_SECONDS
     while True:
@@ -135,9 +136,10 @@ def _ask(process: RestoredProcess, place: tuple[str, int] | str, request: bytes)
         except OSError as error:
             reason = str(error)
         if process.poll() is not None:
-            raise click.ClickException(f"the process ended with {process.returncode} before it answered at {address}")
+            reason = f"the process ended with {process.returncode} before it answered at {address}"
+            raise _not_recorded(process, reason)
         if time.monotonic() > deadline:
-            raise click.ClickException(f"no answer at {address} within {ANSWER_SECONDS:.0f} s: {reason}")
+            raise _not_recorded(process, f"no answer at {address} within {ANSWER_SECONDS:.0f} s: {reason}")
         time.sleep(0.001)
 
 
@@ -151,11 +153,15 @@ def _connected(place: tuple[str, int] | str) -> socket.socket:
 
 
 def _await_ready(ready: ReadySocket, process: RestoredProcess) -> None:
-    """Until READY=1. Raises RestoreError if the process ends first, ClickException if it stays silent."""
+    """Until READY=1. Raises RestoreError if the process ends first, LazyrestoreError if it stays silent."""
     try:
         ready.wait(process.poll, ANSWER_SECONDS)
     except TimeoutError:
-        raise click.ClickException(f"no READY=1 within {ANSWER_SECONDS:.0f} s") from None
+        raise _not_recorded(process, f"no READY=1 within {ANSWER_SECONDS:.0f} s") from None
+
+
+def _not_recorded(process: RestoredProcess, reason: str) -> LazyrestoreError:
+    return LazyrestoreError(f"snapshot {process.name}", "record", reason, "the working set is as it was")
 
 
 def _await_quiet(snapshot: Snapshot, process: RestoredProcess) -> None:

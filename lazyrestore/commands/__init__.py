@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sys
@@ -14,6 +15,12 @@ OF_LIMITS = {
     errno.ENOMEM: "free some memory, or raise the limit on it: ulimit -v unlimited",
 }
 INTERRUPTED = 130  # the exit status, 128 + SIGINT
+
+
+class Misunderstood(LazyrestoreError):
+    """The words of a command cannot be understood; nothing was done."""
+
+    exit_status = 2
 
 
 def default_store() -> str:
@@ -89,7 +96,8 @@ def failed(error: BaseException, *, debug: bool) -> int:
     else:
         raise error
     if not isinstance(error, BrokenPipeError):
-        complain(f"lazyrestore: {text}")
+        with contextlib.suppress(OSError):  # who cannot be told has the exit status
+            complain(f"lazyrestore: {text}")
     return status
 
 

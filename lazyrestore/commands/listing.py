@@ -48,21 +48,25 @@ def ls(store: str, json_output: bool) -> None:
 
 
 def rm(store: str, names: tuple[str, ...], json_output: bool) -> None:
-    """Remove them: all, or none if one of them does not exist."""
+    """Remove them: all, or none if one of them does not exist. What was removed is told at the end, however that comes:
+    that it cannot be told is no reason to leave the rest."""
     from lazyrestore.store import ImageStore
 
-    fields = []
+    fields: list[dict[str, Any]] = []
+    lines = []
     with ImageStore.open(store, create=False) as images:
         names = tuple(dict.fromkeys(names))
         images.find(names)
-        for name in names:
-            freed = images.rm(name)
-            fields.append({"name": name, "freed_bytes": freed.stored_bytes, "still_in_use": freed.still_pinned})
-            if not json_output:  # at once: the next may fail
+        try:
+            for name in names:
+                freed = images.rm(name)
+                fields.append({"name": name, "freed_bytes": freed.stored_bytes, "still_in_use": freed.still_pinned})
                 later = ", the rest once its processes have ended" if freed.still_pinned else ""
-                say(f"{name}: removed, {size(freed.stored_bytes)} freed{later}", f"snapshot {name} is removed")
-    if json_output:
-        say(to_json(fields), f"{counted(len(fields), 'snapshot')} removed")
+                lines.append(f"{name}: removed, {size(freed.stored_bytes)} freed{later}")
+        finally:
+            if fields:
+                done = f"{counted(len(fields), 'snapshot')} removed"
+                say(to_json(fields) if json_output else "\n".join(lines), done)
 
 
 def verify(store: str, name: str | None, json_output: bool) -> int:
