@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from lazyrestore import memory_files, spawn, stored_plan
-from lazyrestore._native import _core
 from lazyrestore.errors import MissingFeature, PidTaken, RestoreError
+from lazyrestore.mapped_files import FilesHere, OpenFiles
 from lazyrestore.new_process import NewProcess, Piece
 from lazyrestore.pager.client import PagerClient, PagerGone
 from lazyrestore.resources import addresses
 from lazyrestore.restore_checks import check_host, check_huge_pages, check_pid_free
 from lazyrestore.restore_options import AS_IT_WAS, Options
-from lazyrestore.restore_plan import SIGNATURE, UNKNOWN, OpenedPath, RestorePlan, signature_of
+from lazyrestore.restore_plan import OpenedPath, RestorePlan
 from lazyrestore.store import HUGE_CHUNK, StoredImage
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from lazyrestore.own_pages import Run
     from lazyrestore.pid_namespace import Namespace
     from lazyrestore.program import Program
-
-lib, ffi = _core.lib, _core.ffi
 
 LAST_STREAM = 2
 ROOM = 16  # descriptors that may be opened while a plan is made for numbers above all others
@@ -94,10 +92,10 @@ class Prepared(msgspec.Struct):
     manifest: Callable[[], Manifest]
     image: StoredImage
     plans: dict[object, Ready]  # Options.shape → one that can be used again
+    files: FilesHere
     own_pages: tuple[bytes, tuple[Run, ...]] = (b"", ())  # a working set, and where the process wrote in it
     pieces: list[Piece] = msgspec.field(default_factory=list)  # what contents() gave, if it is less than AHEAD
     huge_pages: int = 0  # of 2 MiB, with content
-    signatures: bytes = b""  # of the mapped files, as they were when they were last found to be unchanged
 
 
 class Checked(msgspec.Struct, frozen=True):
@@ -105,6 +103,7 @@ class Checked(msgspec.Struct, frozen=True):
 
     prepared: Prepared
     ready: Ready
+    files: OpenFiles | None  # to be handed over, if that is the plan
     options: Options
     own_pages: tuple[Run, ...]
     phases: _Phases
@@ -133,7 +132,7 @@ def prepare(
     stored: the snapshot's own plan and what it is for, if the manifest is its own, too.
     """
     check_host(name, stored[1].host if stored else manifest().host)
-    prepared = Prepared(name, manifest, image, {})
+    prepared = Prepared(name, manifest, image, {}, FilesHere(lambda: manifest().files))
     if stored:
         settings, plan = stored
         prepared.plans[AS_IT_WAS.shape] = Ready(plan, (settings, ()))
@@ -157,21 +156,26 @@ def check_given(manifest: Manifest, given: Mapping[int, int]) -> None:
     listeners.check_given(manifest.descriptors, given)
 
 
-def plan_for(prepared: Prepared, options: Options, own_pages: tuple[Run, ...] = (), above: int = 0) -> Ready:
+def plan_for(
+    prepared: Prepared, options: Options, own_pages: tuple[Run, ...] = (), above: int = 0, *, open_files: bool = True
+) -> Ready:
     """The stored plan or that of the last time, if it can be used again.
 
-    Handed-over descriptors get numbers higher than `above`.
+    Handed-over descriptors get numbers higher than `above`. open_files: they may be those of mapped files, too.
     """
     ready = prepared.plans.get(options.shape)
     now = stored_plan.settings(), own_pages
-    if ready is None or ready.made_for != now or above >= ready.plan.compiled.layout.program:
-        from lazyrestore.restore_program import make_plan
+    if ready and ready.made_for == now:
+        layout = ready.plan.compiled.layout
+        if above < layout.program and (open_files or not layout.files):
+            return ready
+    from lazyrestore.restore_program import make_plan
 
-        ready = Ready(make_plan(prepared.manifest(), options, own_pages, above + 1), now)
-        if ready.plan.reusable:
-            if len(prepared.plans) >= PLANS:
-                prepared.plans.pop(next(iter(tuple(prepared.plans))), None)
-            prepared.plans[options.shape] = ready
+    ready = Ready(make_plan(prepared.manifest(), options, own_pages, above + 1, open_files=open_files), now)
+    if ready.plan.reusable:
+        if len(prepared.plans) >= PLANS:
+            prepared.plans.pop(next(iter(tuple(prepared.plans))), None)
+        prepared.plans[options.shape] = ready
     return ready
 
 
@@ -194,18 +198,23 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"")
         from lazyrestore.own_pages import own_pages_of
 
         prepared.own_pages = filled, (own_pages := own_pages_of(prepared.manifest(), prepared.image, filled))
-    ready = plan_for(prepared, options, own_pages)
+    ready = plan_for(prepared, options, own_pages, open_files=prepared.files.opens)
     plan = ready.plan
     phases.done("compile")
     if not options.new_pid:
         check_pid_free(plan.pid)
     if plan.files.with_content:
-        _check_mapped(prepared, plan)
+        prepared.files.check(plan.files)
+    files = None
+    if plan.compiled.layout.files:
+        files = prepared.files.opened(plan.files, plan.compiled.layout.files)
+        if files is None:
+            plan = (ready := plan_for(prepared, options, own_pages, open_files=False)).plan
     _check_opened(prepared, plan)
     for address in plan.addresses:
         addresses.make_free(address)
     phases.done("check")
-    return Checked(prepared, ready, options, own_pages, phases)
+    return Checked(prepared, ready, files, options, own_pages, phases)
 
 
 def run(
@@ -233,17 +242,20 @@ def run(
         mapped = os.fstat(template)
         streams = [stream if _is_stream(stream) else _nothing(owned) for stream in streams]
         inherited = dict(options.inherited)
-        others = [template, hugetlb or 0, spawn.executable(), *shared.values(), *streams, *inherited.values()]
+        opened = checked.files.descriptors if checked.files else {}
+        others = [template, hugetlb or 0, spawn.executable()]
+        others += [*shared.values(), *streams, *inherited.values(), *opened.values()]
         while (
             highest := max(ready.program, *others)
         ) >= ready.plan.compiled.layout.program:  # a caller with many descriptors
-            ready = plan_for(prepared, options, checked.own_pages, highest + ROOM)
+            ready = plan_for(prepared, options, checked.own_pages, highest + ROOM, open_files=bool(opened))
         plan = ready.plan
         layout = plan.compiled.layout
         pairs = [(ready.program, layout.program), (template, layout.template)]
         pairs += [(shared[k], layout.shared[k]) for k in shared]
         pairs += [(streams[k], layout.streams[k]) for k in range(3)]
         pairs += [(inherited[k], layout.inherited[k]) for k in inherited]
+        pairs += [(opened[k], layout.files[k]) for k in layout.files]
         # Where there is none, something else: the program takes the number for taken.
         pairs.append((template if hugetlb is None else hugetlb, layout.hugetlb))
         namespace = None
@@ -263,7 +275,7 @@ def run(
             process.start()  # it maps its memory meanwhile
             process.set_attributes()
             if not plan.files.with_content:
-                _check_mapped(prepared, plan)
+                prepared.files.check(plan.files)
             contents = process.contents()
             ahead = prepared.pieces or _take(contents, AHEAD)
             first = [piece for piece in ahead if not piece[0].zeros]  # where the pager has nothing to do
@@ -313,28 +325,6 @@ def run(
 # -- pieces of one restore ---------------------------------------------------------------------------------------------
 
 
-def _check_mapped(prepared: Prepared, plan: RestorePlan) -> None:
-    """FileChanged if the process maps other files than it did, or finds none. Makes those again that it can.
-
-    If there are none of these, it is done while the process maps them: it has not run yet, and stops where one is gone.
-    """
-    files = plan.files
-    signatures = prepared.signatures or files.signatures
-    number = -1
-    while True:
-        seen = ffi.from_buffer("struct lr_signature *", signatures)
-        number = lib.lr_changed_file(files.paths, seen, number + 1, files.count)
-        if number == files.count:
-            break
-        from lazyrestore.resources import vma
-
-        identity = prepared.manifest().files[number]
-        now = _signature(identity.path)  # before it is looked at: what changes meanwhile is looked at again
-        vma.check_file(identity)
-        start = number * SIGNATURE.size
-        prepared.signatures = signatures = signatures[:start] + now + signatures[start + SIGNATURE.size :]
-
-
 def _check_opened(prepared: Prepared, plan: RestorePlan) -> None:
     """FileChanged if what it is to open or to enter is not there, or of another kind.
 
@@ -348,13 +338,6 @@ def _check_opened(prepared: Prepared, plan: RestorePlan) -> None:
         from lazyrestore.resources import descriptors
 
         descriptors.check_files(prepared.manifest().descriptors)
-
-
-def _signature(path: str) -> bytes:
-    try:
-        return SIGNATURE.pack(*signature_of(os.stat(path)))
-    except OSError:
-        return UNKNOWN
 
 
 def _is_as_opened(wanted: OpenedPath) -> bool:

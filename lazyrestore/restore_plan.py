@@ -55,10 +55,11 @@ class Layout(msgspec.Struct, frozen=True):
     shared: dict[int, int]
     streams: dict[int, int]
     inherited: dict[int, int]  # number of a listening socket → that of the caller's socket
+    files: dict[int, int]  # number of a mapped file that is handed over open → its descriptor
 
     @property
     def end(self) -> int:
-        others = (*self.shared.values(), *self.streams.values(), *self.inherited.values())
+        others = (*self.shared.values(), *self.streams.values(), *self.inherited.values(), *self.files.values())
         return max(self.program, self.hugetlb, *others) + 1
 
 

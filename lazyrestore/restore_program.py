@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import resource
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -38,6 +39,8 @@ from lazyrestore.restore_plan import (
 TASK_END = 0x7FFF_FFFF_F000  # the end of user space with four-level page tables
 FIRST_HIGH = 1000  # handed-over descriptors start here, or lower if the limit is low, or above the snapshot's highest
 ROOM_ABOVE = 16  # numbers above the handed-over ones, for descriptors that are moved out of the way
+MOST_FILES = 128  # that are handed over open, or
+SHARE = 8  # of the limit of descriptors, one part of so many
 
 
 def compile_for(
@@ -57,10 +60,12 @@ def make_plan(
     options: Options = AS_IT_WAS,
     runs: Sequence[tuple[int, int]] = (),
     minimum: int = 0,
+    *,
+    open_files: bool = True,
 ) -> RestorePlan:
     """All that a restore with these options by the calling process needs; handed-over descriptors get numbers from
-    `minimum` on. Raises RestoreError if a kind refuses."""
-    layout = layout_for(manifest, minimum, options.inherited_numbers)
+    `minimum` on. open_files: hand over mapped files, too. Raises RestoreError if a kind refuses."""
+    layout = layout_for(manifest, minimum, options.inherited_numbers, open_files=open_files)
     _, compiled = compile_for(manifest, options, runs, layout)
     about, table = manifest.attributes, manifest.descriptors
     return RestorePlan(
@@ -107,18 +112,28 @@ def _ranges(manifest: Manifest) -> Iterator[Range]:
             yield Range(v.start, v.end, image, BACKING_SHARED + v.shared_object)
 
 
-def layout_for(manifest: Manifest, minimum: int = 0, inherited: Sequence[int] = ()) -> Layout:
+def layout_for(
+    manifest: Manifest, minimum: int = 0, inherited: Sequence[int] = (), *, open_files: bool = True
+) -> Layout:
     """Where handed-over descriptors go: above the snapshot's own numbers and not below `minimum`."""
     highest = max((descriptor.number for descriptor in manifest.descriptors.descriptors), default=0)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    fits = (
-        FIRST_HIGH if hard == resource.RLIM_INFINITY else hard - 6 - len(manifest.shared) - len(inherited) - ROOM_ABOVE
-    )
+    if hard == resource.RLIM_INFINITY:
+        hard = sys.maxsize
+    files = vma.read_only_files(manifest.vmas, manifest.files)[: min(MOST_FILES, hard // SHARE)] if open_files else []
+    count = 6 + len(manifest.shared) + len(inherited) + len(files)
+    fits = hard - count - ROOM_ABOVE
     base = max(min(FIRST_HIGH, fits), highest + 1, minimum)
-    shared = {number: base + 6 + number for number in range(len(manifest.shared))}
-    streams = {stream: base + 3 + stream for stream in range(3)}
-    first = base + 6 + len(shared)
-    return Layout(base, base + 1, base + 2, shared, streams, {number: first + k for k, number in enumerate(inherited)})
+    numbers = iter(range(base + 3, base + count))
+    return Layout(
+        base,
+        base + 1,
+        base + 2,
+        streams={stream: next(numbers) for stream in range(3)},
+        shared={number: next(numbers) for number in range(len(manifest.shared))},
+        inherited={number: next(numbers) for number in inherited},
+        files={number: next(numbers) for number in files},
+    )
 
 
 def compile_program(
@@ -163,10 +178,8 @@ def compile_program(
         for name, start, length in manifest.host.vdso:
             ops.call_expecting(start, lib.SYS_mremap, at, length, length, moves, start, note=name)
             at += length
-    writable = {v.file for v in manifest.vmas if v.kind == "file" and v.shared and v.protection & lib.PROT_WRITE}
-    vma.restore(
-        manifest.vmas, manifest.files, writable, program, ops, fds, layout.template, layout.hugetlb, layout.shared
-    )
+    handed = vma.Handed(layout.template, layout.hugetlb, layout.shared, layout.files)
+    vma.restore(manifest.vmas, manifest.files, program, ops, fds, handed)
     attributes.restore_memory(manifest.attributes, program, ops, fds)
     context = RestoreContext(
         layout.streams, _shared_lookup(manifest, layout), manifest.attributes.cwd, layout.inherited

@@ -32,6 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "restore_options": set(),
     "stand_ins": set(),
     "restore_checks": {"kernel", "_native"},
+    "mapped_files": {"resources", "_native"},
     "restore_program": {
         "manifest",
         "restore_options",
@@ -49,6 +50,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "new_process": {"spawn", "program", "store", "kernel", "_native"},
     "own_pages": {"manifest", "program", "store", "kernel"},
     "restore": {
+        "mapped_files",
         "memory_files",
         "new_process",
         "own_pages",

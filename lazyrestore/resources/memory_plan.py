@@ -27,6 +27,7 @@ from lazyrestore.resources.vma import (
     GUARD,
     LARGE_FILE_MAPPING,
     LOCKED,
+    MAY_WRITE,
     PAGE,
     FileIdentity,
     Kind,
@@ -218,7 +219,7 @@ class Planner:
     def _file(self, m: Mapping) -> Vma:
         index = self._file_index(m.path)
         if m.shared:
-            if m.write and not self.plan.files[index].shared:
+            if MAY_WRITE in m.flags and not self.plan.files[index].shared:
                 self.plan.files[index] = shared_identity(self.plan.files[index])
             return self._make(m, "file", file=index)
         written = self._pages(m.start, m.end, lib.LR_PAGES_OWN)

@@ -270,6 +270,7 @@ ADVICE = {  # VmFlags of smaps (Documentation/filesystems/proc.rst) → madvise
     "rr": lib.MADV_RANDOM,
 }
 LOCKED = "lo"
+MAY_WRITE = "mw"  # of a shared mapping: its file was opened for writing
 GUARD = "guard"  # ours, not smaps': all of it is guard pages (MADV_GUARD_INSTALL)
 _ADVISED = frozenset((*ADVICE, LOCKED, GUARD))
 
@@ -280,20 +281,37 @@ _SHARED = lib.MAP_FIXED_NOREPLACE | lib.MAP_SHARED
 _LAZY = _PRIVATE | lib.MAP_NORESERVE
 
 
+class Handed(msgspec.Struct, frozen=True):
+    """Descriptor numbers in the new process: of the templates, the tree's memory files, and files that are open."""
+
+    template: int
+    hugetlb: int
+    shared: dict[int, int]
+    files: dict[int, int]
+
+
+def read_only_files(vmas: Iterable[Vma], files: list[FileIdentity]) -> list[int]:
+    """The numbers of the files that any process may have open, whoever wants to write or run them."""
+    writable = _writable(vmas)
+    return [number for number in range(len(files)) if number not in writable]
+
+
+def _writable(vmas: Iterable[Vma]) -> set[int]:
+    """The files that can be written through a mapping, be it only after an mprotect."""
+    return {v.file for v in vmas if v.kind == "file" and v.shared and MAY_WRITE in v.flags}
+
+
 def restore(
     vmas: list[Vma],
     files: list[FileIdentity],
-    writable: set[int],
     program: Program,
     ops: OpList,
     fds: Descriptors,
-    template: int,
-    hugetlb: int,
-    shared: dict[int, int],
+    handed: Handed,
 ) -> None:
-    """Append the mapping of all VMAs but the kernel's. `template`, `hugetlb` and `shared[object]` are descriptor
-    numbers in the new process; `writable` the files that must be opened for writing."""
-    opened: dict[int, int] = {}
+    """Append the mapping of all VMAs but the kernel's."""
+    writable = _writable(vmas)
+    opened = dict(handed.files)
     last_use = {vma.file: vma for vma in vmas}
     with ops.serving(""):
         for run in _runs(vmas):
@@ -301,7 +319,7 @@ def restore(
             kind, start, size = vma.kind, vma.start, last.end - vma.start
             ops.resource = vma
             if kind == "lazy":
-                fd, offset, flags = template, start, _LAZY
+                fd, offset, flags = handed.template, start, _LAZY
             elif kind == "file":
                 if vma.file not in opened:
                     mode = os.O_RDWR if vma.file in writable else os.O_RDONLY
@@ -311,9 +329,9 @@ def restore(
             elif kind == "kernel":
                 continue
             elif kind == "hugetlb":
-                fd, offset, flags = hugetlb, start, _LAZY
+                fd, offset, flags = handed.hugetlb, start, _LAZY
             elif kind == "shared":
-                fd, offset, flags = shared[vma.shared_object], vma.offset, _SHARED if vma.shared else _PRIVATE
+                fd, offset, flags = handed.shared[vma.shared_object], vma.offset, _SHARED if vma.shared else _PRIVATE
             else:
                 fd, offset, flags = -1, 0, _PRIVATE | lib.MAP_ANONYMOUS
                 if vma.grows_down:
@@ -327,7 +345,7 @@ def restore(
                 _protect(run, ops)
             if not _ADVISED.isdisjoint(vma.flags):
                 _advise(vma, ops)
-            if kind == "file" and last_use[vma.file] is last:
+            if kind == "file" and last_use[vma.file] is last and vma.file not in handed.files:
                 fds.close(opened.pop(vma.file))
 
 

@@ -95,9 +95,9 @@ def test_what_runs_once_is_compiled_once(
     compiled = []
     make_plan = restore_program.make_plan
 
-    def counted(*arguments: Any) -> Any:
+    def counted(*arguments: Any, **more: Any) -> Any:
         compiled.append(arguments)
-        return make_plan(*arguments)
+        return make_plan(*arguments, **more)
 
     monkeypatch.setattr(restore_program, "make_plan", counted)
     for number in range(2):
