@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 
-from lazyrestore.errors import NotAStore
+from lazyrestore.errors import NotAStore, StoreError
 from lazyrestore.store import locks
 from lazyrestore.store.environment import NAME_ANOTHER, Environment
 
+OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 OWN_FILES = {"data.mdb", "lock.mdb", "writer.lock", "pins"}
 
 _registry: dict[tuple[int, int], Environment] = {}  # by device and inode of the data file
@@ -40,8 +42,9 @@ os.register_at_fork(after_in_child=_after_fork)
 def acquire(directory: str, *, create: bool) -> Environment:
     """The environment in `directory`, opened if this process has not; release() it when done.
 
-    With `create`, a directory that is missing or empty becomes a store. Raises NotAStore, StoreVersionError,
-    StoreReadOnly, StoreFull, ChunkInvalid (truncated).
+    With `create`, a directory that is missing or empty becomes a store. One that is there keeps its mode: the files are
+    private anyhow. Raises NotAStore, StoreVersionError, StoreReadOnly, StoreFull, ChunkInvalid (truncated), and
+    StoreError if others may write to the directory.
     """
     with _registry_lock:
         fresh = _prepare(directory, create)
@@ -77,12 +80,15 @@ def _prepare(directory: str, create: bool) -> bool:
         raise locks.not_allowed(directory, directory, create=create) from error
     except OSError as error:
         raise locks.os_error(resource, "open", error) from error
-    if "data.mdb" in files:
-        return False
-    if not create or files - OWN_FILES:
+    fresh = "data.mdb" not in files
+    if fresh and (not create or files - OWN_FILES):
         reason = "a directory with other files in it" if files else "an empty directory"
         raise NotAStore(resource, "open", reason, NAME_ANOTHER)
-    return True
+    mode = os.stat(directory).st_mode
+    if mode & OTHERS_WRITE:  # they could put another data.mdb there, and what is in it runs
+        advice = f"take that right from them (chmod go-w {directory}), or name a directory in it, which is made private"
+        raise StoreError(resource, "open", f"others may exchange its files (mode {mode & 0o7777:04o})", advice)
+    return fresh
 
 
 def release(environment: Environment) -> None:

@@ -276,6 +276,35 @@ def test_a_new_store_is_private(tmp_path: Path) -> None:
         assert file.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize("mode", [0o755, 0o711, 0o500])
+def test_a_directory_of_the_users_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    """What is in it is private anyhow."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine").chmod(mode)
+    ImageStore.open(tmp_path / "mine").close()
+    assert (tmp_path / "mine").stat().st_mode & 0o7777 == mode
+    assert {each.stat().st_mode & 0o7777 for each in (tmp_path / "mine").iterdir()} == {0o600}
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o1777, 0o702])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_directory_that_others_may_write_to_is_refused(tmp_path: Path, mode: int, fresh: bool) -> None:
+    """As ssh refuses its own: who can exchange data.mdb says what is restored."""
+    store = tmp_path / "shared"
+    store.mkdir()
+    if not fresh:
+        ImageStore.open(store).close()
+    store.chmod(mode)
+    before = snapshot_of(store)
+    with pytest.raises(StoreError, match=rf"shared: open: others .* \(mode {mode:04o}\).*chmod go-w {store}"):
+        ImageStore.open(store, create=fresh)
+    assert snapshot_of(store) == before
+    ImageStore.open(store / "inside").close()
+    store.chmod(mode & ~0o022)
+    if not fresh:
+        ImageStore.open(store, create=False).close()
+
+
 def test_a_newer_version(path: Path) -> None:
     newer = msgspec.msgpack.encode({"magic": "lazyrestore", "version": 3, "something": ["new"]})
     alter(path, format.IDENTITY, lambda _: newer)
