@@ -284,6 +284,36 @@ static void locked_growth(unsigned char *m)
 	}
 }
 
+/* The same in children, each a fork of the one before, which goes on when its own is done. */
+static void locked_growth_in_children(unsigned char *m, int children)
+{
+	int ends[2], status = -1;
+	char text[PAGE];
+	pid_t child;
+	ssize_t n;
+
+	open_pipe(ends);
+	child = fork();
+	if (!child) {
+		out = fdopen(ends[1], "w");
+		if (children > 1)
+			locked_growth_in_children(m, children - 1);
+		locked_growth(m);
+		fclose(out);
+		_exit(0);
+	}
+	say(waitpid(child, &status, 0) == child);
+	say(status);
+	n = read(ends[0], text, sizeof text);
+	fwrite(text, 1, n > 0 ? (size_t)n : 0, out);
+	shut(ends);
+}
+
+static void locked_growth_forked(unsigned char *m)
+{
+	locked_growth_in_children(m, 2);
+}
+
 static void locked_all(unsigned char *m)
 {
 	void *later;
@@ -408,7 +438,8 @@ static const struct { const char *name; void (*run)(unsigned char *); } cases[] 
 	CASE(file_write), CASE(file_read), CASE(direct_write), CASE(direct_read), CASE(file_writev), CASE(file_readv),
 	CASE(names), CASE(pipe_writev), CASE(pipe_readv), CASE(socket_send_receive), CASE(vmsplice_in), CASE(vmsplice_out),
 	CASE(splice_tee), CASE(waiting), CASE(vm_copy), CASE(exec_arguments), CASE(spawned), CASE(shared_vm), CASE(sealed), CASE(futexes), CASE(stacks), CASE(times),
-	CASE(mempolicy), CASE(move_pages_query), CASE(locked), CASE(locked_growth), CASE(dont_fork), CASE(wipe_on_fork), CASE(collapse),
+	CASE(mempolicy), CASE(move_pages_query), CASE(locked), CASE(locked_growth),
+	CASE(locked_growth_forked), CASE(dont_fork), CASE(wipe_on_fork), CASE(collapse),
 	CASE(process_advice), CASE(stack_to_limit), { "outside", NULL }, { "outside_vm", NULL }, { "debugger", NULL },
 	{ "core", NULL }, CASE(locked_all_on_fault), CASE(locked_all), /* which bring everything, last */
 };

@@ -21,14 +21,13 @@ void forked_begin(struct space *parent, struct space *child) {
 		child->pid_namespace = fcntl(parent->pid_namespace, F_DUPFD_CLOEXEC, 0);
 }
 
-/* The pager's number of a thread that has this one in the child's PID namespace; at most 0: there is none, or nobody tells. */
-static int32_t translated(const struct space *space, int32_t thread) {
+int32_t forked_thread(const struct space *space, const struct fault *fault) {
 	struct stat own, its;
 	if (space->pid_namespace < 0 || fstat(space->pid_namespace, &its) || stat("/proc/self/ns/pid", &own))
 		return -1;
 	if (own.st_dev == its.st_dev && own.st_ino == its.st_ino)
-		return thread;
-	return ioctl(space->pid_namespace, NS_GET_PID_FROM_PIDNS, thread);
+		return fault->thread;
+	return ioctl(space->pid_namespace, NS_GET_PID_FROM_PIDNS, fault->thread);
 }
 
 /* Does the thread sleep where it was in user mode? */
@@ -51,6 +50,10 @@ static int32_t status_of(int32_t pid, const char *format) {
 		sscanf(line, format, &value);
 	fclose(file);
 	return value;
+}
+
+int32_t forked_process(int32_t thread) {
+	return status_of(thread, "Tgid: %d");
 }
 
 static bool share_memory(int32_t one, int32_t other) {
@@ -78,10 +81,10 @@ struct forked_look forked_look(struct space *space, const struct fault *fault) {
 	if (!forked_sought(space))
 		return look;
 	space->looks++;
-	int32_t thread = translated(space, fault->thread);
+	int32_t thread = forked_thread(space, fault);
 	if (thread <= 0 || !waits_for_a_page(thread))
 		return look;
-	int32_t pid = status_of(thread, "Tgid: %d");
+	int32_t pid = forked_process(thread);
 	for (int32_t parent; pid > 0 && (parent = status_of(pid, "PPid: %d")) > 0 && share_memory(pid, parent);)
 		pid = parent; /* which forked itself: a vfork's parent waits */
 	if (pid <= 0)

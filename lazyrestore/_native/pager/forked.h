@@ -19,6 +19,12 @@ struct forked_look {
 /* Tells a child how to find itself, when a fork event of its parent was read. */
 void forked_begin(struct space *parent, struct space *child);
 
+/* The pager's number of the thread that told a fault of a child; at most 0: there is none, or nobody tells. */
+int32_t forked_thread(const struct space *space, const struct fault *fault);
+
+/* The pid of a thread's process, which may be the thread itself; 0: it is gone. */
+int32_t forked_process(int32_t thread);
+
 /* A child that may still be found: until then it gets single pages, since nobody can ask where its guard pages are. */
 bool forked_sought(const struct space *space);
 

@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "growth.h"
 
+#include "forked.h"
 #include "log.h"
 #include "proc.h"
 #include "space.h"
@@ -71,7 +72,7 @@ static void help(struct space *space, const struct growth *growth) {
 	}
 }
 
-void growth_bring(struct space *space) {
+static void bring_all(struct space *space) {
 	struct proc_tasks tasks;
 	struct proc_task task;
 	struct growth growth;
@@ -80,4 +81,31 @@ void growth_bring(struct space *space) {
 			if (space->faults[i].thread == proc_own_number(space, task.thread) &&
 			    find(space, &task, space->faults[i].address, &growth))
 				help(space, &growth);
+}
+
+static void set_process(struct space *space, int32_t pid, int pidfd) {
+	SCOPED_LOCK(&space->pager->lock); /* a visitor may be looking at it */
+	space->pid = pid;
+	space->pidfd = pidfd;
+}
+
+/* In a forked child, which is the process of the thread for as long as this takes. */
+static void bring_in_child(struct space *space, int32_t thread) {
+	int32_t pid = thread > 0 ? forked_process(thread) : 0;
+	scoped_fd pidfd = pid > 0 ? (int)syscall(SYS_pidfd_open, pid, 0) : -1;
+	if (pidfd < 0)
+		return;
+	set_process(space, pid, pidfd);
+	bring_all(space);
+	set_process(space, 0, -1);
+	scoped_close(&space->maps);
+	scoped_close(&space->task);
+	space->maps = space->task = -1;
+}
+
+void growth_bring(struct space *space) {
+	if (!space->generation)
+		bring_all(space);
+	for (uint32_t i = space->first_fault; space->generation && i < space->n_faults; i++)
+		bring_in_child(space, forked_thread(space, &space->faults[i]));
 }
