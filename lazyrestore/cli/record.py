@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lazyrestore.cli.parameters import Command, complete_name
-from lazyrestore.commands import complain, end_like_ctrl_c, say, to_json
+from lazyrestore.commands import complain, end_like_ctrl_c, say, tell_of_waiting, to_json
 from lazyrestore.commands.words import size
 from lazyrestore.errors import LazyrestoreError
 
@@ -73,6 +73,7 @@ def record_command(
     if address is not None and address.isdecimal() and not 0 < int(address) < 65536:
         raise click.BadParameter(f"{address} is no TCP port", param_hint="--until-port")
     end_like_ctrl_c()
+    tell_of_waiting()
     with Store.open(store, create=False) as opened, opened.get(name) as snapshot, contextlib.ExitStack() as owned:
         new_pid = pid_choice == "new"
         ready = owned.enter_context(snapshot.listen_for_ready(new_pid=new_pid)) if until_ready else None

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import click
 
 from lazyrestore.cli.parameters import Command, ProcessId
-from lazyrestore.commands import say, to_json
+from lazyrestore.commands import say, tell_of_waiting, to_json
 from lazyrestore.commands.words import size
 
 
@@ -38,6 +38,7 @@ def snapshot_command(
 
     if tree:
         raise click.UsageError("--tree is not available yet: a process with children is refused.")
+    tell_of_waiting()
     with Store.open(store) as opened, _progress(name) as report:
         snapshot = opened.snapshot(
             pid, name=name, kill=kill, replace=replace, level=level, progress=report, committing=_ignore_interrupts

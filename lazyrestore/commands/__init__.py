@@ -58,6 +58,13 @@ def complain(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def tell_of_waiting() -> None:
+    """Say so once, on standard error, if another process's lock of the store is waited for."""
+    from lazyrestore.store import waiting
+
+    waiting.tell(lambda text: complain(f"lazyrestore: {text}"))
+
+
 def to_json(value: object) -> str:
     """One line of JSON, as json.dumps() has it. Importing its module takes longer than most answers."""
     if isinstance(value, dict):

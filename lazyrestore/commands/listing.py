@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from lazyrestore.commands import complain, nothing_stored, say, to_json
+from lazyrestore.commands import complain, nothing_stored, say, tell_of_waiting, to_json
 from lazyrestore.commands.words import columns, counted, size
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def rm(store: str, names: tuple[str, ...], json_output: bool) -> None:
     that it cannot be told is no reason to leave the rest."""
     from lazyrestore.store import ImageStore
 
+    tell_of_waiting()
     fields: list[dict[str, Any]] = []
     lines = []
     with ImageStore.open(store, create=False) as images:

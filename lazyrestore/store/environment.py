@@ -237,7 +237,7 @@ class Environment:
         self.check_writable()
         while True:
             try:
-                with self._translated("write"), self._counted(), self._env.begin(write=True, buffers=True) as txn:
+                with self._writing(), self._env.begin(write=True, buffers=True) as txn:
                     result = operation(txn)
                     self._make_room(room // self.page + 1)
                 return result
@@ -262,7 +262,7 @@ class Environment:
 
     def alone(self, operation: Callable[[], None]) -> None:
         """Run `operation`, which writes no record, while no process can write one."""
-        with self._translated("write"), self._counted():
+        with self._writing():
             txn = self._env.begin(write=True)
             try:
                 operation()
@@ -371,6 +371,11 @@ class Environment:
         raise StoreError(self.resource, "locate a value", "the data file's mapping is not in /proc/self/maps")
 
     # -- helpers -------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        with self._translated("write"), locks.transaction(self.directory), self._counted():
+            yield
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:

@@ -12,7 +12,9 @@ Choice. `writer.lock` is flock()ed by whoever writes packs or frees them. Who wr
 and tells its PID: while that byte is not locked, the flock() is held for a moment only. In `pins`, byte number
 (snapshot id) is locked shared by each user of that snapshot, and exclusively by the one who frees it, until the
 transaction that does so is over; what is in the byte tells the last user, if that is a pager, that the snapshot
-was removed, so that the pager has it freed. Names may be removed without the writer lock: that frees nothing.
+was removed, so that the pager has it freed. Names may be removed without the writer lock: that frees nothing. Whoever
+begins a write transaction locks the second byte of `writer.lock` first: to wait for LMDB's own mutex nothing can end,
+Ctrl-C neither.
 Cost. A pin must be taken first and the snapshot looked up again afterwards.
 """
 
@@ -23,21 +25,28 @@ import errno
 import fcntl
 import os
 import struct
+from collections.abc import Iterator
 from types import TracebackType
 
 from lazyrestore.errors import StoreBusy, StoreError, StoreFull, StoreReadOnly
+from lazyrestore.store import waiting
 
 FLOCK = struct.Struct("hhqqi4x")  # struct flock: type, whence, start, length, pid; native alignment
 
 _WRITES = 0  # the byte of writer.lock that who writes has locked
+_TRANSACTION = 1  # and the one that who has a write transaction has locked
+_FLOCK, _OFD = "FLOCK", "OFDLCK .* WRITE .* {0} {0}$"  # as /proc/PID/fdinfo has them
 
 _held: set[WriterLock] = set()
+_transactions: set[int] = set()  # descriptors
 
 
 def _forget_in_child() -> None:
     # The child shares the description, so it would keep the lock beyond the parent's death; closing unlocks nothing.
     for lock in list(_held):
         lock.forget()
+    while _transactions:
+        os.close(_transactions.pop())
 
 
 os.register_at_fork(after_in_child=_forget_in_child)
@@ -93,40 +102,49 @@ class WriterLock:
     """
 
     def __init__(self, directory: str, *, wait: bool = False, brief: bool = False) -> None:
-        resource = f"store {directory}"
+        self._resource = f"store {directory}"
         self._fd = -1
         try:
-            self._fd = os.open(os.path.join(directory, "writer.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = _open_writer_lock(directory)
             if brief:
                 self._take_briefly(wait)
             else:
-                fcntl.fcntl(self._fd, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, _byte(fcntl.F_WRLCK, _WRITES))
-                fcntl.flock(self._fd, fcntl.LOCK_EX)
+                _lock_byte(self._resource, self._fd, _WRITES, wait=wait)
+                self._flock()
                 with contextlib.suppress(OSError):  # the PID is for the error message
                     os.ftruncate(self._fd, 0)
                     os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
         except BlockingIOError as error:
             pid = os.pread(self._fd, 20, 0).decode(errors="replace").strip()
-            self.close()
+            self.forget()
             raise StoreBusy(
-                resource,
+                self._resource,
                 "lock",
                 f"process {pid} is writing to it" if pid.isdigit() else "another process is writing to it",
                 "wait until it is done",
                 errno=errno.EWOULDBLOCK,
             ) from error
-        except OSError as error:
-            self.close()
-            raise os_error(resource, "lock", error) from error
+        except BaseException as error:
+            self.forget()
+            if isinstance(error, OSError):
+                raise os_error(self._resource, "lock", error) from error
+            raise
         _held.add(self)
 
     def _take_briefly(self, wait: bool) -> None:
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            if _is_locked(self._fd, _WRITES):
+            if not wait and _is_locked(self._fd, _WRITES):
                 raise
-            fcntl.flock(self._fd, fcntl.LOCK_EX)
+            self._flock()
+
+    def _flock(self) -> None:
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with waiting.patience(self._resource, self._fd, _FLOCK):
+                fcntl.flock(self._fd, fcntl.LOCK_EX)
 
     def close(self) -> None:
         """Release the lock, also for forked children; harmless when it is released already."""
@@ -151,6 +169,34 @@ class WriterLock:
         self.close()
 
 
+@contextlib.contextmanager
+def transaction(directory: str) -> Iterator[None]:
+    """One write transaction at a time, of all threads and processes. Raises OSError."""
+    descriptor = _open_writer_lock(directory)
+    _transactions.add(descriptor)
+    try:
+        _lock_byte(f"store {directory}", descriptor, _TRANSACTION, wait=True)
+        yield
+    finally:
+        _transactions.discard(descriptor)
+        os.close(descriptor)
+
+
+def _open_writer_lock(directory: str) -> int:
+    return os.open(os.path.join(directory, "writer.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _lock_byte(resource: str, descriptor: int, number: int, *, wait: bool) -> None:
+    """Raises BlockingIOError if another has it and `wait` is False."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _byte(fcntl.F_WRLCK, number))
+    except BlockingIOError:
+        if not wait:
+            raise
+        with waiting.patience(resource, descriptor, _OFD.format(number)):
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _byte(fcntl.F_WRLCK, number))
+
+
 def _byte(kind: int, number: int) -> bytes:
     """What fcntl() wants to be told of a lock on one byte."""
     return FLOCK.pack(kind, os.SEEK_SET, number, 1, 0)
@@ -170,9 +216,11 @@ def pin(directory: str, snapshot: int) -> int:
     descriptor = _open_pins(directory, os.O_RDONLY)
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLKW, _byte(fcntl.F_RDLCK, snapshot))
-    except OSError as error:
+    except BaseException as error:
         os.close(descriptor)
-        raise os_error(f"store {directory}", "pin", error) from error
+        if isinstance(error, OSError):
+            raise os_error(f"store {directory}", "pin", error) from error
+        raise
     return descriptor
 
 

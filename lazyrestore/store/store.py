@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from types import TracebackType
@@ -139,30 +140,42 @@ class ImageStore:
     def rm(self, name: str) -> Freed:
         """Remove the name at once, and free what only this snapshot needed: later, by its pager, if it is in use, or by
         another writer that is at work."""
-        from lazyrestore.store.garbage import Freed
+        from lazyrestore.store import garbage
 
         environment = self._environment
+        environment.check_writable()
 
         def remove(txn: Transaction) -> None:
             image.find(environment, txn, name)
             txn.delete(format.NAMES + format.check_name(name))
 
-        environment.update(remove, removes=True)
-        environment.sync()
+        self.find([name])
+        lock = None
+        with contextlib.suppress(StoreBusy):
+            lock = locks.WriterLock(
+                environment.directory, brief=True
+            )  # first: who gives up waiting has removed nothing
+        with lock or contextlib.nullcontext():
+            environment.update(remove, removes=True)
+            environment.sync()
+            if lock:
+                return self._collect()
         try:
             return self.gc()
         except StoreBusy:
-            return Freed(still_pinned=1)
+            return garbage.Freed(still_pinned=1)
 
     def gc(self, *, wait: bool = False) -> Freed:
         """Free removed snapshots that are no longer in use, and what killed writers left. wait: for a writer."""
+        self._environment.check_writable()
+        with locks.WriterLock(self._environment.directory, wait=wait, brief=True):
+            return self._collect()
+
+    def _collect(self) -> Freed:
         from lazyrestore.store import garbage
 
-        environment = self._environment
-        environment.check_writable()
-        with locks.WriterLock(environment.directory, wait=wait, brief=True):
-            environment.forget_dead_readers()
-            return garbage.collect(environment)
+        self._environment.forget_dead_readers()
+        return garbage.collect(self._environment)
 
     def verify(self, name: str | None = None) -> Report:
         """Test every chunk of one snapshot, or of all, and the store itself. Damage is in the report, not raised."""
