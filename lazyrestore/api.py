@@ -130,7 +130,7 @@ class Snapshot:
         if image.plan:
             from lazyrestore import stored_plan
 
-            self._stored = stored_plan.usable(image.plan, image.manifest)
+            self._stored = stored_plan.usable(image.plan, image.manifest_sum)
         if self._stored is None:  # else it was made of this manifest, which is what it was then
             self._manifest = self.manifest
         self._prepared: dict[object, Prepared] = {}  # by how it shall listen

@@ -104,9 +104,9 @@ def made_of(manifest: "Manifest", encoded: bytes) -> bytes:
     return _HEAD.pack(_MAGIC, zlib.crc32(packed)) + packed
 
 
-def usable(data: bytes, manifest: bytes) -> tuple[Settings, RestorePlan] | None:
-    """The stored plan, if it is what the calling process would make of that (encoded) manifest now, with its settings
-    as they are now."""
+def usable(data: bytes, manifest_sum: int) -> tuple[Settings, RestorePlan] | None:
+    """The stored plan, if it is what the calling process would make now of the (encoded) manifest with that CRC-32,
+    with its settings as they are now."""
     if len(data) < _HEAD.size or _files is None:
         return None
     magic, crc = _HEAD.unpack_from(data)
@@ -118,7 +118,7 @@ def usable(data: bytes, manifest: bytes) -> tuple[Settings, RestorePlan] | None:
     except msgspec.MsgspecError:  # another version's
         return None
     now = settings()
-    if stored.manifest != zlib.crc32(manifest) or stored.settings != now:
+    if stored.manifest != manifest_sum or stored.settings != now:
         return None
     if stored.files != _digest(_files) and stored.code != _code_digest():
         return None

@@ -47,7 +47,7 @@ def has_the_plan_of_its_manifest(snapshot: lazyrestore.Snapshot) -> None:
     from lazyrestore.restore_program import make_plan
 
     image = snapshot._image
-    stored = stored_plan.usable(image.plan, image.manifest)
+    stored = stored_plan.usable(image.plan, image.manifest_sum)
     try:
         made = make_plan(snapshot.manifest)
     except RestoreError:

@@ -147,17 +147,18 @@ def sums_of(index: bytes | bytearray | memoryview) -> bytes:
     return b"".join(zlib.crc32(index[at : at + step]).to_bytes(4, "little") for at in range(0, len(index), step))
 
 
-def sum_of(record: Record, manifest: bytes) -> int:
-    """The checksum of a manifest and of what else would show other memory if it were damaged. -1: it is."""
+def sum_of(record: Record, manifest_sum: int) -> int:
+    """The checksum of a manifest, whose own that is, and of what else would show other memory if it were damaged. -1:
+    it is."""
     try:
         places = struct.pack(f"<QBB{len(record.packs)}Q", record.chunks, record.hugetlb, record.sums, *record.packs)
     except struct.error:  # numbers that nobody writes
         return -1
-    return zlib.crc32(places, zlib.crc32(manifest))
+    return zlib.crc32(places, manifest_sum)
 
 
 def with_sum(record: Record, manifest: bytes) -> Record:
-    return msgspec.structs.replace(record, sum=sum_of(record, manifest))
+    return msgspec.structs.replace(record, sum=sum_of(record, zlib.crc32(manifest)))
 
 
 def touched_runs(pages: int, length: int) -> list[tuple[int, int]]:

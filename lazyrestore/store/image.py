@@ -14,6 +14,7 @@ used.
 import mmap
 import os
 import sys
+import zlib
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
@@ -30,20 +31,21 @@ Entry = tuple[int, int, int, int, int]  # image address, raw length, pack slot, 
 class StoredImage(msgspec.Struct, eq=False):
     """An open snapshot; close() it, or use it as a context manager.
 
-    key: names this very snapshot in this very file, on this host; snapshot: its id; data_fd: the LMDB data file, read
-    only; index_offset: bytes into it; n_chunks: 24-byte entries of the index; packs: (file offset, length in bytes) by
-    slot; pin_fd: keeps all of this valid while any copy of the descriptor is open, in whatever process; stored_bytes:
-    compressed bytes that the snapshot refers to; hugetlb: whether it has chunks for huge pages; sums: whether the index
-    is followed by checksums; directory: the store's; working_set: format.TOUCHED each, in the order of first touch;
-    empty if none was recorded; frames: format.FRAME each, of the working set's pack; frames_offset: bytes into data_fd,
-    of the first of them. That pack may be replaced by another recording in spite of the pin: checksums tell. plan: what
-    was committed beside the manifest, as opaque here; empty if nothing was.
+    key: names this very snapshot in this very file, on this host; snapshot: its id; manifest_sum: its CRC-32; data_fd:
+    the LMDB data file, read only; index_offset: bytes into it; n_chunks: 24-byte entries of the index; packs: (file
+    offset, length in bytes) by slot; pin_fd: keeps all of this valid while any copy of the descriptor is open, in
+    whatever process; stored_bytes: compressed bytes that the snapshot refers to; hugetlb: whether it has chunks for
+    huge pages; sums: whether the index is followed by checksums; directory: the store's; working_set: format.TOUCHED
+    each, in the order of first touch; empty if none was recorded; frames: format.FRAME each, of the working set's pack;
+    frames_offset: bytes into data_fd, of the first of them. That pack may be replaced by another recording in spite of
+    the pin: checksums tell. plan: what was committed beside the manifest, as opaque here; empty if nothing was.
     """
 
     name: str
     key: str
     snapshot: int
     manifest: bytes
+    manifest_sum: int
     data_fd: int
     index_offset: int
     n_chunks: int
@@ -253,17 +255,19 @@ def record_of(environment: Environment, txn: Transaction, snapshot: int) -> form
     return format.decode(data, format.Record, environment.resource)
 
 
-def manifest_of(environment: Environment, txn: Transaction, snapshot: int, record: format.Record) -> bytes:
-    """The manifest of a snapshot with this record. Raises ChunkInvalid if one of the two is not what was committed."""
+def manifest_of(environment: Environment, txn: Transaction, snapshot: int, record: format.Record) -> tuple[bytes, int]:
+    """The manifest of a snapshot with this record, and its CRC-32. Raises ChunkInvalid if manifest or record are not what
+    was committed."""
     manifest = bytes(environment.need(txn, format.key(format.MANIFESTS, snapshot)))
-    if record.sum is not None and record.sum != format.sum_of(record, manifest):
+    manifest_sum = zlib.crc32(manifest)
+    if record.sum is not None and record.sum != format.sum_of(record, manifest_sum):
         raise ChunkInvalid(
             environment.resource,
             "read a manifest",
             "it or its record is damaged: the checksum is wrong",
             "restore data.mdb from a backup, or take a new snapshot",
         )
-    return manifest
+    return manifest, manifest_sum
 
 
 def index_of(environment: Environment, txn: Transaction, snapshot: int, record: format.Record) -> memoryview:
@@ -306,7 +310,7 @@ def _frames(environment: Environment, value: memoryview, touched: int) -> tuple[
 
 def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int, data: int, pin: int) -> StoredImage:
     record = record_of(environment, txn, snapshot)
-    manifest = manifest_of(environment, txn, snapshot, record)
+    manifest, manifest_sum = manifest_of(environment, txn, snapshot, record)
     index = environment.need(txn, format.key(format.INDEXES, snapshot))
     index_of(environment, txn, snapshot, record)
     packs = []
@@ -329,6 +333,7 @@ def _locate(environment: Environment, txn: Transaction, name: str, snapshot: int
         key=key_of(environment, snapshot),
         snapshot=snapshot,
         manifest=manifest,
+        manifest_sum=manifest_sum,
         data_fd=data,
         index_offset=place,
         n_chunks=record.chunks,

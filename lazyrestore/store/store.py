@@ -106,7 +106,7 @@ class ImageStore:
         environment = self._environment
         with environment.read() as txn:
             snapshot = image.find(environment, txn, name)
-            return image.manifest_of(environment, txn, snapshot, image.record_of(environment, txn, snapshot))
+            return image.manifest_of(environment, txn, snapshot, image.record_of(environment, txn, snapshot))[0]
 
     def keep_working_set(self, name: str, snapshot: int, working_set: bytes) -> bool:
         """Store the working set (format.TOUCHED each) of the snapshot with that name and id, and its chunks in a pack.

@@ -27,7 +27,7 @@ import sys, msgspec, lazyrestore
 from lazyrestore import stored_plan
 from lazyrestore.restore_program import make_plan
 with lazyrestore.Store.open(sys.argv[1]) as store, store.get("x") as snapshot:
-    stored = stored_plan.usable(snapshot._image.plan, snapshot._image.manifest)
+    stored = stored_plan.usable(snapshot._image.plan, snapshot._image.manifest_sum)
     encode = msgspec.msgpack.encode
     print(stored is not None and encode(stored[1]) == encode(make_plan(snapshot.manifest)))
 """
@@ -121,15 +121,15 @@ def test_it_goes_with_its_snapshot(copies: Copies, start: Start) -> None:
 def test_damage(copies: Copies, start: Start) -> None:
     image = taken(start, copies)._image
     plan = image.plan
-    assert stored_plan.usable(plan, image.manifest)
+    assert stored_plan.usable(plan, image.manifest_sum)
     step = max(1, len(plan) // 500)
     for at in [*range(64), *range(64, len(plan), step), len(plan) - 1]:
         damaged = bytearray(plan)
         damaged[at] ^= 1 << at % 8
-        assert stored_plan.usable(bytes(damaged), image.manifest) is None
+        assert stored_plan.usable(bytes(damaged), image.manifest_sum) is None
     for length in (0, 1, 7, 8, 9, len(plan) // 2, len(plan) - 1):
-        assert stored_plan.usable(plan[:length], image.manifest) is None
-    assert stored_plan.usable(plan + b"\0", image.manifest) is None
+        assert stored_plan.usable(plan[:length], image.manifest_sum) is None
+    assert stored_plan.usable(plan + b"\0", image.manifest_sum) is None
 
 
 def test_a_damaged_one_is_passed_over(run: Path, copies: Copies, start: Start, made: list[object]) -> None:
@@ -145,7 +145,7 @@ def test_a_damaged_one_is_passed_over(run: Path, copies: Copies, start: Start, m
 
 def test_of_another_manifest(copies: Copies, start: Start) -> None:
     image = taken(start, copies)._image
-    assert stored_plan.usable(image.plan, image.manifest[:-1] + bytes([image.manifest[-1] ^ 1])) is None
+    assert stored_plan.usable(image.plan, image.manifest_sum ^ 1) is None
 
 
 def test_with_other_settings(run: Path, copies: Copies, start: Start, made: list[object]) -> None:
@@ -155,7 +155,7 @@ def test_with_other_settings(run: Path, copies: Copies, start: Start, made: list
     nice = os.getpriority(os.PRIO_PROCESS, 0)
     os.setpriority(os.PRIO_PROCESS, 0, nice + 3)
     try:
-        assert stored_plan.usable(snapshot._image.plan, snapshot._image.manifest) is None
+        assert stored_plan.usable(snapshot._image.plan, snapshot._image.manifest_sum) is None
         with copies.store.get("x") as opened:
             copy = copies.restore(opened)
     finally:
@@ -190,7 +190,7 @@ def test_by_other_code(copies: Copies, start: Start, monkeypatch: pytest.MonkeyP
     image = taken(start, copies)._image
 
     def usable() -> bool:
-        return stored_plan.usable(image.plan, image.manifest) is not None
+        return stored_plan.usable(image.plan, image.manifest_sum) is not None
 
     files = stored_plan._files
     assert files is not None
@@ -236,7 +236,7 @@ def test_checks_are_made_with_a_stored_one(run: Path, copies: Copies, start: Sta
     snapshot = taken(start, copies)
     made.clear()
     host = msgspec.structs.replace(snapshot.manifest.host, vdso_hash="0" * 32)
-    stored = stored_plan.usable(snapshot._image.plan, snapshot._image.manifest)
+    stored = stored_plan.usable(snapshot._image.plan, snapshot._image.manifest_sum)
     assert stored is not None
     now, plan = stored
     snapshot._stored = now, msgspec.structs.replace(plan, host=host)
@@ -256,7 +256,7 @@ def test_checks_are_made_with_a_stored_one(run: Path, copies: Copies, start: Sta
 def test_a_failing_operation_is_named(copies: Copies, start: Start) -> None:
     """A plan has no names; the manifest's program has."""
     snapshot = taken(start, copies)
-    stored = stored_plan.usable(snapshot._image.plan, snapshot._image.manifest)
+    stored = stored_plan.usable(snapshot._image.plan, snapshot._image.manifest_sum)
     assert stored is not None
     now, plan = stored
     index = next(

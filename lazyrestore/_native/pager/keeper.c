@@ -71,9 +71,9 @@ static bool maps_feed(struct maps_parser *parser, char c, const struct keeper_fi
 	return false;
 }
 
-static bool maps_ours(int proc, const char *pid, const struct keeper_files *files, uint64_t only) {
+static bool maps_ours(int proc, pid_t pid, const struct keeper_files *files, uint64_t only) {
 	char buffer[8192];
-	snprintf(buffer, sizeof buffer, "%s/maps", pid);
+	snprintf(buffer, sizeof buffer, "%d/maps", (int)pid);
 	scoped_fd fd = openat(proc, buffer, O_RDONLY | O_CLOEXEC);
 	struct maps_parser parser = {0};
 	for (;;) {
@@ -92,7 +92,7 @@ static bool kill_if_ours(int proc, const char *name, const struct keeper_files *
 	if (pid <= 0 || pid == getpid())
 		return false;
 	scoped_fd pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
-	if (pidfd < 0 || !maps_ours(proc, name, files, only))
+	if (pidfd < 0 || !maps_ours(proc, pid, files, only))
 		return false;
 	if (syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0))
 		return false;
