@@ -256,8 +256,8 @@ def record_of(environment: Environment, txn: Transaction, snapshot: int) -> form
 
 
 def manifest_of(environment: Environment, txn: Transaction, snapshot: int, record: format.Record) -> tuple[bytes, int]:
-    """The manifest of a snapshot with this record, and its CRC-32. Raises ChunkInvalid if manifest or record are not what
-    was committed."""
+    """The manifest of a snapshot with this record, and its CRC-32. Raises ChunkInvalid if one of both is not what was
+    committed."""
     manifest = bytes(environment.need(txn, format.key(format.MANIFESTS, snapshot)))
     manifest_sum = zlib.crc32(manifest)
     if record.sum is not None and record.sum != format.sum_of(record, manifest_sum):
