@@ -275,6 +275,26 @@ def test_written_pages_come_as_copies(start: Start, make_image: MakeImage, make_
     assert client.stats().faults == 5  # the rest of the chunk, once each
 
 
+def test_what_a_process_that_has_ended_had_written(
+    start: Start, make_image: MakeImage, make_victim: MakeVictim
+) -> None:
+    """Nobody could look at its memory afterwards; the last chunk that it touched was not looked at before."""
+    image = make_image()
+    client, victim = start(image), make_victim()
+    victim.clone(client, BASE, LENGTH, record=True)
+    for number, page in ((3, 1), (9, 4), (3, 7)):
+        victim.ask("poke", BASE + number * CHUNK + page * PAGE, 255)
+    victim.ask("touch", BASE + 12 * CHUNK)
+    stats_when(client, lambda stats: stats.faults == 4)
+    victim.process.kill()
+    victim.process.wait()
+    stats_when(client, lambda stats: stats.spaces_ended == 1)
+    expected = ((3, 0b1000_0010, 0b1000_0010), (9, 0b1_0000, 0b1_0000), (12, 0, 1))
+    assert client.working_set() == b"".join(
+        packed(slot_of(image, number), written=written, pages=pages) for number, written, pages in expected
+    )
+
+
 def test_moved_memory_is_not_overwritten(start: Start, make_image: MakeImage, make_victim: MakeVictim) -> None:
     """What was dropped, moved or written before the replay gets there stays as the process left it."""
     chunks = [n for n in range(32) if n % 8 not in (2, 5)]

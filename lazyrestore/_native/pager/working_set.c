@@ -54,6 +54,7 @@ uint32_t working_set_claim(struct working_set *set, int32_t pid, bool again) {
 		return 0;
 	set->n_kept = set->n;
 	set->bytes = set->bytes_kept = 0;
+	set->latest = 0;
 	set->keeps_all = again;
 	for (uint32_t i = 0; i < set->n; i++)
 		set->member[set->chunks[i].chunk] = i + 1;
@@ -85,13 +86,17 @@ static uint16_t written_pages(int pagemap, const struct lr_chunk *chunk) {
 	return written;
 }
 
-static void keep(struct working_set *set) {
-	for (uint32_t i = 0; set->pagemap >= 0 && i < set->n; i++) {
-		struct lr_touched *touched = &set->chunks[i];
+/* What its process has written of a chunk by now; nothing new if it has ended. */
+static void look(const struct working_set *set, struct lr_touched *touched) {
+	if (set->pagemap >= 0)
 		touched->written |= written_pages(set->pagemap, image_chunk(set->image, touched->chunk));
-		if (touched->pages != ALL_PAGES)
-			touched->pages |= touched->written;
-	}
+	if (touched->pages != ALL_PAGES)
+		touched->pages |= touched->written;
+}
+
+static void keep(struct working_set *set) {
+	for (uint32_t i = 0; i < set->n; i++)
+		look(set, &set->chunks[i]);
 	set->n_kept = set->n;
 	set->bytes_kept = set->bytes;
 	set->fresh = set->n;
@@ -143,6 +148,9 @@ void working_set_touch(struct working_set *set, uint32_t recording, uint64_t chu
 		end(set, false);
 		return;
 	}
+	if (set->latest)
+		look(set, &set->chunks[set->latest - 1]);
+	set->latest = set->member[chunk];
 	uint64_t before = 0;
 	if (set->n > known) {
 		touched->pages = pages;
