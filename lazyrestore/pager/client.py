@@ -24,6 +24,9 @@ BACKING_TEMPLATE = 0
 BACKING_HUGETLB = 1
 BACKING_SHARED = 2
 """Shared object number k is backing BACKING_SHARED + k."""
+ADVICE = {
+    "a keeper for the restorer's cgroup": "restore as root, or from the cgroup in which the first copy was restored"
+}
 
 
 class Range(Struct, frozen=True):
@@ -304,7 +307,8 @@ class PagerClient:
         _, error, address, step, pager, keeper, _, _ = wire.REPLY.unpack(data)
         if error:
             where = f"{self._name}, address {address:#x}" if address else self._name
-            raise PagerError(where, step.rstrip(b"\0").decode(errors="replace"), errno=error)
+            failed = step.rstrip(b"\0").decode(errors="replace")
+            raise PagerError(where, failed, advice=ADVICE.get(failed, ""), errno=error)
         return pager, keeper
 
     def _send(self, request: bytes, fds: list[int] | None = None) -> None:

@@ -5,8 +5,9 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/kcmp.h>
+#include <linux/sched.h>
 #include <poll.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
@@ -94,6 +95,9 @@ static bool kill_if_ours(int proc, const char *name, const struct keeper_files *
 	scoped_fd pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
 	if (pidfd < 0 || !maps_ours(proc, pid, files, only))
 		return false;
+	/* Another keeper: it has a copy of what the pager had mapped when it was cloned. */
+	if (!syscall(SYS_kcmp, getpid(), pid, KCMP_FILES, 0, 0))
+		return false;
 	if (syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0))
 		return false;
 	if (!wait)
@@ -124,33 +128,62 @@ unsigned keeper_kill_mappers(const struct keeper_files *files, uint64_t only) {
 	return killed;
 }
 
-/* Clients must learn of the pager's death now, though its descriptors stay open: one may be the tracer of a new process,
- * which cannot die before its tracer lets it. So must those whom the pager had not accepted yet: who starts a pager lets a process
- * map its template meanwhile. Not so who connects from now on: the next pager is to come when the keeper is gone. */
-static void end_connections(void) {
+/* Calls `visit` with each socket that this process holds. */
+static void each_socket(void (*visit)(int fd, bool listens)) {
 	scoped_fd table = open("/proc/self/fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	_Alignas(8) char buffer[16384];
 	long n;
 	while (table >= 0 && (n = syscall(SYS_getdents64, table, buffer, sizeof buffer)) > 0)
 		for (long at = 0; at < n; at += ((struct entry *)(void *)(buffer + at))->length) {
-			int fd = atoi(((struct entry *)(void *)(buffer + at))->name), listens, waiting;
-			if (getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &(socklen_t){sizeof listens}))
-				continue;
-			if (!listens)
-				shutdown(fd, SHUT_RDWR);
-			while (listens && (waiting = accept4(fd, NULL, NULL, SOCK_CLOEXEC)) >= 0)
-				shutdown(waiting, SHUT_RDWR);
+			int fd = atoi(((struct entry *)(void *)(buffer + at))->name), listens;
+			if (!getsockopt(fd, SOL_SOCKET, SO_ACCEPTCONN, &listens, &(socklen_t){sizeof listens}))
+				visit(fd, listens);
 		}
+}
+
+static void accept_waiting(int fd, bool listens) {
+	while (listens && accept4(fd, NULL, NULL, SOCK_CLOEXEC) >= 0)
+		;
+}
+
+static void end_connection(int fd, bool listens) {
+	if (!listens)
+		shutdown(fd, SHUT_RDWR);
+}
+
+/* Clients must learn of the pager's death now, though its descriptors stay open: one may be the tracer of a new process,
+ * which cannot die before its tracer lets it. So must those whom the pager had not accepted yet: who starts a pager lets a
+ * process map its template meanwhile. Not so who connects from now on, as those do who hear of it: the next pager is to
+ * come when the keeper is gone. Hence all are accepted before the first is told. */
+static void end_connections(void) {
+	each_socket(accept_waiting);
+	each_socket(end_connection);
+}
+
+/* One keeper at a time: who comes first, then, when that one has ended, the next. By pidfds, which are in the table of all:
+ * a lock would go with the table, not with its owner. */
+static void await_turn(struct keeper_files *files) {
+	int own = (int)syscall(SYS_pidfd_open, getpid(), 0), other = -1;
+	while (own >= 0 && !atomic_compare_exchange_strong(&files->acting, &other, own)) {
+		struct pollfd ended = {.fd = other, .events = POLLIN};
+		while (other >= 0 && poll(&ended, 1, -1) <= 0)
+			;
+	}
 }
 
 static _Noreturn void keep(const struct keeper *keeper) {
 	prctl(PR_SET_NAME, "lr-keeper");
+	setsid(); /* what is sent to the pager's process group is not for this one */
 	struct pollfd pager = {.fd = keeper->pager_pidfd, .events = POLLIN};
 	while (poll(&pager, 1, -1) <= 0)
 		;
+	await_turn(keeper->files);
+	if (keeper->files->settled)
+		_exit(0);
 	end_connections();
 	unsigned killed = keeper_kill_mappers(keeper->files, 0);
 	log_line("the pager died; the keeper ended %u processes", killed);
+	keeper->files->settled = true; /* first: once it is unlinked, there may be a next pager's */
 	unlink(keeper->socket_path);
 	_exit(0);
 }
@@ -163,6 +196,7 @@ struct lr_error keeper_init(struct keeper *keeper, const char *socket_path) {
 	keeper->files = mmap(NULL, sizeof *keeper->files, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	if (keeper->files == MAP_FAILED)
 		return lr_fail("mmap of the keeper's list", errno, 0);
+	keeper->files->acting = -1;
 	keeper->pager_pidfd = (int)syscall(SYS_pidfd_open, getpid(), 0);
 	return keeper->pager_pidfd < 0 ? lr_fail("pidfd_open", errno, 0) : LR_OK;
 }
@@ -171,23 +205,36 @@ struct lr_error keeper_start(struct keeper *keeper) {
 	if (keeper->pidfd >= 0)
 		close(keeper->pidfd);
 	keeper->pidfd = -1;
-	long pid = syscall(SYS_clone, CLONE_FILES | SIGCHLD, NULL, NULL, NULL, NULL);
-	if (pid < 0)
-		return lr_fail("clone of the keeper", errno, 0);
-	if (!pid)
+	return keeper_clone(keeper, &keeper->pid, &keeper->pidfd);
+}
+
+struct lr_error keeper_clone(const struct keeper *keeper, pid_t *pid, int *pidfd) {
+	int made = -1;
+	struct clone_args arguments = {
+		.flags = CLONE_FILES | CLONE_PIDFD,
+		.pidfd = (uintptr_t)&made,
+		.exit_signal = SIGCHLD,
+	};
+	long child = syscall(SYS_clone3, &arguments, sizeof arguments);
+	if (child < 0)
+		return lr_fail("clone3 of the keeper", errno, 0);
+	if (!child)
 		keep(keeper);
-	keeper->pid = (pid_t)pid;
-	keeper->pidfd = (int)syscall(SYS_pidfd_open, pid, 0);
-	return keeper->pidfd < 0 ? lr_fail("pidfd_open of the keeper", errno, 0) : LR_OK;
+	*pid = (pid_t)child;
+	*pidfd = made;
+	return LR_OK;
+}
+
+void keeper_dismiss(struct keeper *keeper) {
+	keeper->files->settled = true;
 }
 
 void keeper_deinit(struct keeper *keeper) {
-	if (keeper->pid > 0) {
+	if (keeper->pidfd >= 0) {
 		kill(keeper->pid, SIGKILL);
 		waitpid(keeper->pid, NULL, 0);
-	}
-	if (keeper->pidfd >= 0)
 		close(keeper->pidfd);
+	}
 	munmap(keeper->files, sizeof *keeper->files);
 }
 

@@ -8,10 +8,10 @@
  * whole pass finds none, since a fork may race; only then do the descriptors close. Before that it shuts the clients'
  * connections down: one may trace a new process, which does not die before its tracer has heard of it. When the keeper dies the pager
  * starts another one.
- * Cost: one sleeping process. Nobody covers both being killed in the same instant, or the second before the first
- * one's death was acted on (kill -9 of the whole session or cgroup, the kernel's OOM killer twice): untouched memory of
- * the restored processes, if they survive that, reads as zeros. A process whose maps the keeper may not read (it
- * changed its credentials, and we are not root) is not found either. */
+ * It has a session of its own, so that no signal to a process group reaches both. One cgroup.kill may: keepers.h.
+ * Cost: one sleeping process. Nobody covers all of them being killed one by one before the first one's death was acted on
+ * (killall, the kernel's OOM killer twice): untouched memory of the restored processes reads as zeros then. A process whose
+ * maps the keeper may not read (it changed its credentials, and we are not root) is not found either. */
 #pragma once
 #include "result.h"
 #include <stdatomic.h>
@@ -27,6 +27,8 @@ struct keeper_files {
 		_Atomic uint64_t device;
 	} files[KEEPER_FILES];
 	_Atomic uint32_t n; /* entries ever used */
+	_Atomic int acting;  /* a pidfd: the keeper whose turn it is; -1: nobody's */
+	_Atomic bool settled; /* nothing is left to do for a keeper */
 };
 
 struct keeper {
@@ -41,6 +43,12 @@ struct lr_error keeper_init(struct keeper *keeper, const char *socket_path);
 
 /* Clones a keeper that watches the calling process. Also for a later one, after the first died. */
 struct lr_error keeper_start(struct keeper *keeper);
+
+/* Clones one that is the caller's: *pidfd, and the child. */
+struct lr_error keeper_clone(const struct keeper *keeper, pid_t *pid, int *pidfd);
+
+/* From now on there is nothing to do for any keeper: the pager is about to leave. */
+void keeper_dismiss(struct keeper *keeper);
 
 /* Kills and reaps the keeper: only when no address space is left. */
 void keeper_deinit(struct keeper *keeper);

@@ -18,6 +18,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
 #include <sys/prctl.h>
@@ -126,12 +127,16 @@ static struct lr_error pager_init(struct pager *pager, const struct options *opt
 	struct sockaddr_un address = {0};
 	socklen_t length = sizeof address - 1;
 	pthread_mutex_init(&pager->lock, NULL);
+	pthread_mutex_init(&pager->keepers_lock, NULL);
 	pager->started_ns = now_ns();
 	pager->huge.fd = -1;
 	latency_init(&pager->latency, options->awake);
 	pager->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (pager->wake_fd < 0)
 		return lr_fail("eventfd", errno, 0);
+	pager->keepers_watch = epoll_create1(EPOLL_CLOEXEC);
+	if (pager->keepers_watch < 0)
+		return lr_fail("epoll_create1", errno, 0);
 	if (getsockname(options->fds[LISTEN], (struct sockaddr *)&address, &length))
 		return lr_fail("getsockname", errno, 0);
 	int flags = fcntl(options->fds[LISTEN], F_GETFL);
@@ -209,6 +214,7 @@ static bool may_leave(struct pager *pager, const struct options *options) {
 	accept_all(pager, options->fds[LISTEN]);
 	keep_working_set(pager);
 	if (is_idle(pager, &stopping)) {
+		keeper_dismiss(&pager->keeper);
 		unlink_socket_and_lock(pager->keeper.socket_path);
 		return true;
 	}
@@ -264,7 +270,7 @@ static void free_if_removed(const struct options *options) {
 static void serve(struct pager *pager, const struct options *options) {
 	enum { RETRY_MS = 50, LOOK_MS = 1000 };
 	uint64_t idle_since = now_ns();
-	bool was_idle = true, stopping = false;
+	bool was_idle = true, stopping = false, settled = true;
 	accept_all(pager, options->fds[LISTEN]); /* who waits for an answer comes before the working set */
 	replay_prefetch(pager);
 	for (;;) {
@@ -273,6 +279,7 @@ static void serve(struct pager *pager, const struct options *options) {
 			{.fd = pager->wake_fd, .events = POLLIN},
 			{.fd = pager->keeper.pidfd, .events = POLLIN},
 			{.fd = pager->recorder_pidfd, .events = POLLIN},
+			{.fd = pager->keepers_watch, .events = POLLIN},
 		};
 		bool idle = is_idle(pager, &stopping);
 		if (idle && !was_idle)
@@ -290,9 +297,9 @@ static void serve(struct pager *pager, const struct options *options) {
 				timeout = left < LOOK_MS ? (int)left : LOOK_MS; /* nobody says that the snapshot was removed */
 			}
 		}
-		if (pager->keeper.pidfd < 0)
+		if (!settled || pager->keeper.pidfd < 0)
 			timeout = RETRY_MS;
-		poll(fds, 4, timeout);
+		poll(fds, sizeof fds / sizeof *fds, timeout);
 		uint64_t drained;
 		if (fds[1].revents && read(pager->wake_fd, &drained, sizeof drained) < 0)
 			continue;
@@ -301,6 +308,7 @@ static void serve(struct pager *pager, const struct options *options) {
 		keep_working_set(pager);
 		if (fds[2].revents || pager->keeper.pidfd < 0)
 			restart_keeper(pager);
+		settled = keepers_settle(pager);
 	}
 }
 
@@ -324,6 +332,7 @@ int main(int argc, char **argv) {
 	}
 	if (error.code && pager.keeper.socket_path[0])
 		unlink(pager.keeper.socket_path);
+	keepers_deinit(&pager);
 	keeper_deinit(&pager.keeper);
 	if (!error.code)
 		free_if_removed(&options);

@@ -2,6 +2,7 @@
 #pragma once
 #include "backing.h"
 #include "keeper.h"
+#include "keepers.h"
 #include "latency.h"
 #include "stats.h"
 #include "working_set.h"
@@ -23,6 +24,11 @@ struct pager {
 	struct latency latency;
 	uint64_t started_ns;
 	int wake_fd; /* eventfd: the main thread should look again */
+
+	pthread_mutex_t keepers_lock; /* guards these three; before `lock` */
+	struct cgroup_keeper *keepers; /* chained: the further ones */
+	int keepers_watch; /* epoll: one of them has ended */
+	bool keepers_refused; /* it was said that there can be none */
 
 	pthread_mutex_t lock; /* guards what follows */
 	struct backing *shared; /* chained, one per memory file alive */

@@ -17,6 +17,10 @@ enum { MAX_FDS = 253 }; /* SCM_MAX_FD */
 struct connection {
 	struct pager *pager;
 	int fd;
+	pid_t peer;
+	bool located; /* once it was looked up where the peer is */
+	char *cgroup; /* owned; where its processes need a further keeper, or NULL */
+	struct cgroup_keeper *keeper; /* a reference; so that it stays from one of its processes to the next */
 	struct lr_request request;
 	int fds[MAX_FDS];
 	unsigned n_fds;
@@ -214,18 +218,43 @@ static bool send_intervals(struct connection *connection) {
 	return send_list(connection, "lazyrestore-intervals", ranges, n * sizeof *ranges);
 }
 
+/* After a HELLO, while the restorer goes on. */
+static void locate(struct connection *connection) {
+	if (!connection->located)
+		connection->cgroup = keepers_needed_in(connection->peer);
+	connection->located = true;
+}
+
+static struct lr_error attach_for(struct connection *connection) {
+	struct pager *pager = connection->pager;
+	struct cgroup_keeper *keeper = NULL;
+	locate(connection);
+	if (connection->cgroup) {
+		struct lr_error error = keepers_get(pager, connection->cgroup, &keeper);
+		if (error.code)
+			return error;
+	}
+	if (keeper && !connection->keeper) {
+		SCOPED_LOCK(&pager->lock);
+		connection->keeper = keepers_share(keeper);
+	}
+	unsigned n_fds = connection->n_fds;
+	connection->n_fds = 0;
+	return attach(pager, &connection->request, connection->fds, n_fds, keeper);
+}
+
 static bool answer(struct connection *connection) {
 	struct pager *pager = connection->pager;
 	if (connection->request.version != LR_PROTOCOL_VERSION)
 		return send_reply(connection, lr_fail("protocol version", EPROTO, connection->request.version), NULL, 0);
 	switch (connection->request.kind) {
 	case LR_HELLO:
-		return hello(connection);
-	case LR_ATTACH: {
-		struct lr_error error = attach(pager, &connection->request, connection->fds, connection->n_fds);
-		connection->n_fds = 0;
-		return send_reply(connection, error, NULL, 0);
-	}
+		if (!hello(connection))
+			return false;
+		locate(connection);
+		return true;
+	case LR_ATTACH:
+		return send_reply(connection, attach_for(connection), NULL, 0);
 	case LR_STATS:
 		return send_stats(connection);
 	case LR_WORKING_SET:
@@ -243,11 +272,12 @@ static bool answer(struct connection *connection) {
 }
 
 /* Only whoever may ptrace the processes we serve: the same user, or root. */
-static bool is_friend(int connection) {
+static bool is_friend(int connection, pid_t *pid) {
 	struct ucred peer;
 	socklen_t length = sizeof peer;
 	if (getsockopt(connection, SOL_SOCKET, SO_PEERCRED, &peer, &length))
 		return false;
+	*pid = peer.pid;
 	return peer.uid == geteuid() || peer.uid == 0;
 }
 
@@ -261,7 +291,7 @@ static void *connection_main(void *argument) {
 	struct connection *connection = argument;
 	struct pager *pager = connection->pager;
 	prctl(PR_SET_NAME, "lr-connection");
-	if (!is_friend(connection->fd))
+	if (!is_friend(connection->fd, &connection->peer))
 		log_line("a connection from another user was refused");
 	else
 		for (bool more = true; more;) {
@@ -269,10 +299,12 @@ static void *connection_main(void *argument) {
 			close_fds(connection);
 		}
 	close(connection->fd);
-	free(connection);
 	pthread_mutex_lock(&pager->lock);
+	keepers_put(pager, connection->keeper);
 	pager->n_clients--;
 	pthread_mutex_unlock(&pager->lock);
+	free(connection->cgroup);
+	free(connection);
 	pager_wake(pager);
 	return NULL;
 }

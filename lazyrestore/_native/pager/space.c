@@ -41,6 +41,7 @@ void space_free(struct space *space) {
 	pthread_mutex_lock(&space->pager->lock);
 	for (uint32_t i = 0; i < space->n_shared; i++)
 		pager_shared_put(space->pager, space->shared[i]);
+	keepers_put(space->pager, space->keeper);
 	pthread_mutex_unlock(&space->pager->lock);
 	if (space->uffd >= 0)
 		close(space->uffd);
@@ -128,6 +129,7 @@ static struct lr_error adopt_child(struct space *parent, struct space *child) {
 	if (!child->shared)
 		return lr_fail("calloc", ENOMEM, 0);
 	pthread_mutex_lock(&parent->pager->lock);
+	child->keeper = keepers_share(parent->keeper);
 	for (; child->n_shared < parent->n_shared; child->n_shared++) {
 		child->shared[child->n_shared] = parent->shared[child->n_shared];
 		child->shared[child->n_shared]->references++;
@@ -141,6 +143,7 @@ void space_orphan(struct space *parent, struct space *child, struct lr_error err
 		 (int)parent->pid, error.step, strerror(error.code));
 	if (child) {
 		child->uffd = -1;
+		child->keeper = NULL; /* not given back: it waits for good */
 		space_free(child);
 	}
 }

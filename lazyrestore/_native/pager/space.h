@@ -61,6 +61,7 @@ struct space {
 	int pid_namespace; /* owned; of its children, and a forked child's own, once they were asked for, else -1 */
 	uint32_t looks;    /* at who the child is */
 	bool poison; /* UFFDIO_POISON works */
+	struct cgroup_keeper *keeper; /* one reference, or NULL */
 	_Atomic uint32_t records; /* the recording of the working set that its faults make; 0: none */
 	bool replays; /* it gets the working set */
 	uint64_t runs_ns; /* when the process is likely to run by itself */
