@@ -29,11 +29,14 @@ struct lr_error uffd_api(int uffd, bool *poison, bool *hugetlb) {
 }
 
 struct lr_error uffd_register(int uffd, uint64_t start, uint64_t end) {
-	struct uffdio_register range = {
-		.range = {.start = start, .len = end - start},
-		.mode = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR,
-	};
-	return ioctl(uffd, UFFDIO_REGISTER, &range) ? lr_fail("UFFDIO_REGISTER", errno, start) : LR_OK;
+	const uint64_t needed = UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_MINOR;
+	struct uffdio_register range = {.range = {.start = start, .len = end - start}, .mode = needed | UFFDIO_REGISTER_MODE_WP};
+	int result = ioctl(uffd, UFFDIO_REGISTER, &range);
+	if (result && errno == EINVAL) { /* before Linux 5.19, or not built in */
+		range.mode = needed;
+		result = ioctl(uffd, UFFDIO_REGISTER, &range);
+	}
+	return result ? lr_fail("UFFDIO_REGISTER", errno, start) : LR_OK;
 }
 
 struct lr_error uffd_unregister(int uffd, uint64_t start, uint64_t end) {

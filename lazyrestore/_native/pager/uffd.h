@@ -16,7 +16,10 @@ struct uffd_result {
 /* Negotiates all events and missing and minor faults on shmem; hugetlb and poison where the kernel has them. */
 struct lr_error uffd_api(int uffd, bool *poison, bool *hugetlb);
 
-/* Any VMAs that lie in [start, end), for missing and minor faults. */
+/* Any VMAs that lie in [start, end), for missing and minor faults.
+ * For write protection, too, where the kernel has it, though nothing is ever protected: collapse_pte_mapped_thp() (mm/khugepaged.c,
+ * Linux 6.1 to 6.18; tried) leaves such VMAs alone. In others MADV_COLLAPSE maps a huge page of the file, without any fault,
+ * also over pages that were dropped and not touched since: private memory that should read zero would show its old contents. */
 struct lr_error uffd_register(int uffd, uint64_t start, uint64_t end);
 
 struct lr_error uffd_unregister(int uffd, uint64_t start, uint64_t end);
