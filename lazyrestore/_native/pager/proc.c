@@ -72,18 +72,22 @@ int proc_open(const struct space *space, const char *name, int flags) {
 	return -1;
 }
 
-bool proc_place(struct space *space, uint64_t address, struct proc_place *place) {
+bool proc_place_quickly(struct space *space, uint64_t address, struct proc_place *place) {
 	enum { COVERING_OR_NEXT = 0x10 };
 	if (space->maps < 0)
 		space->maps = proc_open(space, "maps", O_RDONLY);
-	if (space->maps < 0)
-		return false;
 	struct procmap_query_v1 query = {.size = sizeof query, .query_addr = address, .query_flags = COVERING_OR_NEXT};
-	if (ioctl(space->maps, PROCMAP_QUERY_V1, &query))
-		return errno == ENOTTY && find_in_text(space->maps, address, place);
+	if (space->maps < 0 || ioctl(space->maps, PROCMAP_QUERY_V1, &query))
+		return false;
 	*place = (struct proc_place){query.vma_start, query.vma_end, makedev(query.dev_major, query.dev_minor), query.inode,
 				    query.vma_offset};
 	return true;
+}
+
+bool proc_place(struct space *space, uint64_t address, struct proc_place *place) {
+	errno = 0;
+	return proc_place_quickly(space, address, place) ||
+	       (errno == ENOTTY && space->maps >= 0 && find_in_text(space->maps, address, place));
 }
 
 static bool open_task(struct space *space) {

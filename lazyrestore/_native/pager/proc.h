@@ -25,6 +25,9 @@ struct proc_place {
 /* The mapping, of whatever, that holds `address`, or else the next one: its inode may be 0. False: none, or nobody can be asked. */
 bool proc_place(struct space *space, uint64_t address, struct proc_place *place);
 
+/* The same, where the kernel is asked for one VMA, else false. */
+bool proc_place_quickly(struct space *space, uint64_t address, struct proc_place *place);
+
 /* The pid behind a pidfd in the pager's own PID namespace, 0 if it is in none of ours or dead. */
 int32_t pid_behind(int pidfd);
 

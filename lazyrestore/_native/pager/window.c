@@ -70,10 +70,30 @@ static struct event *find_move(struct window *window, uint64_t start, uint64_t e
 	return found;
 }
 
+/* Was the unmapping undone? Facts (mm/vma.c, Linux 6.12 to 6.18; tried): mmap(MAP_FIXED) that is refused, by RLIMIT_AS, RLIMIT_DATA or
+ * overcommit, puts back what it had unmapped, but tells of it. The VMA at the range's start stays cut there, where one that grew over
+ * what was unmapped goes on. Of several threads, one may also have moved there what once was there (MREMAP_DONTUNMAP, and back): not where none
+ * has moved anything yet. And while installs are refused the caller has done nothing since. */
+static bool is_undone(struct space *space, uint64_t start, uint64_t end) {
+	struct interval piece = {.end = start};
+	struct proc_place place;
+	do
+		if (!piece_next(&space->map, piece.end, end, &piece))
+			return false; /* nothing to lose: what no interval holds is zero, or its file */
+	while (piece.flags & INTERVAL_ZERO || piece.backing >= LR_BACKING_SHARED);
+	if (!proc_place_quickly(space, piece.start, &place) || place.start < start || place.start > piece.start)
+		return false;
+	struct origin origin = space_origin(space, piece.start);
+	return origin.known && belongs(piece, piece.start, origin) &&
+	       (space->window.in_order || (!space->window.remap_ns && uffd_changing(space->uffd)));
+}
+
 int window_unmap(struct space *space, uint64_t start, uint64_t end) {
 	struct window *window = on_event(space);
 	bool moves;
 	int32_t by = callers_of_unmap(window, start, end, &moves);
+	if (is_undone(space, start, end))
+		return 0;
 	struct event *move = moves ? find_move(window, start, end, by) : NULL;
 	if (!move)
 		return take(space, (struct event){.kind = UFFD_EVENT_UNMAP, .start = start, .end = end, .by = by});

@@ -1,0 +1,51 @@
+"""mmap(MAP_FIXED) refused for a limit puts back what it had unmapped (Linux 6.12), but tells that it was unmapped."""
+
+from __future__ import annotations
+
+import re
+import resource
+from pathlib import Path
+
+import pytest
+from helpers import Builder, Victims
+from helpers_lazy_twin import twins_in
+from helpers_twin import ADVICE, ANONYMOUS, ARENA, PAGE, SHARED
+
+import lazyrestore
+
+SPARE = 8 << 20  # what the process itself may still map
+
+
+def mapped(pid: int, limit: int) -> int:
+    """Bytes that count against a limit."""
+    name = "VmSize" if limit == resource.RLIMIT_AS else "VmData"
+    found = re.search(rf"{name}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) << 10
+
+
+@pytest.mark.parametrize("limit", [resource.RLIMIT_AS, resource.RLIMIT_DATA], ids=["as", "data"])
+def test_what_it_would_have_covered_is_still_there(
+    victims: Victims, build: Builder, store: lazyrestore.Store, run: Path, limit: int
+) -> None:
+    program = build.c("twin")
+    end = ARENA + 16384 * PAGE
+    with twins_in(
+        victims, store, run / f"refused-{limit}", lambda control: [program, control, hex(ARENA), hex(end)]
+    ) as twins:
+        for kind, first in ((ANONYMOUS, 16), (SHARED, 100), (ANONYMOUS, 200)):
+            twins.both("map", ARENA + first * PAGE, 64 * PAGE, 3, kind, 0, 0)
+            twins.both("write", ARENA + first * PAGE, 64 * PAGE, 5)
+        twins.copy = twins.snapshot().restore(record=False)
+        twins.both("read", ARENA + 200 * PAGE, PAGE)
+        twins.both("advise", ARENA + 210 * PAGE, 4 * PAGE, ADVICE["DONTNEED"])
+        before = [resource.prlimit(pid, limit) for pid in twins.pids]
+        for pid in twins.pids:
+            resource.prlimit(pid, limit, (mapped(pid, limit) + SPARE, resource.RLIM_INFINITY))
+        for first in (0, 20, 150, 205, 220):
+            assert twins.both("map", ARENA + first * PAGE, end - ARENA - first * PAGE, 3, ANONYMOUS, 0, 1) == "-1 12 0"
+        for pid, old in zip(twins.pids, before, strict=True):
+            resource.prlimit(pid, limit, old)
+        twins.both("fork", ARENA + 200 * PAGE, PAGE, 7)
+        twins.both("unmap", ARENA + 230 * PAGE, PAGE)
+        twins.both("digest")
