@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+
+import msgspec
 
 from lazyrestore.errors import ChunkInvalid, PagerError
 from lazyrestore.kernel import procfs
@@ -25,8 +26,7 @@ from lazyrestore.resources.vma import is_template
 from lazyrestore.store import ImageStore, ImageWriter, Parent
 
 
-@dataclass(frozen=True, slots=True)
-class Ancestor:
+class Ancestor(msgspec.Struct, frozen=True):
     """The snapshot, if it is in this store and sound, and the pager of a process restored from it. Close it."""
 
     parent: Parent | None

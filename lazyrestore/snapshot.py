@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import mmap
 import os
-import platform
 import struct
 import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, replace
 
 import msgspec
+from msgspec.structs import replace
 
 from lazyrestore import manifest as manifests
 from lazyrestore import origin, stored_plan
@@ -58,8 +57,7 @@ XFEATURES_AT = 464  # offset of XCR0 in the software part of the XSAVE area that
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class Taken:
+class Taken(msgspec.Struct, frozen=True):
     """What a snapshot cost: the pause in ms, the whole in seconds."""
 
     pause_ms: float
@@ -229,8 +227,7 @@ def _to_copy(pid: int, *, restored: bool) -> int:
 # -- while it is frozen ------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Capture:
+class _Capture(msgspec.Struct):
     planner: Planner
     plan: Plan
     manifest: Manifest
@@ -271,7 +268,7 @@ def _capture(
         pid=pid,
         comm=os.fsdecode(captured[0].name),
         created=time.time(),
-        host=msgspec.structs.replace(host, xfeatures=xfeatures),
+        host=replace(host, xfeatures=xfeatures),
         attributes=whole,
         signals=handlers,
         threads=captured,
@@ -302,7 +299,7 @@ def _read_unreadable(frozen: Frozen, run: Run) -> Run:
 
 
 def _commit(writer: ImageWriter, capture: _Capture, pause: float, committing: Callable[[], None] | None) -> None:
-    manifest = msgspec.structs.replace(capture.manifest, pause_ms=pause)
+    manifest = replace(capture.manifest, pause_ms=pause)
     encoded = manifests.encode(manifest)
     writer.commit(encoded, stored_plan.made_of(manifest, encoded), manifest.created, committing)
 
@@ -313,8 +310,8 @@ def _host(frozen: Frozen, mappings: list[procfs.Mapping]) -> Host:
     if vdso is None:
         raise SnapshotFailed(f"process {frozen.pid}", "capture", "it has no vdso")
     return Host(
-        kernel=platform.release(),
-        machine=platform.machine(),
+        kernel=os.uname().release,
+        machine=os.uname().machine,
         vdso=[(mapping.path, mapping.start, mapping.size) for mapping in kernel],
         vdso_hash=host.vdso_hash(frozen.read(vdso.start, vdso.size)),
         cpu_model="",

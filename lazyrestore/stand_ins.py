@@ -1,12 +1,14 @@
-"""click, msgspec and socket without what they import and the command line never uses, which is half of their time.
+"""Libraries without what they import and the command line never uses, which is half of their time.
 
-Facts: both import parts of the standard library for types and services that no command here uses, 8 ms beside 12 for
-the bare interpreter. click wants inspect (with ast, dis and tokenize) for two small functions, gettext for messages
-that nobody has translated; both want uuid, which asks platform for the name of the system, and the Python half of
-datetime, whose classes are all in `_datetime`. msgspec tries typing_extensions, and is content without. socket wants
-selectors and array for functions that nobody calls. msgspec wants decimal (with numbers) and uuid, 1.7 ms, to know
-their types when it meets them; no record has any. And it tries a typing.ForwardRef, to learn what that takes: the first
-compile() of a process, which makes the 150 types of Python's syntax, 0.8 ms.
+Facts: click, msgspec and socket import parts of the standard library for types and services that no command here uses,
+8 ms beside 12 for the bare interpreter. click wants inspect (with ast, dis and tokenize) for two small functions,
+gettext for messages that nobody has translated; both want uuid, which asks platform for the name of the system, and the
+Python half of datetime, whose classes are all in `_datetime`. msgspec tries typing_extensions, and is content without.
+socket wants selectors and array for functions that nobody calls. msgspec wants decimal (with numbers) and uuid, 1.7 ms,
+to know their types when it meets them; no record has any. And it tries a typing.ForwardRef, to learn what that takes:
+the first compile() of a process, which makes the 150 types of Python's syntax, 0.8 ms. typing wants re, 1.5 ms, for the
+names of two types, and msgspec for patterns that no record has. concurrent.futures wants logging, with traceback and
+textwrap, 3 ms, for what does not happen.
 
 Choice: while one of them is imported, stand-ins take the places of these modules. A stand-in answers what is asked at
 import; whatever else it is asked for, then or later, it takes from the real module. So a click or msgspec that wants
@@ -14,14 +16,14 @@ more works, only slower. Only decimals and UUIDs msgspec does not know then, and
 `sys.modules` is as it was: every other import gets the real one.
 
 Cost: it happens only in a process that runs the command line, and only for modules that are not imported yet. click's
-messages cannot be translated there; nobody has.
+messages cannot be translated there; nobody has. typing.Pattern and typing.Match are nobody's types there.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-import typing
+from collections.abc import Iterable
 from importlib import import_module
 from types import FunctionType, ModuleType
 
@@ -39,13 +41,24 @@ class StandIn(ModuleType):
 
 
 def bring(library: str) -> None:
-    """Import `library` (click, msgspec, socket) with stand-ins for what is not imported yet. Raises ImportError."""
-    names = [*_NAMES, *_TYPES] if library == "msgspec" else _NAMES
+    """Import `library` with stand-ins for what is not imported yet. Raises ImportError."""
+    _import("typing", ("re",))
+    if library != "msgspec":
+        _import(library, _NAMES)
+        return
+    import typing
+
+    forward = typing.ForwardRef
+    typing.ForwardRef = _Nothing  # type: ignore[misc, assignment]
+    try:
+        _import(library, (*_NAMES, *_TYPES, "re"))
+    finally:
+        typing.ForwardRef = forward  # type: ignore[misc]
+
+
+def _import(library: str, names: Iterable[str]) -> None:
     standing = {name: _made(name) for name in names if name not in sys.modules}
     sys.modules.update(standing)  # type: ignore[arg-type]  # None: it is not there
-    forward = typing.ForwardRef
-    if library == "msgspec":
-        typing.ForwardRef = _Nothing  # type: ignore[misc, assignment]
     try:
         import_module(library)
     except ImportError:  # it needs one for more than a stand-in can give
@@ -53,7 +66,6 @@ def bring(library: str) -> None:
         import_module(library)
     finally:
         _remove(standing)
-        typing.ForwardRef = forward  # type: ignore[misc]
 
 
 def _made(name: str) -> ModuleType | None:
@@ -81,6 +93,19 @@ class _Nothing:
         pass  # as a typing.ForwardRef that is tried
 
 
+class _Logger:
+    """A real one, as soon as it has something to log."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def addHandler(self, handler: object) -> None:  # logging's name
+        pass
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(import_module("logging").getLogger(self._name), name)
+
+
 def _is_function(value: object) -> bool:
     return isinstance(value, FunctionType)
 
@@ -91,6 +116,10 @@ def _untranslated(message: str) -> str:
 
 def _untranslated_number(singular: str, plural: str, number: int) -> str:
     return singular if number == 1 else plural
+
+
+def _compile(pattern: str) -> object:
+    return import_module("re").compile(pattern)
 
 
 def _system() -> str:
@@ -113,13 +142,18 @@ _ANSWERS: dict[str, dict[str, object]] = {
     "inspect": {"cleandoc": cleandoc, "isfunction": _is_function},
     "gettext": {"gettext": _untranslated, "ngettext": _untranslated_number},
     "platform": {"system": _system},
+    "logging": {"getLogger": _Logger, "StreamHandler": _Nothing},
+    "re": {"Pattern": _Nothing, "Match": _Nothing, "compile": _compile},
 }
 _TYPES: dict[str, dict[str, object]] = {
     "decimal": {"Decimal": _Nothing},
     "uuid": {"UUID": _Nothing, "SafeUUID": _Nothing},
 }
 _NAMES = (
-    *_ANSWERS,
+    "inspect",
+    "gettext",
+    "platform",
+    "logging",
     "datetime",
     "typing_extensions",
     "selectors",

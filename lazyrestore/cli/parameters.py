@@ -7,9 +7,8 @@ import os
 import click
 
 from lazyrestore import cli
+from lazyrestore.commands.words import is_process_id
 from lazyrestore.stand_ins import bring
-
-LARGEST_PID = (1 << 31) - 1  # a C int
 
 
 class Command(cli.Command):
@@ -30,7 +29,7 @@ class ProcessId(click.ParamType[int]):
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> int:
         word = str(value)
-        if not (word.isascii() and word.isdigit() and 0 < int(word) <= LARGEST_PID):
+        if not is_process_id(word):
             hint = f"; {self._hint.format(word)}" if any(letter.isalpha() for letter in word) else ""
             self.fail(f"{word!r} is not a process id{hint}", param, ctx)
         return int(word)

@@ -1,10 +1,17 @@
-"""How numbers and tables are written for people."""
+"""How numbers and tables are written for people, and how process ids are read."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from lazyrestore.errors import ESCAPED
+
+LARGEST_PID = (1 << 31) - 1  # a C int
+
+
+def is_process_id(word: str) -> bool:
+    """Whether the word can be one."""
+    return word.isascii() and word.isdigit() and 0 < int(word) <= LARGEST_PID
 
 
 def size(count: float) -> str:

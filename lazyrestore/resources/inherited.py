@@ -19,8 +19,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Protocol
+
+import msgspec
+from msgspec.structs import replace
 
 from lazyrestore._native import _core
 from lazyrestore.kernel.procfs import Mapping
@@ -62,8 +64,7 @@ class Chunks(Protocol):
         """The parts of [start, end) that lie in chunks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(msgspec.Struct, frozen=True):
     """`length` inherited bytes at `address` of the process, which the new snapshot will have at image address `image`
     and the parent has at `source`."""
 
@@ -159,8 +160,7 @@ class Origin:
         return expected and image - base == m.offset + address - m.start
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(msgspec.Struct, frozen=True):
     """pieces: to be read; references, and those to huge pages: (image address, end, image address in the parent)."""
 
     pieces: list[Piece]
@@ -183,15 +183,14 @@ def settle(pieces: Iterable[Piece], taken: Ranges, used: Ranges, chunks: Chunks)
     return settling.settled
 
 
-@dataclass(slots=True)
-class _Settling:
+class _Settling(msgspec.Struct):
     """Zones, in order, to references. alike: the zones' image addresses by distance; limit: where the last reference
     ends; last: the chunk (image address, end, distance) that it ends with, if that goes beyond its zone."""
 
     chunks: Chunks
     occupied: Ranges
     alike: dict[tuple[int, bool], Ranges]
-    settled: Settled = field(default_factory=lambda: Settled([], [], []))
+    settled: Settled = msgspec.field(default_factory=lambda: Settled([], [], []))
     limit: int = 0
     last: tuple[int, int, tuple[int, bool]] | None = None
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import errno
 import os
-from dataclasses import dataclass, field
 
+import msgspec
 from msgspec.structs import replace as replace_fields
 
 from lazyrestore._native import _core
@@ -45,8 +45,7 @@ lib, ffi = _core.lib, _core.ffi
 HUGE = 2 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
+class Run(msgspec.Struct, frozen=True):
     """`length` bytes at image address `image`.
 
     They are to be read at `address` of the process, or of `descriptor` if that is not -1.
@@ -67,15 +66,14 @@ class Run:
         return not self.protection & lib.PROT_READ
 
 
-@dataclass(slots=True)
-class Plan:
-    vmas: list[Vma] = field(default_factory=list)
-    files: list[FileIdentity] = field(default_factory=list)
-    shared: list[SharedObject] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
+class Plan(msgspec.Struct):
+    vmas: list[Vma] = []
+    files: list[FileIdentity] = []
+    shared: list[SharedObject] = []
+    runs: list[Run] = []
     # What the parent snapshot has, of ordinary and of huge pages: (image address, end, image address in the parent).
-    references: list[tuple[int, int, int]] = field(default_factory=list)
-    huge_references: list[tuple[int, int, int]] = field(default_factory=list)
+    references: list[tuple[int, int, int]] = []
+    huge_references: list[tuple[int, int, int]] = []
 
     @property
     def bytes(self) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import threading
 from collections.abc import Callable, Iterator
 
@@ -48,6 +47,8 @@ def _tell(resource: str, file: os.stat_result, lock: str) -> None:
 
 def _holder(file: os.stat_result, lock: str) -> str:
     """The process that has the lock, as far as we may look."""
+    import re  # nobody waits in most processes
+
     pattern = re.compile(rf"^lock:.*{lock}", re.MULTILINE)
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):  # it is somebody else's, or has ended

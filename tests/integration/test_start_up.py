@@ -21,7 +21,12 @@ from lazyrestore.commands import default_store, plain, to_json
 from lazyrestore.errors import NotAStore
 
 ENTRY = "from lazyrestore.__main__ import entry; entry()"  # what the console script does
-WITHOUT_CLICK = (".commands", ".commands.plain", ".errors")  # what plain words are told from others by
+WITHOUT_CLICK = (
+    ".commands",
+    ".commands.plain",
+    ".commands.words",
+    ".errors",
+)  # what plain words are told from others by
 # For people only, for writing only, or for one command only.
 RICH = {"rich", "json", "shutil", "pathlib", "subprocess", "ctypes", "importlib.metadata", "logging", "asyncio"}
 # For what click and msgspec can do and no command wants.
@@ -92,7 +97,7 @@ def test_restore_imports_nothing_of_the_snapshotter(run: Path, victims: Victims)
         store.snapshot(victim.pid, name="x", kill=True).close()
     victim.gone()
     pid = victim.pid
-    without_click = {"click", "msgspec.json"} | RESOURCES
+    without_click = {"click", "msgspec.json", "re"} | RESOURCES
     for more, unwanted in (([], without_click), (["--pid", "same"], RESOURCES), (["--pid", "new"], set())):
         modules, text = imports("--store", run / "store", "restore", "x", "--detach", *more)
         assert text == f"{pid}\n" or more == ["--pid", "new"]
@@ -101,7 +106,20 @@ def test_restore_imports_nothing_of_the_snapshotter(run: Path, victims: Victims)
         assert not modules & (RICH | REPLACED | SURVEY | WRITING | unwanted | {"dataclasses", "hashlib"})
 
 
+@pytest.mark.requires("root")
+def test_snapshot_needs_neither_click_nor_dataclasses(run: Path, victims: Victims) -> None:
+    victim = victims.start(["sleep", "1000"])
+    victim.until(lambda: Path(f"/proc/{victim.pid}/comm").read_text() == "sleep\n", "the program")
+    modules, text = imports("--store", run / "store", "snapshot", victim.pid, "--name", "x")
+    assert text.startswith("x: ")
+    assert "concurrent.futures._base" in modules
+    assert not modules & {"click", "dataclasses", "inspect", "logging", "platform", "selectors"}
+
+
 PLAIN = (
+    "snapshot 42 --name x",
+    "snapshot --name x 42 --kill --json",
+    "--store S snapshot --replace 42 --name x",
     "restore x",
     "restore --detach x",
     "restore x --detach --json",
@@ -144,6 +162,16 @@ NOT_PLAIN = (
     "doctor",
     "completion bash",
     "snapshot restore x",
+    "snapshot 42",
+    "snapshot x --name x",
+    "snapshot 0 --name x",
+    "snapshot --name 42",
+    "snapshot 42 --name",
+    "snapshot 42 x",
+    "snapshot 42 --name --kill x",
+    "snapshot 42 --name x --name y",
+    "snapshot 42 --name x --level 3",
+    "snapshot 42 --name=x",
     "restore x --det",
     "restore -x",
 )
@@ -167,10 +195,12 @@ def test_plain_words_are_read_as_click_reads_them(
             chosen = {key: value for key, value in inner.params.items() if value}
             assert (read.command, read.store) == (name, inner.obj)
             named = chosen.pop("name", None)
-            assert read.names == chosen.pop("names", (named,) if named else ())
-            flags = {"--detach": chosen.pop("detach", False), "--json": chosen.pop("json_output", False)}
+            process = chosen.pop("pid", None)
+            assert read.names == chosen.pop("names", tuple(str(each) for each in (process, named) if each))
+            flags = {f"--{flag}": chosen.pop(flag, False) for flag in ("detach", "kill", "replace")}
+            flags["--json"] = chosen.pop("json_output", False)
             assert read.flags == {flag for flag, is_given in flags.items() if is_given}
-            assert chosen in ({}, {"net": "same", "fill": "none"})  # what they are by default
+            assert chosen in ({}, {"net": "same", "fill": "none"}, {"level": 1})  # what they are by default
 
 
 @pytest.mark.parametrize("words", NOT_PLAIN)
@@ -222,11 +252,18 @@ def test_stand_ins_are_gone_afterwards_and_pass_on_what_they_lack() -> None:
     code = """
 import sys
 from lazyrestore.stand_ins import StandIn, bring
-assert not {"inspect", "gettext", "platform", "datetime", "typing_extensions"} & set(sys.modules)
-for library in ("click", "msgspec"):
+assert not {"inspect", "gettext", "platform", "datetime", "typing_extensions", "re", "logging"} & set(sys.modules)
+for library in ("msgspec", "concurrent.futures.thread", "click"):
     bring(library)
     assert not [name for name, module in sys.modules.items() if module is None or isinstance(module, StandIn)]
-import click.core, inspect, datetime, msgspec, typing
+import click.core, inspect, datetime, logging, msgspec, re, typing
+from concurrent.futures import _base
+assert not isinstance(_base.LOGGER, logging.Logger) and _base.LOGGER.isEnabledFor(logging.CRITICAL)
+try:
+    msgspec.convert("b", typing.Annotated[str, msgspec.Meta(pattern="^a$")])
+except msgspec.ValidationError as error:
+    assert "regex" in str(error)
+assert re.match("a+", "aab")[0] == "aa"
 assert isinstance(click.core.inspect, StandIn) and isinstance(msgspec.json, StandIn)
 assert click.core.inspect.signature is inspect.signature
 assert datetime.datetime is sys.modules["_datetime"].datetime
