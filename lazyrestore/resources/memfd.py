@@ -78,7 +78,7 @@ def capture(view: View) -> Memfd | None:
         page_size = block if block > os.sysconf("SC_PAGE_SIZE") else 0
         contents: tuple[Extent, ...] | None = None
         if view.identity not in view.survey.mapped():
-            held = status.st_blocks * 512  # what holes do not count in
+            held = min(status.st_blocks * 512, status.st_size)  # without holes; a huge page may go beyond the end
             if held > (0 if page_size else INLINE_LIMIT):
                 limit = f"up to {INLINE_LIMIT} would be kept"
                 raise Unsupported(f"holds {held} bytes that are not mapped; {limit}")

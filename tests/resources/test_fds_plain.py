@@ -208,6 +208,23 @@ def test_an_unmapped_memfd_keeps_contents_and_seals() -> None:
     round_trip(body, check)
 
 
+def test_an_unmapped_memfd_with_pages_beyond_its_end() -> None:
+    """As of a huge page (shmem_enabled), or by fallocate: they are no contents."""
+
+    def body() -> None:
+        keep_size = 1
+        number = os.memfd_create("small", 0)
+        os.write(number, b"contents")
+        if ctypes.CDLL(None).fallocate(number, keep_size, ctypes.c_long(0), ctypes.c_long(4 << 20)):
+            raise OSError
+        assert os.fstat(number).st_blocks * 512 == 4 << 20
+
+    def check() -> None:
+        assert os.pread(3, 100, 0) == b"contents"
+
+    round_trip(body, check)
+
+
 def test_a_mapped_memfd_is_opened_from_what_is_handed_over() -> None:
     import mmap
 
