@@ -374,6 +374,7 @@ class Snapshot:
         memory; None: no limit. All clones end with the pool. The snapshot must stay open as long. Raises
         ValueError, and RestoreError if a clone would notice that it was parked.
         """
+        from lazyrestore import restore
         from lazyrestore.fleet import parking, sockets
         from lazyrestore.fleet.pool import Clone, Limits, Pool
         from lazyrestore.restore_options import Options
@@ -393,7 +394,10 @@ class Snapshot:
                 process = self._restore(options, streams, {}, reuseport)
                 return Clone(process, {number: sockets.address_of(listening) for number, listening in made.items()})
 
-        return Pool(start, size, Limits(max_requests, max_seconds, max_bytes))
+        def learn(clone: Clone) -> None:
+            restore.learn(self._prepare({}, reuseport), clone.pid)
+
+        return Pool(start, size, Limits(max_requests, max_seconds, max_bytes), learn)
 
     def pager_stats(self) -> PagerStats | None:
         """What the pager of this snapshot counted, None if there is none."""

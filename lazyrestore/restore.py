@@ -31,7 +31,7 @@ from lazyrestore.pager.client import PagerClient, PagerGone
 from lazyrestore.resources import addresses
 from lazyrestore.restore_checks import check_host, check_huge_pages, check_pid_free
 from lazyrestore.restore_options import AS_IT_WAS, Options
-from lazyrestore.restore_plan import OpenedPath, RestorePlan
+from lazyrestore.restore_plan import NOTHING, Ahead, OpenedPath, RestorePlan
 from lazyrestore.store import HUGE_CHUNK, StoredImage
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Started(msgspec.Struct):
 
 class Ready:
     """A plan, and what every restore by it shares: the program, which new processes map privately, and the ranges that
-    the pager serves, in memory files. made_for: the settings and own pages that it was made for."""
+    the pager serves, in memory files. made_for: the settings and pages ahead that it was made for."""
 
     __slots__ = ("_lock", "_program", "_ranges", "made_for", "plan")
 
@@ -94,6 +94,7 @@ class Prepared(msgspec.Struct):
     plans: dict[object, Ready]  # Options.shape → one that can be used again
     files: FilesHere
     own_pages: tuple[bytes, tuple[Run, ...]] = (b"", ())  # a working set, and where the process wrote in it
+    file_pages: tuple[Run, ...] = ()  # that one which was handed out had of mapped files
     pieces: list[Piece] = msgspec.field(default_factory=list)  # what contents() gave, if it is less than AHEAD
     huge_pages: int = 0  # of 2 MiB, with content
 
@@ -105,7 +106,7 @@ class Checked(msgspec.Struct, frozen=True):
     ready: Ready
     files: OpenFiles | None  # to be handed over, if that is the plan
     options: Options
-    own_pages: tuple[Run, ...]
+    ahead: Ahead
     phases: _Phases
 
 
@@ -135,7 +136,7 @@ def prepare(
     prepared = Prepared(name, manifest, image, {}, FilesHere(lambda: manifest().files))
     if stored:
         settings, plan = stored
-        prepared.plans[AS_IT_WAS.shape] = Ready(plan, (settings, ()))
+        prepared.plans[AS_IT_WAS.shape] = Ready(plan, (settings, NOTHING))
     if image.hugetlb:
         prepared.huge_pages = sum(length == HUGE_CHUNK for _, length, *_ in image.entries())
     return prepared
@@ -157,21 +158,21 @@ def check_given(manifest: Manifest, given: Mapping[int, int]) -> None:
 
 
 def plan_for(
-    prepared: Prepared, options: Options, own_pages: tuple[Run, ...] = (), above: int = 0, *, open_files: bool = True
+    prepared: Prepared, options: Options, ahead: Ahead = NOTHING, above: int = 0, *, open_files: bool = True
 ) -> Ready:
     """The stored plan or that of the last time, if it can be used again.
 
     Handed-over descriptors get numbers higher than `above`. open_files: they may be those of mapped files, too.
     """
     ready = prepared.plans.get(options.shape)
-    now = stored_plan.settings(), own_pages
+    now = stored_plan.settings(), ahead
     if ready and ready.made_for == now:
         layout = ready.plan.compiled.layout
         if above < layout.program and (open_files or not layout.files):
             return ready
     from lazyrestore.restore_program import make_plan
 
-    ready = Ready(make_plan(prepared.manifest(), options, own_pages, above + 1, open_files=open_files), now)
+    ready = Ready(make_plan(prepared.manifest(), options, ahead, above + 1, open_files=open_files), now)
     if ready.plan.reusable:
         if len(prepared.plans) >= PLANS:
             prepared.plans.pop(next(iter(tuple(prepared.plans))), None)
@@ -187,10 +188,17 @@ def explain(prepared: Prepared, options: Options = AS_IT_WAS) -> list[str]:
     return list(program.explain())
 
 
+def learn(prepared: Prepared, pid: int) -> None:
+    """Have later ones parked with those pages of mapped files that this one, which was handed out, has by now."""
+    from lazyrestore.own_pages import file_pages_of
+
+    prepared.file_pages = prepared.file_pages or file_pages_of(prepared.manifest(), pid)
+
+
 def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"") -> Checked:
     """Make the plan if that is to do, and check what may change between two restores, but for the mapped files: all
-    that can be done before the pager answers. `filled`: a working set all of which is in the pager's template; the
-    process then gets its own copies of the pages that it is about to write before the pager has to do with them.
+    that can be done before the pager answers. `filled`: a working set all of which is in the pager's template; one to
+    be parked then gets its own copies of the pages that it is about to write before the pager has to do with them.
     Raises PidTaken, FileChanged and RestoreError."""
     phases = _Phases()
     known, own_pages = prepared.own_pages
@@ -198,7 +206,8 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"")
         from lazyrestore.own_pages import own_pages_of
 
         prepared.own_pages = filled, (own_pages := own_pages_of(prepared.manifest(), prepared.image, filled))
-    ready = plan_for(prepared, options, own_pages, open_files=prepared.files.opens)
+    ahead = Ahead(own_pages, prepared.file_pages) if options.parked else NOTHING
+    ready = plan_for(prepared, options, ahead, open_files=prepared.files.opens)
     plan = ready.plan
     phases.done("compile")
     if not options.new_pid:
@@ -209,12 +218,12 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"")
     if plan.compiled.layout.files:
         files = prepared.files.opened(plan.files, plan.compiled.layout.files)
         if files is None:
-            plan = (ready := plan_for(prepared, options, own_pages, open_files=False)).plan
+            plan = (ready := plan_for(prepared, options, ahead, open_files=False)).plan
     _check_opened(prepared, plan)
     for address in plan.addresses:
         addresses.make_free(address)
     phases.done("check")
-    return Checked(prepared, ready, files, options, own_pages, phases)
+    return Checked(prepared, ready, files, options, ahead, phases)
 
 
 def run(
@@ -248,7 +257,7 @@ def run(
         while (
             highest := max(ready.program, *others)
         ) >= ready.plan.compiled.layout.program:  # a caller with many descriptors
-            ready = plan_for(prepared, options, checked.own_pages, highest + ROOM, open_files=bool(opened))
+            ready = plan_for(prepared, options, checked.ahead, highest + ROOM, open_files=bool(opened))
         plan = ready.plan
         layout = plan.compiled.layout
         pairs = [(ready.program, layout.program), (template, layout.template)]
@@ -296,7 +305,7 @@ def run(
                     ranges,
                     lazy_shared,
                     record=options.record,
-                    own_pages=bool(checked.own_pages),
+                    own_pages=bool(checked.ahead.own),
                     fill=options.fill,
                     meanwhile=partial(process.write, first),
                 )
@@ -353,7 +362,7 @@ def _named_program(checked: Checked, plan: RestorePlan) -> Program:
     from lazyrestore.restore_program import compile_for
 
     prepared, layout = checked.prepared, plan.compiled.layout
-    program, _ = compile_for(prepared.manifest(), checked.options, checked.own_pages, layout)
+    program, _ = compile_for(prepared.manifest(), checked.options, checked.ahead, layout)
     return program
 
 

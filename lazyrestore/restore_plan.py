@@ -34,6 +34,17 @@ class MappedFiles(msgspec.Struct, frozen=True):
     with_content: bool
 
 
+class Ahead(msgspec.Struct, frozen=True):
+    """Pages, by (start, end), that a process gets before it is parked: its own copies of what it is about to write, and
+    pages of mapped files (own_pages.py)."""
+
+    own: tuple[tuple[int, int], ...] = ()
+    of_files: tuple[tuple[int, int], ...] = ()
+
+
+NOTHING = Ahead()
+
+
 class Linked(msgspec.Struct, frozen=True):
     """A program laid out for one address: `image` is to be mapped at `base`."""
 

@@ -26,8 +26,10 @@ from lazyrestore.resources.attributes import Credentials
 from lazyrestore.resources.descriptor import RestoreContext
 from lazyrestore.restore_options import AS_IT_WAS, Options
 from lazyrestore.restore_plan import (
+    NOTHING,
     SIGNATURE,
     UNKNOWN,
+    Ahead,
     Compiled,
     Layout,
     MappedFiles,
@@ -46,19 +48,19 @@ SHARE = 8  # of the limit of descriptors, one part of so many
 def compile_for(
     manifest: Manifest,
     options: Options = AS_IT_WAS,
-    runs: Sequence[tuple[int, int]] = (),
+    ahead: Ahead = NOTHING,
     layout: Layout | None = None,
 ) -> tuple[Program, Compiled]:
     """compile_program() for a process that the calling one starts."""
     own = attributes.credentials_of(os.getpid(), threading.get_native_id())
     layout = layout or layout_for(manifest, 0, options.inherited_numbers)
-    return compile_program(manifest, layout, own, options, runs)
+    return compile_program(manifest, layout, own, options, ahead)
 
 
 def make_plan(
     manifest: Manifest,
     options: Options = AS_IT_WAS,
-    runs: Sequence[tuple[int, int]] = (),
+    ahead: Ahead = NOTHING,
     minimum: int = 0,
     *,
     open_files: bool = True,
@@ -66,7 +68,7 @@ def make_plan(
     """All that a restore with these options by the calling process needs; handed-over descriptors get numbers from
     `minimum` on. open_files: hand over mapped files, too. Raises RestoreError if a kind refuses."""
     layout = layout_for(manifest, minimum, options.inherited_numbers, open_files=open_files)
-    _, compiled = compile_for(manifest, options, runs, layout)
+    _, compiled = compile_for(manifest, options, ahead, layout)
     about, table = manifest.attributes, manifest.descriptors
     return RestorePlan(
         pid=manifest.pid,
@@ -141,11 +143,11 @@ def compile_program(
     layout: Layout,
     own: Credentials,
     options: Options = AS_IT_WAS,
-    runs: Sequence[tuple[int, int]] = (),
+    ahead: Ahead = NOTHING,
 ) -> tuple[Program, Compiled]:
     """The program that turns a fresh process into the snapshot's. Raises RestoreError if a kind refuses.
 
-    runs: (start, end) of lazy memory that is in the template, of which it gets its own copies at once.
+    ahead.own: lazy memory that is in the template.
     In a PID namespace of its own it gets a mount namespace with a /proc that shows it.
     """
     program = Program()
@@ -190,7 +192,7 @@ def compile_program(
     signals.restore(manifest.signals, program, ops)
 
     with ops.serving("lazy memory"):
-        own_pages.restore(runs, manifest.pid, program, ops, fds)
+        own_pages.restore(ahead, manifest.pid, program, ops, fds)
         # It gets a number that is free now and is closed before the process runs.
         userfaultfd = fds.create(lib.SYS_userfaultfd, os.O_CLOEXEC | os.O_NONBLOCK)
         ops.stop("the tracer hands the userfaultfd to the pager")

@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stored_plan": {"manifest", "restore_program"},
     "memory_files": {"restore_checks", "store"},
     "new_process": {"spawn", "program", "store", "kernel", "_native"},
-    "own_pages": {"manifest", "program", "store", "kernel"},
+    "own_pages": {"manifest", "program", "store", "kernel", "_native"},
     "restore": {
         "mapped_files",
         "memory_files",

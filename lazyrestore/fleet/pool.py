@@ -123,11 +123,15 @@ class Clone:
 class Pool:
     """Keeps `size` clones parked and hands them out. Thread-safe; close() it, or use it as a context manager."""
 
-    def __init__(self, start: Callable[[], Clone], size: int, limits: Limits) -> None:
-        """`start` restores a parked clone; it is called by threads that live as long as the pool."""
+    def __init__(
+        self, start: Callable[[], Clone], size: int, limits: Limits, learn: Callable[[Clone], None] | None = None
+    ) -> None:
+        """`start` restores a parked clone; it is called by threads that live as long as the pool. `learn` is told of
+        the first one that is given back, while it still runs."""
         if size < 1:
             raise ValueError("a pool has at least one clone")
         self._start, self._size, self._limits = start, size, limits
+        self._learn = learn
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)  # for who waits until it is full, or to try again
         self._due = threading.Condition(self._lock)  # for the fillers: there is, or may be, a clone to be restored
@@ -308,6 +312,9 @@ class Pool:
         return True
 
     def _take_back(self, clone: Clone, reuse: bool) -> None:
+        if reuse and (learn := self._learn):
+            self._learn = None
+            learn(clone)
         reuse = reuse and self._may_serve_again(clone)
         with self._lock:
             if clone not in self._taken:  # the pool was closed meanwhile

@@ -97,6 +97,41 @@ def test_parked_clones_have_their_own_pages(
         last.wait(60)
 
 
+def file_pages(pid: int) -> int:
+    """KiB of mapped libraries that the process has mapped by now."""
+    mapped = library = 0
+    for line in Path(f"/proc/{pid}/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if not first.endswith(":"):
+            library = ".so" in line
+        elif first == "Rss:" and library:
+            mapped += int(line.split()[1])
+    return mapped
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_parked_clones_have_the_pages_of_files_that_one_before_had(
+    run: Path, victims: Victims, store: lazyrestore.Store, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    if not at_once:
+        monkeypatch.setattr(libc, "madvises_itself_at_once", lambda _advice: False)
+    victim = victims.python("painter.py", run, str(MEGABYTES))
+    victim.until((run / "ready").exists, "a ready painter")
+    original = tell(run, victim.pid, signal.SIGUSR2)
+    with store.snapshot(victim.pid, name="x") as snapshot, snapshot.pool(1) as pool:
+        assert pool.wait_until_full(60)
+        assert file_pages(pool._parked[0].pid) == 0
+        with pool.take() as clone:
+            assert tell(run, clone.pid, signal.SIGUSR1) == original
+            had = file_pages(clone.pid)
+        with pool.take(60):  # its place was taken before or after the first one was looked at
+            pass
+        assert pool.wait_until_full(60)
+        assert file_pages(pool._parked[0].pid) >= had > 0
+        with pool.take() as clone:
+            assert tell(run, clone.pid, signal.SIGUSR1) == original
+
+
 def test_killed_stopped_and_traced_ones_delay_nobody(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
     """Each of them has begun to fault over all of its memory; the last one must get all of its own nevertheless."""
     ptrace = ctypes.CDLL(None, use_errno=True).ptrace
