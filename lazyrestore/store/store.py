@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from lazyrestore.errors import SnapshotNotFound, StoreBusy
+from lazyrestore.errors import NotAStore, SnapshotNotFound, StoreBusy
 from lazyrestore.store import format, image, locks, registry
 from lazyrestore.store.environment import Environment, Transaction
 
@@ -29,7 +29,11 @@ class ImageStore:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = True) -> None:
-        self.path = os.path.abspath(os.fspath(path))
+        try:
+            self.path = os.path.abspath(os.fspath(path))
+        except FileNotFoundError as error:
+            reason, advice = "the working directory was removed", "go to another one, or name the store from / on"
+            raise NotAStore(f"store {os.fspath(path)}", "open", reason, advice, errno=error.errno) from error
         self._acquired: Environment | None = registry.acquire(self.path, create=create)
 
     @classmethod

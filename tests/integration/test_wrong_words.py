@@ -89,6 +89,17 @@ def test_completion_that_cannot_be_written_is_one_line() -> None:
     assert (done.returncode, done.stderr) == (1, "lazyrestore: [Errno 28] No space left on device\n")
 
 
+@pytest.mark.parametrize("words", [["ls"], ["show", "x"], ["snapshot", "1", "--name", "x"]], ids=str)
+def test_a_store_in_a_directory_that_was_removed(run: Path, words: list[str]) -> None:
+    code = (
+        f"import os; os.mkdir({str(run / 'gone')!r}); os.chdir({str(run / 'gone')!r}); os.rmdir({str(run / 'gone')!r})"
+    )
+    done = run_cli("here", *words, code=f"{code}\nfrom lazyrestore.__main__ import entry; entry()")
+    advice = "go to another one, or name the store from / on"
+    line = f"lazyrestore: store here: open: the working directory was removed; {advice}\n"
+    assert (done.returncode, done.stdout, done.stderr) == (errors.NotAStore.exit_status, "", line)
+
+
 @pytest.mark.requires("root")
 @pytest.mark.parametrize("more", [[], ["--json"]])
 @pytest.mark.parametrize("closed", [False, True])
