@@ -439,7 +439,7 @@ static const struct { const char *name; void (*run)(unsigned char *); } cases[] 
 	CASE(names), CASE(pipe_writev), CASE(pipe_readv), CASE(socket_send_receive), CASE(vmsplice_in), CASE(vmsplice_out),
 	CASE(splice_tee), CASE(waiting), CASE(vm_copy), CASE(exec_arguments), CASE(spawned), CASE(shared_vm), CASE(sealed), CASE(futexes), CASE(stacks), CASE(times),
 	CASE(mempolicy), CASE(move_pages_query), CASE(locked), CASE(locked_growth),
-	CASE(locked_growth_forked), CASE(dont_fork), CASE(wipe_on_fork), CASE(collapse),
+	CASE(locked_growth_forked), CASE(fixed_buffers), CASE(dont_fork), CASE(wipe_on_fork), CASE(collapse),
 	CASE(process_advice), CASE(stack_to_limit), { "outside", NULL }, { "outside_vm", NULL }, { "debugger", NULL },
 	{ "core", NULL }, CASE(locked_all_on_fault), CASE(locked_all), /* which bring everything, last */
 };

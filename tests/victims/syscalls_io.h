@@ -3,11 +3,14 @@
 #define LR_VICTIM_SYSCALLS_IO_H
 
 #include <fcntl.h>
+#include <linux/io_uring.h>
 #include <poll.h>
 #include <stdint.h>
 #include <sys/epoll.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 
 #include "control.h"
@@ -273,6 +276,41 @@ static void waiting(unsigned char *m)
 	say(epoll_wait(epoll, events, 4, 0));
 	close(epoll);
 	shut(ends);
+}
+
+/* io_uring: buffers that are pinned for as long as the ring lives, while some of their pages are dropped and others written. */
+static void fixed_buffers(unsigned char *m)
+{
+	struct iovec buffers[2] = { { m, SIZE / 2 }, { m + SIZE / 2, SIZE / 2 } };
+	struct io_uring_params about = { 0 };
+	int ring = (int)syscall(SYS_io_uring_setup, 2, &about), fd = scratch(0);
+	struct io_uring_sqe *entries;
+	unsigned char *queue;
+
+	say(ring < 0 ? ring : 0);
+	say(syscall(SYS_io_uring_register, ring, IORING_REGISTER_BUFFERS, buffers, 2));
+	queue = mmap(NULL, about.sq_off.array + 8, PROT_READ | PROT_WRITE, MAP_SHARED, ring, IORING_OFF_SQ_RING);
+	entries = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, ring, IORING_OFF_SQES);
+	for (unsigned i = 0; i < 2 && queue != MAP_FAILED && entries != MAP_FAILED; i++) {
+		entries[i] = (struct io_uring_sqe){
+			.opcode = i ? IORING_OP_READ_FIXED : IORING_OP_WRITE_FIXED,
+			.fd = fd,
+			.addr = (uintptr_t)(i ? m + 19 * PAGE + 7 : m + 3 * PAGE + 5),
+			.len = 8 * PAGE,
+			.buf_index = (uint16_t)i,
+		};
+		((unsigned *)(queue + about.sq_off.array))[i] = i;
+		__atomic_store_n((unsigned *)(queue + about.sq_off.tail), i + 1, __ATOMIC_RELEASE);
+		say(syscall(SYS_io_uring_enter, ring, 1, 1, IORING_ENTER_GETEVENTS, NULL, 0));
+		say(madvise(m + (i ? 20 : 5) * PAGE, PAGE, MADV_DONTNEED));
+		memset(m + (i ? 30 : 1) * PAGE + 99, 5, 9);
+	}
+	if (queue != MAP_FAILED)
+		munmap(queue, about.sq_off.array + 8);
+	if (entries != MAP_FAILED)
+		munmap(entries, PAGE);
+	close(ring);
+	close(fd);
 }
 
 #endif
