@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from lazyrestore.commands import complain, nothing_stored, say, tell_of_waiting, to_json
 from lazyrestore.commands.words import columns, counted, size
+from lazyrestore.errors import ESCAPED
 
 if TYPE_CHECKING:
     from lazyrestore.store import Report
@@ -37,7 +38,7 @@ def ls(store: str, json_output: bool) -> None:
         say(to_json(fields))
         return
     if not summaries:
-        say(f"no snapshots in {store}")
+        say(f"no snapshots in {store}".translate(ESCAPED))
         return
     rows = [("NAME", "CREATED", "RAW", "STORED", "ADDED", "IN USE")]
     for each in summaries:

@@ -100,6 +100,13 @@ def test_a_store_in_a_directory_that_was_removed(run: Path, words: list[str]) ->
     assert (done.returncode, done.stdout, done.stderr) == (errors.NotAStore.exit_status, "", line)
 
 
+def test_a_store_with_odd_letters_is_one_line(run: Path) -> None:
+    odd = run / "a\nb\x1b[31m"
+    lazyrestore.Store.open(odd).close()
+    assert run_cli(odd, "ls").stdout == f"no snapshots in {run}/a\\x0ab\\x1b[31m\n"
+    assert run_cli(odd, "show", "x").stderr.count("\n") == 1
+
+
 @pytest.mark.requires("root")
 @pytest.mark.parametrize("more", [[], ["--json"]])
 @pytest.mark.parametrize("closed", [False, True])
