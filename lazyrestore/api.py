@@ -272,6 +272,7 @@ class Snapshot:
         record: bool | None = None,
         fill: str = "none",
         ready: ReadySocket | None = None,
+        ends_with_caller: bool = False,
     ) -> RestoredProcess:
         """Start a copy of the process under its old process id, as a child of this process.
 
@@ -283,7 +284,8 @@ class Snapshot:
         its standard streams, used where these were terminals or pipes to other processes; -1 stands for /dev/null.
         `record`: the working set, True: even if one is known, which is extended; None: if none is known. `fill`: bring
         all of its private memory and not just what it touches, "now", or when the CPUs are "idle". `ready`: where it
-        will say READY=1. Raises ValueError, and RestoreError's subclasses; nothing is left of the new process then.
+        will say READY=1. `ends_with_caller`: with `new_pid`, it is killed when the calling thread ends, as by SIGKILL.
+        Raises ValueError, and RestoreError's subclasses; nothing is left of the new process then.
         """
         from lazyrestore.restore_options import Options
 
@@ -291,7 +293,15 @@ class Snapshot:
             self._check_given(inherit_fd)
         inherited = tuple(sorted((inherit_fd or {}).items()))
         mounts = ready.mounts if ready else ()
-        options = Options(new_pid, new_net, inherited, record=record, fill=fill, mounts=mounts)
+        options = Options(
+            new_pid,
+            new_net,
+            inherited,
+            ends_with_caller=ends_with_caller,
+            record=record,
+            fill=fill,
+            mounts=mounts,
+        )
         return self._restore(options, streams, listen or {}, reuseport)
 
     def _restore(

@@ -27,6 +27,8 @@ class Options(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if self.fill not in ("none", "idle", "now"):
             raise ValueError(f'fill={self.fill!r}: must be "none", "idle" or "now"')
+        if self.ends_with_caller and not self.new_pid:
+            raise ValueError("ends_with_caller wants new_pid")
 
     @property
     def inherited_numbers(self) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ def record_command(
     with Store.open(store, create=False) as opened, opened.get(name) as snapshot, contextlib.ExitStack() as owned:
         new_pid = pid_choice == "new"
         ready = owned.enter_context(snapshot.listen_for_ready(new_pid=new_pid)) if until_ready else None
-        process = snapshot.restore(new_pid=new_pid, record=True, ready=ready)
+        process = snapshot.restore(new_pid=new_pid, record=True, ready=ready, ends_with_caller=new_pid)
         try:
             if address is not None:
                 _warn_of_another_port(snapshot, address)

@@ -142,7 +142,7 @@ def restore(
         elif detach:
             detached(snapshot, {"new_pid": new_pid, **choices}, json_output)
         else:
-            sys.exit(foreground(snapshot, {"new_pid": new_pid, **choices}, json_output))
+            sys.exit(foreground(snapshot, {"new_pid": new_pid, "ends_with_caller": new_pid, **choices}, json_output))
 
 
 class Shape(TypedDict):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
-from helpers import Victims, open_descriptors, until
+import pytest
+from helpers import Victims, alive, children_of, open_descriptors, until
+from helpers_cli import command
 
 import lazyrestore
 
@@ -110,3 +113,31 @@ def test_stats_name_a_forked_child(run: Path, victims: Victims, store: lazyresto
         assert next(line for line in status.splitlines() if line.startswith("NSpid:")).split()[-1] == inside
         assert f"\nPPid:\t{copy.pid}\n" in status
         copy.kill()
+
+
+def is_let_go(pid: int) -> bool:
+    """Nobody traces it."""
+    return "TracerPid:\t0\n" in Path(f"/proc/{pid}/status").read_text()
+
+
+@pytest.mark.parametrize("words", [("restore", "x"), ("record", "x", "--for", "86400")])
+def test_a_killed_command_takes_its_copy_along(
+    run: Path, victims: Victims, store: lazyrestore.Store, words: tuple[str, ...]
+) -> None:
+    """Nobody else is responsible for it, or knows its process id; and what it leaves behind ends with it."""
+    pid = started(run, victims)
+    store.snapshot(pid, name="x").close()
+    with subprocess.Popen(command(run / "store", *words, "--pid", "new"), stdin=subprocess.DEVNULL) as process:
+        mine = until(lambda: set(victims.marked()) - {pid}, "a copy")
+        until(lambda: all(map(is_let_go, children_of(process.pid))), "a copy and its init that run by themselves")
+        process.kill()
+    until(lambda: not any(alive(copy) for copy in mine), "the end of the copy")
+    assert set(victims.marked()) == {pid}
+
+
+def test_a_copy_that_ends_with_its_caller_wants_a_namespace(
+    run: Path, victims: Victims, store: lazyrestore.Store
+) -> None:
+    pid = started(run, victims)
+    with store.snapshot(pid, name="x") as snapshot, pytest.raises(ValueError, match="new_pid"):
+        snapshot.restore(ends_with_caller=True)
