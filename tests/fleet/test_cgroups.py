@@ -29,6 +29,12 @@ with lazyrestore.Store.open(sys.argv[1]) as store, store.get("x") as snapshot, s
 """
 
 
+@pytest.fixture(autouse=True)
+def own_runtime(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pagers that others start and end at the same time connect to these as they leave, and these linger on."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(run))
+
+
 @pytest.fixture
 def trees() -> Iterator[Groups]:
     with groups() as made:
