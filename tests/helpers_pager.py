@@ -180,7 +180,14 @@ class Victim:
         return int(self.ask("fork"))
 
     def ask_child(self, *words: object) -> str:
+        self.send_child(*words)
+        return self.answer_of_child()
+
+    def send_child(self, *words: object) -> None:
         os.write(self._child_in, (" ".join(map(str, words)) + "\n").encode())
+
+    def answer_of_child(self) -> str:
+        """Empty when it died instead."""
         return self._child_reader.readline().strip()
 
     def end_child(self) -> None:

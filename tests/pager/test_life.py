@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -162,6 +164,41 @@ def test_lingers_and_serves_the_next(image: Image, start: Start, runtime: Path) 
     with connect_or_start(image, runtime_dir=runtime) as second:
         assert second.pids() == pids
         second.stop()
+
+
+def test_who_only_connects_does_not_keep_it(image: Image, start: Start, runtime: Path) -> None:
+    """As other pagers do, which look whose sockets nobody listens at: they would keep each other for ever."""
+    client = start(image, linger_ms=300)
+    (path,) = sockets(runtime)
+    pager, _ = client.pids()
+    client.close()
+    while path.exists():
+        with (
+            suppress(FileNotFoundError, ConnectionRefusedError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as one,
+        ):
+            one.connect(str(path))
+    await_end(pager)
+
+
+def test_a_child_that_cannot_be_served_never_runs_on_zeros(
+    image: Image, start: Start, make_victim: MakeVictim, runtime: Path
+) -> None:
+    """It waits, as for a thread that cannot be started, and is killed when the pager leaves."""
+    client = start(image, linger_ms=1)
+    clone = make_victim()
+    clone.clone(client, BASE, LENGTH)
+    pager, _ = client.pids()
+    limit = resource.prlimit(pager, resource.RLIMIT_AS)
+    resource.prlimit(pager, resource.RLIMIT_AS, (1 << 20, limit[1]))
+    clone.fork()
+    resource.prlimit(pager, resource.RLIMIT_AS, limit)
+    clone.send_child("crc", BASE, LENGTH)
+    clone.process.kill()
+    clone.process.wait()
+    client.close()
+    assert clone.answer_of_child() == ""
+    await_end(pager)
 
 
 def test_many_start_at_once_and_find_one_pager(image: Image, start: Start, runtime: Path) -> None:

@@ -179,6 +179,19 @@ static bool is_idle(struct pager *pager, bool *stopping) {
 	return !pager->n_spaces && !pager->n_clients && pager->recorder_pidfd < 0;
 }
 
+/* Whether it was used since this was last asked. */
+static bool was_used(struct pager *pager) {
+	SCOPED_LOCK(&pager->lock);
+	bool used = pager->used;
+	pager->used = pager->n_spaces || pager->recorder_pidfd >= 0;
+	return used;
+}
+
+static bool has_orphans(struct pager *pager) {
+	SCOPED_LOCK(&pager->lock);
+	return pager->orphans;
+}
+
 /* The lock file goes with the socket: whoever has taken a lock looks whether its file is still the one at the path. */
 static void unlink_socket_and_lock(const char *socket_path) {
 	char lock[128];
@@ -214,6 +227,8 @@ static bool may_leave(struct pager *pager, const struct options *options) {
 	accept_all(pager, options->fds[LISTEN]);
 	keep_working_set(pager);
 	if (is_idle(pager, &stopping)) {
+		if (has_orphans(pager)) /* nobody else maps its memory now */
+			keeper_kill_mappers(pager->keeper.files, 0);
 		keeper_dismiss(&pager->keeper);
 		unlink_socket_and_lock(pager->keeper.socket_path);
 		return true;
@@ -270,7 +285,7 @@ static void free_if_removed(const struct options *options) {
 static void serve(struct pager *pager, const struct options *options) {
 	enum { RETRY_MS = 50, LOOK_MS = 1000 };
 	uint64_t idle_since = now_ns();
-	bool was_idle = true, stopping = false, settled = true;
+	bool stopping = false, settled = true;
 	accept_all(pager, options->fds[LISTEN]); /* who waits for an answer comes before the working set */
 	replay_prefetch(pager);
 	for (;;) {
@@ -282,9 +297,8 @@ static void serve(struct pager *pager, const struct options *options) {
 			{.fd = pager->keepers_watch, .events = POLLIN},
 		};
 		bool idle = is_idle(pager, &stopping);
-		if (idle && !was_idle)
+		if (was_used(pager))
 			idle_since = now_ns();
-		was_idle = idle;
 		int timeout = -1;
 		if (idle) {
 			uint64_t passed = (now_ns() - idle_since) / 1000000;

@@ -35,6 +35,8 @@ struct pager {
 	struct space *spaces;   /* chained */
 	uint32_t n_spaces;
 	uint32_t n_clients; /* connections */
+	bool used;          /* since it was last idle: a connection that asked nothing, as another pager's sweep, is no use */
+	bool orphans;       /* there may be children that wait for good (space_orphan) */
 	uint64_t next_id;
 	uint32_t spaces_ended;
 	struct stats ended; /* sums of the spaces that ended */

@@ -290,18 +290,21 @@ static void close_fds(struct connection *connection) {
 static void *connection_main(void *argument) {
 	struct connection *connection = argument;
 	struct pager *pager = connection->pager;
+	bool used = false;
 	prctl(PR_SET_NAME, "lr-connection");
 	if (!is_friend(connection->fd, &connection->peer))
 		log_line("a connection from another user was refused");
 	else
 		for (bool more = true; more;) {
 			more = receive(connection) && answer(connection);
+			used |= more;
 			close_fds(connection);
 		}
 	close(connection->fd);
 	pthread_mutex_lock(&pager->lock);
 	keepers_put(pager, connection->keeper);
 	pager->n_clients--;
+	pager->used |= used;
 	pthread_mutex_unlock(&pager->lock);
 	free(connection->cgroup);
 	free(connection);

@@ -122,8 +122,8 @@ bool space_await_event(struct space *space, unsigned round);
 /* Serves the faults that were read. False: the address space is gone. */
 bool space_serve_all(struct space *space);
 
-/* A child that cannot be served must not run on zeros: its descriptor stays open, and its first fault waits for good.
- * Frees `child`, which may be NULL, without its descriptor. */
+/* A child that cannot be served must not run on zeros: its descriptor stays open, and its first fault waits, until it is killed
+ * when the pager leaves. Frees `child`, which may be NULL, without its descriptor. */
 void space_orphan(struct space *parent, struct space *child, struct lr_error error);
 
 /* Kills the process, for want of a way to give it the right bytes. */
