@@ -187,11 +187,6 @@ static bool was_used(struct pager *pager) {
 	return used;
 }
 
-static bool has_orphans(struct pager *pager) {
-	SCOPED_LOCK(&pager->lock);
-	return pager->orphans;
-}
-
 /* The lock file goes with the socket: whoever has taken a lock looks whether its file is still the one at the path. */
 static void unlink_socket_and_lock(const char *socket_path) {
 	char lock[128];
@@ -227,7 +222,7 @@ static bool may_leave(struct pager *pager, const struct options *options) {
 	accept_all(pager, options->fds[LISTEN]);
 	keep_working_set(pager);
 	if (is_idle(pager, &stopping)) {
-		if (has_orphans(pager)) /* nobody else maps its memory now */
+		if (pager->orphans) /* nobody else maps its memory now */
 			keeper_kill_mappers(pager->keeper.files, 0);
 		keeper_dismiss(&pager->keeper);
 		unlink_socket_and_lock(pager->keeper.socket_path);

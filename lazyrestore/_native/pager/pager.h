@@ -22,6 +22,7 @@ struct pager {
 	int recorder_pidfd; /* while it runs; -1: it does not */
 	struct keeper keeper;
 	struct latency latency;
+	_Atomic bool orphans; /* there may be children that wait for good (space_orphan) */
 	uint64_t started_ns;
 	int wake_fd; /* eventfd: the main thread should look again */
 
@@ -36,7 +37,6 @@ struct pager {
 	uint32_t n_spaces;
 	uint32_t n_clients; /* connections */
 	bool used;          /* since it was last idle: a connection that asked nothing, as another pager's sweep, is no use */
-	bool orphans;       /* there may be children that wait for good (space_orphan) */
 	uint64_t next_id;
 	uint32_t spaces_ended;
 	struct stats ended; /* sums of the spaces that ended */

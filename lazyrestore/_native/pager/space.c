@@ -141,9 +141,7 @@ static struct lr_error adopt_child(struct space *parent, struct space *child) {
 void space_orphan(struct space *parent, struct space *child, struct lr_error error) {
 	log_line("snapshot %s: a child of process %d cannot be served and will wait: %s: %s", parent->pager->image.name,
 		 (int)parent->pid, error.step, strerror(error.code));
-	pthread_mutex_lock(&parent->pager->lock);
 	parent->pager->orphans = true;
-	pthread_mutex_unlock(&parent->pager->lock);
 	if (child) {
 		child->uffd = -1;
 		child->keeper = NULL; /* not given back: it waits for good */
