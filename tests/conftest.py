@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Generator
 from functools import cache
 
@@ -37,6 +38,8 @@ def lacking(need: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Ignored in what a shell without job control starts by "&", and that is inherited: Ctrl-C in a test would do nothing.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "requires(*needs): features by doctor's names, program:NAME, root")
 
 
