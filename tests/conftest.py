@@ -38,7 +38,7 @@ def lacking(need: str) -> str:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Ignored in what a shell without job control starts by "&", and that is inherited: Ctrl-C in a test would do nothing.
+    # A shell without job control ignores it in what "&" starts, and that is inherited: no Ctrl-C of a test would work.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "requires(*needs): features by doctor's names, program:NAME, root")
 
