@@ -11,7 +11,6 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -164,21 +163,6 @@ def test_lingers_and_serves_the_next(image: Image, start: Start, runtime: Path) 
     with connect_or_start(image, runtime_dir=runtime) as second:
         assert second.pids() == pids
         second.stop()
-
-
-def test_who_only_connects_does_not_keep_it(image: Image, start: Start, runtime: Path) -> None:
-    """As other pagers do, which look whose sockets nobody listens at: they would keep each other for ever."""
-    client = start(image, linger_ms=300)
-    (path,) = sockets(runtime)
-    pager, _ = client.pids()
-    client.close()
-    while path.exists():
-        with (
-            suppress(FileNotFoundError, ConnectionRefusedError),
-            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as one,
-        ):
-            one.connect(str(path))
-    await_end(pager)
 
 
 def test_a_child_that_cannot_be_served_never_runs_on_zeros(
