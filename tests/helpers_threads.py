@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from helpers import Builder, Victim, Victims, ask, until
+from helpers import Builder, Stuck, Victim, Victims, ask, until
 from helpers_copies import Copy
 
 
@@ -22,6 +22,13 @@ def parse(text: str) -> Report:
     rounds = {" ".join(words[1:3]): int(words[3]) for line in lines if (words := line.split())[0] == "thread"}
     assert len(rounds) == 64, text
     return Report(int(lines[0].split()[1]), [line for line in lines if line.startswith("error ")], rounds)
+
+
+def where_threads_are(pid: int) -> str:
+    """A line for each thread: number, name, system call with arguments, stack and place, where in the kernel it waits."""
+    tasks = sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda task: int(task.name))
+    parts = ("comm", "syscall", "wchan")
+    return "\n".join(" ".join([task.name, *((task / part).read_text().strip() for part in parts)]) for task in tasks)
 
 
 class Threads64:
@@ -54,7 +61,12 @@ class Threads64:
             self.check(now)
             return all(now.rounds[name] >= before.rounds[name] + rounds for name in now.rounds)
 
-        until(moved, "progress of all threads", self.process.check)
+        try:
+            until(moved, "progress of all threads", self.process.check)
+        except Stuck as error:
+            now = self.report().rounds
+            late = [name for name in now if now[name] < before.rounds[name] + rounds]
+            raise Stuck(f"{error}: {', '.join(late)}\n{where_threads_are(self.process.pid)}") from None
 
     def check(self, report: Report) -> None:
         assert report.errors <= self.interruptions, report.messages
