@@ -25,7 +25,7 @@ def parse(text: str) -> Report:
 
 
 def where_threads_are(pid: int) -> str:
-    """A line for each thread: number, name, system call with arguments, stack and place, where in the kernel it waits."""
+    """A line for each thread: number, name, system call, where in the kernel it waits."""
     tasks = sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda task: int(task.name))
     parts = ("comm", "syscall", "wchan")
     return "\n".join(" ".join([task.name, *((task / part).read_text().strip() for part in parts)]) for task in tasks)

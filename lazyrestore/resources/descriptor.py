@@ -61,6 +61,8 @@ class Survey(Struct):
     """Number → (device, inode)."""
     accesses: dict[tuple[int, int], int] = field(default_factory=dict)
     """(device, inode) → READ, WRITE, of all descriptions together."""
+    looked: int = 0
+    """When every fdinfo had been read (monotonic, ns)."""
     option_defaults: dict[tuple[int, int, int], dict[tuple[int, int], bytes]] = field(default_factory=dict)
     _mapped: set[tuple[int, int]] | None = None
 

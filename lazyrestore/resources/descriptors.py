@@ -19,6 +19,7 @@ import os
 import socket
 import stat as modes
 import struct
+import time
 from collections.abc import Callable, Iterable
 from errno import EIO, ENOENT, ESRCH
 from functools import cache, cmp_to_key
@@ -217,6 +218,7 @@ def _survey(survey: Survey, same_table: Callable[[int, int], bool]) -> FdTable:
     cloexec: dict[int, bool] = {}
     unsupported = _private_tables(survey.pid, same_table)
     groups = _group(survey, cloexec, unsupported)
+    survey.looked = time.monotonic_ns()
     descriptors: list[Descriptor] = []
     descriptions: list[Description] = []
     owners: list[Owner] = []

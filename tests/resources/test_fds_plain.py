@@ -9,6 +9,8 @@ import select
 import signal
 import struct
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -170,6 +172,39 @@ def test_timerfds() -> None:
             assert record(again, number).remaining <= record(table, number).remaining
         assert abs(record(again, 4).expires - wall_clock.expires) < 10**9
         assert record(again, 7).remaining > 900 * 10**9
+
+
+def test_a_timer_that_is_due_is_not_taken_for_one_that_was_stopped() -> None:
+    """Its interrupt is late by some microseconds, on another CPU than ours."""
+    with reader_of_timers(20, 200_000) as (pid, pidfd, numbers):
+        for _ in range(200):
+            table = descriptors.survey(pid, pidfd, contents=True)
+            assert all(record(table, number).remaining for number in numbers)
+
+
+@contextmanager
+def reader_of_timers(count: int, interval_ns: int) -> Iterator[tuple[int, int, list[int]]]:
+    """A process on another CPU than ours, if there is one, that waits for each of its timers in turn."""
+    before = os.sched_getaffinity(0)
+    numbers = [_timer(time.CLOCK_MONOTONIC, interval_ns, interval_ns) for _ in range(count)]
+    pid = os.fork()
+    if pid == 0:
+        os.sched_setaffinity(0, {max(before)})
+        for number in numbers:
+            os.set_blocking(number, True)
+        while True:
+            for number in numbers:
+                os.read(number, 8)
+    pidfd = os.pidfd_open(pid)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        yield pid, pidfd, numbers
+    finally:
+        os.sched_setaffinity(0, before)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        for number in (pidfd, *numbers):
+            os.close(number)
 
 
 def test_a_signalfd_reads_its_signals() -> None:
