@@ -165,6 +165,29 @@ def test_lingers_and_serves_the_next(image: Image, start: Start, runtime: Path) 
         second.stop()
 
 
+def test_who_only_connects_does_not_keep_it(make_image: Callable[..., Image], start: Start, runtime: Path) -> None:
+    """As other pagers do, which look whose sockets nobody listens at. Such a connection is held for a linger, which a
+    second pager measures. When it ends, the pager leaves at once: before a third one, which was used until then and
+    lingers half as long."""
+    linger_ms = 2000
+    client = start(make_image(), linger_ms=linger_ms)
+    (path,) = sockets(runtime)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as visitor:
+        visitor.connect(str(path))
+        client.close()
+        with start(make_image(key="before"), linger_ms=linger_ms) as before:
+            pager, _ = before.pids()
+        await_end(pager)
+        assert path.exists()
+        later = make_image(key="later")
+        with start(later, linger_ms=linger_ms // 2) as used:
+            pids = used.pids()
+    until(lambda: not path.exists(), "the end of the pager")
+    with connect_existing(later.key, later.name, runtime_dir=runtime) or pytest.fail("it left earlier") as found:
+        assert found.pids() == pids
+        found.stop()
+
+
 def test_a_child_that_cannot_be_served_never_runs_on_zeros(
     image: Image, start: Start, make_victim: MakeVictim, runtime: Path
 ) -> None:
