@@ -199,6 +199,7 @@ def test_a_child_that_cannot_be_served_never_runs_on_zeros(
     limit = resource.prlimit(pager, resource.RLIMIT_AS)
     resource.prlimit(pager, resource.RLIMIT_AS, (1 << 20, limit[1]))
     clone.fork()
+    until(lambda: "cannot be served" in (runtime / "pager.log").read_text(), "the child, and no thread for it")
     resource.prlimit(pager, resource.RLIMIT_AS, limit)
     clone.send_child("crc", BASE, LENGTH)
     clone.process.kill()
