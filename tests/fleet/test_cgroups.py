@@ -53,44 +53,46 @@ def restored(store: lazyrestore.Store, group: Path, count: int) -> list[int]:
     return [int(line) for line in started.stdout.splitlines()]
 
 
+@pytest.fixture
+def expected(run: Path, victims: Victims, store: lazyrestore.Store, trees: Groups) -> list[str]:
+    """What a clone reports. The first one, and so the pager, is from the cgroup "first"."""
+    victim = reporter(run, victims)
+    reported = report(run, victim.pid)
+    store.snapshot(victim.pid, name="x").close()
+    restored(store, trees.make("first"), 1)
+    return ["2", *reported[1:]]
+
+
 def test_clones_of_another_cgroup_are_ended(
-    run: Path, victims: Victims, store: lazyrestore.Store, trees: Groups
+    run: Path, store: lazyrestore.Store, trees: Groups, expected: list[str]
 ) -> None:
     """They sleep, and most of their memory has never been touched: they would wake up without it."""
-    victim = reporter(run, victims)
-    expected = report(run, victim.pid)
-    store.snapshot(victim.pid, name="x").close()
-    first, second = trees.make("first"), trees.make("second")
-    restored(store, first, 1)
+    second = trees.make("second")
     clones = restored(store, second, 5)
-    assert report(run, clones[0]) == ["2", *expected[1:]]
+    assert report(run, clones[0]) == expected
     names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in members(second)]
     assert names.count("lr-keeper") == 1
-    kill(first)
+    kill(trees.top / "first")
     until(lambda: not any(alive(pid) for pid in clones), "the end of the clones")
     until(lambda: not members(second), "an empty cgroup")
     (again,) = restored(store, second, 1)
-    assert report(run, again) == ["2", *expected[1:]]
+    assert report(run, again) == expected
 
 
 def test_a_pool_goes_on_with_a_pager_of_its_own(
-    run: Path, victims: Victims, store: lazyrestore.Store, trees: Groups
+    run: Path, store: lazyrestore.Store, trees: Groups, expected: list[str]
 ) -> None:
-    victim = reporter(run, victims)
-    expected = report(run, victim.pid)
-    store.snapshot(victim.pid, name="x").close()
-    first, second = trees.make("first"), trees.make("second")
-    restored(store, first, 1)
+    second = trees.make("second")
     words = [sys.executable, "-c", POOL, store.path, str(run), *sys.path]
     with subprocess.Popen(within(second, words), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as pool:
         assert pool.stdout
         assert pool.stdin
         parked = [int(word) for word in pool.stdout.readline().split()]
         assert len(parked) == 3
-        kill(first)
+        kill(trees.top / "first")
         until(lambda: not any(alive(pid) for pid in parked), "the end of the parked clones")
         pool.stdin.write("\n")
         pool.stdin.flush()
-        assert pool.stdout.readline().split() == ["2", *expected[1:]]
+        assert pool.stdout.readline().split() == expected
     assert pool.returncode == 0
     until(lambda: not members(second), "an empty cgroup")
