@@ -250,9 +250,13 @@ class Victim:
     def open(self, path: str) -> int:
         return int(self.ask("open " + path))
 
-    def close(self) -> None:
+    def kill(self) -> None:
+        """It has ended, and was collected."""
         self.process.kill()
         self.process.wait()
+
+    def close(self) -> None:
+        self.kill()
         for stream in (self.process.stdin, self.process.stdout):
             assert stream
             with suppress(BrokenPipeError):  # what it never read

@@ -36,6 +36,12 @@ def replayed(client: PagerClient, pages: int) -> None:
     stats_when(client, lambda stats: stats.counters.replayed >= pages)
 
 
+def end(client: PagerClient, victim: Victim, ended: int) -> None:
+    """Kills it, and waits until the pager knows; it is the `ended`th whose end it sees."""
+    victim.kill()
+    stats_when(client, lambda stats: stats.spaces_ended == ended)
+
+
 def pagemap(pid: int, address: int) -> int:
     """The page's entry of /proc/PID/pagemap."""
     with Path(f"/proc/{pid}/pagemap").open("rb") as file:

@@ -108,6 +108,14 @@ def is_killed(copy: Victim) -> bool:
     return copy.process.wait() == -signal.SIGKILL
 
 
+def all_are_ended(copies: list[Victim], places: list[Place], runtime: Path) -> None:
+    """The copies are killed, and nothing else is left in their cgroups, nor the socket of the pager."""
+    assert all(is_killed(copy) for copy in copies)
+    for place in places:
+        until(lambda group=place.group: not members(group), "an empty cgroup")  # type: ignore[misc]
+    assert not list(runtime.glob("*.sock"))
+
+
 def test_pager_and_keeper_are_killed_at_once(
     trees: Groups, pager: PagerClient, place: Callable[[str], Place], runtime: Path
 ) -> None:
@@ -116,11 +124,8 @@ def test_pager_and_keeper_are_killed_at_once(
     child = copies[0].fork()
     assert copies[0].ask_child("crc", BASE, HALF)
     kill(trees.top / "first")
-    assert all(is_killed(copy) for copy in copies)
+    all_are_ended(copies, others, runtime)
     await_end(child)
-    for other in others:
-        until(lambda other=other: not members(other.group), "an empty cgroup")  # type: ignore[misc]
-    assert not list(runtime.glob("*.sock"))
 
 
 def test_killed_again_and_again(
@@ -146,8 +151,7 @@ def test_killed_again_and_again(
 
 def test_one_keeper_per_cgroup_that_needs_one(trees: Groups, pager: PagerClient, place: Callable[[str], Place]) -> None:
     """Those whose cgroup is covered by another keeper's, or the pager's, need none."""
-    _, keeper = pager.pids()
-    process = pager.pids()[0]
+    process, keeper = pager.pids()
     same, below = place("first"), place("first/below")
     copies = [same.copy(), below.copy()]
     assert children_of(process) == [keeper]
@@ -185,11 +189,8 @@ def test_the_pager_alone_is_killed(pager: PagerClient, place: Callable[[str], Pl
     copies = [other.copy() for other in others]
     process, keeper = pager.pids()
     os.kill(process, signal.SIGKILL)
-    assert all(is_killed(copy) for copy in copies)
+    all_are_ended(copies, others, runtime)
     await_end(keeper)
-    for other in others:
-        until(lambda other=other: not members(other.group), "an empty cgroup")  # type: ignore[misc]
-    assert not list(runtime.glob("*.sock"))
 
 
 def test_nothing_is_left_after_the_last_copy(
@@ -202,13 +203,11 @@ def test_nothing_is_left_after_the_last_copy(
     copy = other.copy()
     child = copy.fork()
     (further,) = [pid for pid in other.keepers(copy) if pid != child]
-    copy.process.kill()
-    copy.process.wait()
+    copy.kill()
     again = other.copy()
     assert further in members(other.group)
     other.disconnect()
-    again.process.kill()
-    again.process.wait()
+    again.kill()
     assert copy.ask_child("crc", BASE, LENGTH) == str(zlib.crc32(image.raw(BASE, LENGTH)))
     assert further in members(other.group)
     copy.end_child()

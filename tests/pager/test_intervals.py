@@ -124,8 +124,7 @@ def test_a_stranger_has_none(client: PagerClient, clone: Victim, make_victim: Ma
 
 
 def test_a_dead_process_has_none(client: PagerClient, clone: Victim) -> None:
-    clone.process.kill()
-    clone.process.wait()
+    clone.kill()
     with pytest.raises(PagerError) as dead:
         client.intervals(clone.pidfd)
     assert dead.value.errno == errno.ESRCH

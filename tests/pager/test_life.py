@@ -134,8 +134,7 @@ def test_exits_after_the_last_space_and_removes_the_socket(
     pager, keeper = client.pids()
     client.close()
     assert sockets(runtime)
-    clone.process.kill()
-    clone.process.wait()
+    clone.kill()
     with connect_existing(image.key, image.name, runtime_dir=runtime) or pytest.fail("left too early"):
         pass
     os.kill(child, signal.SIGKILL)
@@ -202,8 +201,7 @@ def test_a_child_that_cannot_be_served_never_runs_on_zeros(
     until(lambda: "cannot be served" in (runtime / "pager.log").read_text(), "the child, and no thread for it")
     resource.prlimit(pager, resource.RLIMIT_AS, limit)
     clone.send_child("crc", BASE, LENGTH)
-    clone.process.kill()
-    clone.process.wait()
+    clone.kill()
     client.close()
     assert clone.answer_of_child() == ""
     await_end(pager)
@@ -284,8 +282,7 @@ def test_pager_holds_only_what_it_needs(image: Image, start: Start, make_victim:
     clone.clone(client, BASE, LENGTH)
     clone.fork()
     assert open_fds(pager).count("anon_inode:[userfaultfd]") == 2
-    clone.process.kill()
-    clone.process.wait()
+    clone.kill()
     clone.end_child()
     until(lambda: open_fds(pager) == before, "closed descriptors")  # after the space is gone from the statistics
 

@@ -19,6 +19,7 @@ from helpers_working_set import (
     MakeVictim,
     Start,
     anonymous,
+    end,
     numbers,
     packed,
     present,
@@ -83,15 +84,11 @@ def test_recorded_until_the_process_ends(start: Start, make_image: MakeImage, ma
     parked = make_victim()
     parked.clone(client, BASE, LENGTH, record=None)
     parked.ask("touch", BASE + CHUNK)
-    parked.process.kill()
-    parked.process.wait()
-    stats_when(client, lambda stats: stats.spaces_ended == 1)
+    end(client, parked, 1)
     assert not client.working_set()  # too little to tell what the process needs
     first.clone(client, BASE, LENGTH, record=None)
     first.ask("crc", BASE, LENGTH)
-    first.process.kill()
-    first.process.wait()
-    stats_when(client, lambda stats: stats.spaces_ended == 2)
+    end(client, first, 2)
     assert len(numbers(client.working_set())) == FULL
     second.clone(client, BASE, LENGTH, record=None, replay=True)
     replayed(client, FULL * CHUNK // PAGE)
@@ -105,9 +102,7 @@ def test_what_was_asked_for_is_kept_however_little(
     victim.clone(client, BASE, LENGTH, record=True)
     victim.ask("touch", BASE + 9 * CHUNK)
     stats_when(client, lambda stats: stats.faults == 1)
-    victim.process.kill()
-    victim.process.wait()
-    stats_when(client, lambda stats: stats.spaces_ended == 1)
+    end(client, victim, 1)
     assert numbers(client.working_set()) == (slot_of(image, 9),)
 
 
@@ -286,9 +281,7 @@ def test_what_a_process_that_has_ended_had_written(
         victim.ask("poke", BASE + number * CHUNK + page * PAGE, 255)
     victim.ask("touch", BASE + 12 * CHUNK)
     stats_when(client, lambda stats: stats.faults == 4)
-    victim.process.kill()
-    victim.process.wait()
-    stats_when(client, lambda stats: stats.spaces_ended == 1)
+    end(client, victim, 1)
     expected = ((3, 0b1000_0010, 0b1000_0010), (9, 0b1_0000, 0b1_0000), (12, 0, 1))
     assert client.working_set() == b"".join(
         packed(slot_of(image, number), written=written, pages=pages) for number, written, pages in expected
