@@ -13,18 +13,18 @@ files itself, as it always does with those that are mapped shared and writable: 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING
 
 from lazyrestore._native import _core
-from lazyrestore.restore_plan import SIGNATURE, UNKNOWN, MappedFiles, signature_of
+from lazyrestore.restore_plan import OPEN_SHARE, SIGNATURE, UNKNOWN, MappedFiles, signature_of
 
 if TYPE_CHECKING:
     from lazyrestore.resources.vma import FileIdentity
 
 lib, ffi = _core.lib, _core.ffi
 
-SHARE = 8  # of the limit of descriptors, one part of so many may be kept for a snapshot
 NOT_HERE = -2  # in place of the descriptor of a file that is not opened here
 
 
@@ -72,14 +72,14 @@ class FilesHere:
                 return
             signatures = self._look_again(number, signatures)
 
-    def opened(self, files: MappedFiles, wanted: Collection[int]) -> OpenFiles | None:
+    def opened(self, files: MappedFiles, wanted: AbstractSet[int]) -> OpenFiles | None:
         """Those of the numbers in `wanted`, open; None, now and later, if that cannot be. FileChanged as with check().
 
         Several threads may open them at the same time: the last one's are kept, the others' closed after their restore.
         """
         signatures = self._signatures or files.signatures
         kept = self._open
-        if kept is not None and kept.signatures == signatures and kept.descriptors.keys() == set(wanted):
+        if kept is not None and kept.signatures == signatures and kept.descriptors.keys() == wanted:
             return kept
         if not _may_keep(len(wanted)):
             self.opens, self._open = False, None
@@ -123,6 +123,6 @@ def _may_keep(count: int) -> bool:
     if soft == resource.RLIM_INFINITY:
         return True
     try:
-        return count <= soft // SHARE and len(os.listdir("/proc/self/fd")) + count <= soft // 2
+        return count <= soft // OPEN_SHARE and len(os.listdir("/proc/self/fd")) + count <= soft // 2
     except OSError:
         return False

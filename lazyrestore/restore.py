@@ -216,9 +216,10 @@ def check(prepared: Prepared, options: Options = AS_IT_WAS, filled: bytes = b"")
         prepared.files.check(plan.files)
     files = None
     if plan.compiled.layout.files:
-        files = prepared.files.opened(plan.files, plan.compiled.layout.files)
+        files = prepared.files.opened(plan.files, plan.compiled.layout.files.keys())
         if files is None:
-            plan = (ready := plan_for(prepared, options, ahead, open_files=False)).plan
+            ready = plan_for(prepared, options, ahead, open_files=False)
+            plan = ready.plan
     _check_opened(prepared, plan)
     for address in plan.addresses:
         addresses.make_free(address)

@@ -22,6 +22,7 @@ def signature_of(status: os.stat_result) -> Signature:
 
 SIGNATURE = struct.Struct("<QQqqq")  # struct lr_signature (_native/files.h)
 UNKNOWN = bytes(SIGNATURE.size)  # no file's: there is no inode 0
+OPEN_SHARE = 8  # of the limit of descriptors, one part of so many may be mapped files, open for a snapshot
 
 
 class MappedFiles(msgspec.Struct, frozen=True):

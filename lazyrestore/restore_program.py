@@ -27,6 +27,7 @@ from lazyrestore.resources.descriptor import RestoreContext
 from lazyrestore.restore_options import AS_IT_WAS, Options
 from lazyrestore.restore_plan import (
     NOTHING,
+    OPEN_SHARE,
     SIGNATURE,
     UNKNOWN,
     Ahead,
@@ -41,8 +42,7 @@ from lazyrestore.restore_plan import (
 TASK_END = 0x7FFF_FFFF_F000  # the end of user space with four-level page tables
 FIRST_HIGH = 1000  # handed-over descriptors start here, or lower if the limit is low, or above the snapshot's highest
 ROOM_ABOVE = 16  # numbers above the handed-over ones, for descriptors that are moved out of the way
-MOST_FILES = 128  # that are handed over open, or
-SHARE = 8  # of the limit of descriptors, one part of so many
+MOST_FILES = 128  # that are handed over open
 
 
 def compile_for(
@@ -122,7 +122,8 @@ def layout_for(
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard == resource.RLIM_INFINITY:
         hard = sys.maxsize
-    files = vma.read_only_files(manifest.vmas, manifest.files)[: min(MOST_FILES, hard // SHARE)] if open_files else []
+    most = min(MOST_FILES, hard // OPEN_SHARE) if open_files else 0
+    files = vma.read_only_files(manifest.vmas, manifest.files)[:most]
     count = 6 + len(manifest.shared) + len(inherited) + len(files)
     fits = hard - count - ROOM_ABOVE
     base = max(min(FIRST_HIGH, fits), highest + 1, minimum)

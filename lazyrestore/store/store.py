@@ -155,10 +155,8 @@ class ImageStore:
 
         self.find([name])
         lock = None
-        with contextlib.suppress(StoreBusy):
-            lock = locks.WriterLock(
-                environment.directory, brief=True
-            )  # first: who gives up waiting has removed nothing
+        with contextlib.suppress(StoreBusy):  # first: who gives up waiting has removed nothing
+            lock = locks.WriterLock(environment.directory, brief=True)
         with lock or contextlib.nullcontext():
             environment.update(remove, removes=True)
             environment.sync()
