@@ -117,15 +117,16 @@ static struct lr_error register_ranges(int uffd, const struct lr_range *ranges, 
 }
 
 static struct lr_error attach_owned(struct pager *pager, const struct lr_request *request, int *fds, unsigned n_fds,
-				    struct cgroup_keeper **keeper) {
+				    struct cgroup_keeper *keeper) {
 	if (request->n_shared > LR_MAX_SHARED || n_fds != FD_SHARED + request->n_shared)
 		return lr_fail("attach: number of descriptors", EINVAL, n_fds);
 	__attribute__((cleanup(scoped_space))) struct space *space = space_new(pager);
 	scoped_free struct lr_range *ranges = NULL;
 	if (!space)
 		return lr_fail("calloc", ENOMEM, 0);
-	space->keeper = *keeper;
-	*keeper = NULL;
+	pthread_mutex_lock(&pager->lock);
+	space->keeper = keepers_share(keeper);
+	pthread_mutex_unlock(&pager->lock);
 	space->uffd = fd_release(&fds[FD_UFFD]);
 	space->pidfd = fd_release(&fds[FD_PIDFD]);
 	space->pid = pid_behind(space->pidfd);
@@ -173,11 +174,7 @@ static struct lr_error attach_owned(struct pager *pager, const struct lr_request
 
 struct lr_error attach(struct pager *pager, const struct lr_request *request, int *fds, unsigned n_fds,
 		       struct cgroup_keeper *keeper) {
-	struct lr_error error = attach_owned(pager, request, fds, n_fds, &keeper);
-	if (keeper) {
-		SCOPED_LOCK(&pager->lock);
-		keepers_put(pager, keeper);
-	}
+	struct lr_error error = attach_owned(pager, request, fds, n_fds, keeper);
 	for (unsigned i = 0; i < n_fds; i++)
 		scoped_close(&fds[i]);
 	return error;

@@ -227,20 +227,19 @@ static void locate(struct connection *connection) {
 
 static struct lr_error attach_for(struct connection *connection) {
 	struct pager *pager = connection->pager;
-	struct cgroup_keeper *keeper = NULL;
 	locate(connection);
 	if (connection->cgroup) {
+		struct cgroup_keeper *keeper = NULL;
 		struct lr_error error = keepers_get(pager, connection->cgroup, &keeper);
 		if (error.code)
 			return error;
-	}
-	if (keeper && !connection->keeper) {
 		SCOPED_LOCK(&pager->lock);
-		connection->keeper = keepers_share(keeper);
+		keepers_put(pager, connection->keeper);
+		connection->keeper = keeper;
 	}
 	unsigned n_fds = connection->n_fds;
 	connection->n_fds = 0;
-	return attach(pager, &connection->request, connection->fds, n_fds, keeper);
+	return attach(pager, &connection->request, connection->fds, n_fds, connection->keeper);
 }
 
 static bool answer(struct connection *connection) {
