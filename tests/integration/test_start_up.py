@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Victims, alive, until
+from helpers_cli import MAIN
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,13 +21,8 @@ from lazyrestore.cli import COMMANDS, main
 from lazyrestore.commands import default_store, plain, to_json
 from lazyrestore.errors import NotAStore
 
-ENTRY = "from lazyrestore.__main__ import entry; entry()"  # what the console script does
-WITHOUT_CLICK = (
-    ".commands",
-    ".commands.plain",
-    ".commands.words",
-    ".errors",
-)  # what plain words are told from others by
+# What plain words are told from others by.
+WITHOUT_CLICK = (".commands", ".commands.plain", ".commands.words", ".errors")
 # For people only, for writing only, or for one command only.
 RICH = {"rich", "json", "shutil", "pathlib", "subprocess", "ctypes", "importlib.metadata", "logging", "asyncio"}
 # For what click and msgspec can do and no command wants.
@@ -59,7 +55,7 @@ SURVEY = {"lazyrestore.kernel.fdinfo", "lazyrestore.kernel.unix_diag", "lazyrest
 
 def imports(*arguments: object) -> tuple[set[str], str]:
     """The modules that one run of the command line imports, and its standard output; it must succeed."""
-    words = [sys.executable, "-X", "importtime", "-c", ENTRY, *map(str, arguments)]
+    words = [sys.executable, "-X", "importtime", "-c", MAIN, *map(str, arguments)]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return set(re.findall(r"^import time:.*\| +(\S+)$", done.stderr, re.MULTILINE)), done.stdout
@@ -230,7 +226,7 @@ def test_errors_of_plain_words_are_clicks(run: Path, words: str) -> None:
     found = []
     for store in (["--store", str(run / "none")], [f"--store={run / 'none'}"]):
         assert (plain.read([*store, *words.split()]) is None) == (len(store) == 1)
-        command = [sys.executable, "-c", ENTRY, *store, *words.split()]
+        command = [sys.executable, "-c", MAIN, *store, *words.split()]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found.append((done.returncode, done.stdout, done.stderr))
     assert found[0] == found[1]
@@ -242,7 +238,7 @@ def test_help_is_the_same_with_stand_ins(command: list[str]) -> None:
     without = "from lazyrestore.cli import main; main(prog_name='lazyrestore')"
     ours, clicks = (
         subprocess.run([sys.executable, "-c", code, *command, "--help"], capture_output=True, check=True).stdout
-        for code in (f"import sys; sys.argv[0] = 'lazyrestore'; {ENTRY}", without)
+        for code in (f"import sys; sys.argv[0] = 'lazyrestore'; {MAIN}", without)
     )
     assert ours == clicks
 
@@ -302,7 +298,7 @@ def test_the_end_keeps_output_and_status(run: Path) -> None:
     """The process ends without taking the interpreter apart: nothing is lost in a pipe, and every status arrives."""
 
     def status(*arguments: object) -> tuple[int, str]:
-        words = [sys.executable, "-c", ENTRY, *map(str, arguments)]
+        words = [sys.executable, "-c", MAIN, *map(str, arguments)]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         return done.returncode, done.stdout
 
@@ -312,7 +308,7 @@ def test_the_end_keeps_output_and_status(run: Path) -> None:
     code, text = status("--store", run / "store", "ls", "--json")
     assert (code, json.loads(text)) == (0, [])
     with open("/dev/full", "w") as sink:
-        words = [sys.executable, "-c", ENTRY, "--store", str(run / "store"), "ls"]
+        words = [sys.executable, "-c", MAIN, "--store", str(run / "store"), "ls"]
         full = subprocess.run(words, stdout=sink, stderr=subprocess.PIPE, check=False)
     assert full.returncode != 0
     assert full.stderr
@@ -326,15 +322,15 @@ WRITTEN = [["--help"], ["--version"], ["ls", "--help"], ["doctor", "--help"], ["
 def test_output_that_cannot_be_written_is_one_line(words: list[str], unbuffered: str) -> None:
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     with open("/dev/full", "w") as sink:
-        command = [sys.executable, "-c", ENTRY, *words]
+        command = [sys.executable, "-c", MAIN, *words]
         done = subprocess.run(command, stdout=sink, stderr=subprocess.PIPE, text=True, env=environment, check=False)
     assert done.returncode == 1
-    assert done.stderr == ("lazyrestore: standard output: write: No space left on device; send it to another file\n")
+    assert done.stderr == "lazyrestore: standard output: write: No space left on device; send it to another file\n"
 
 
 def test_a_closed_standard_output_is_no_error(run: Path) -> None:
     lazyrestore.Store.open(run / "store").close()
-    command = f"exec {sys.executable} -c '{ENTRY}' --store {run / 'store'} ls >&-"
+    command = f"exec {sys.executable} -c '{MAIN}' --store {run / 'store'} ls >&-"
     done = subprocess.run(command, shell=True, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -344,5 +340,5 @@ def test_ctrl_c_before_there_is_a_command_is_one_line() -> None:
         "import sys\nclass Finder:\n def find_spec(self, name, *_):\n"
         "  if name == 'lazyrestore.cli': raise KeyboardInterrupt\nsys.meta_path.insert(0, Finder())\n"
     )
-    done = subprocess.run([sys.executable, "-c", interrupting + ENTRY], stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", interrupting + MAIN], stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "lazyrestore: interrupted\n")

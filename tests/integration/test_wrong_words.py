@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers import Victims
-from helpers_cli import command, run_cli
+from helpers_cli import MAIN, command, run_cli
 from helpers_copies import Copies
 from helpers_fleet import reporter
 
@@ -16,6 +16,7 @@ import lazyrestore
 from lazyrestore import errors
 from lazyrestore.cli import COMMANDS
 
+NAMED = f"import sys; sys.argv[0] = 'lazyrestore'; {MAIN}"  # as in the shell, for what the help is called by
 LOST = "lazyrestore: standard output: write: No space left on device; {}\n"
 
 
@@ -53,8 +54,7 @@ LOST = "lazyrestore: standard output: write: No space left on device; {}\n"
     ids=str,
 )
 def test_wrong_words_are_one_line(words: list[str | bytes], line: str) -> None:
-    code = "import sys; sys.argv[0] = 'lazyrestore'; from lazyrestore.__main__ import entry; entry()"
-    done = run_cli(None, *(os.fsdecode(word) for word in words), code=code)
+    done = run_cli(None, *(os.fsdecode(word) for word in words), code=NAMED)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"lazyrestore: {line}\n")
 
 
@@ -76,10 +76,9 @@ def test_the_exit_status_is_there_if_the_line_cannot_be(run: Path, words: list[s
 
 def test_completion_that_cannot_be_written_is_one_line() -> None:
     asked = {"_LAZYRESTORE_COMPLETE": "bash_complete", "COMP_WORDS": "lazyrestore re", "COMP_CWORD": "1"}
-    code = "import sys; sys.argv[0] = 'lazyrestore'; from lazyrestore.__main__ import entry; entry()"
     with open("/dev/full", "w") as sink:
         done = subprocess.run(
-            command(None, code=code),
+            command(None, code=NAMED),
             stdout=sink,
             stderr=subprocess.PIPE,
             text=True,
@@ -91,10 +90,9 @@ def test_completion_that_cannot_be_written_is_one_line() -> None:
 
 @pytest.mark.parametrize("words", [["ls"], ["show", "x"], ["snapshot", "1", "--name", "x"]], ids=str)
 def test_a_store_in_a_directory_that_was_removed(run: Path, words: list[str]) -> None:
-    code = (
-        f"import os; os.mkdir({str(run / 'gone')!r}); os.chdir({str(run / 'gone')!r}); os.rmdir({str(run / 'gone')!r})"
-    )
-    done = run_cli("here", *words, code=f"{code}\nfrom lazyrestore.__main__ import entry; entry()")
+    gone = str(run / "gone")
+    removed = f"import os; os.mkdir({gone!r}); os.chdir({gone!r}); os.rmdir({gone!r})"
+    done = run_cli("here", *words, code=f"{removed}\n{MAIN}")
     advice = "go to another one, or name the store from / on"
     line = f"lazyrestore: store here: open: the working directory was removed; {advice}\n"
     assert (done.returncode, done.stdout, done.stderr) == (errors.NotAStore.exit_status, "", line)
