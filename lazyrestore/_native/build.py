@@ -30,7 +30,7 @@ SYSCALLS = """
     timerfd_create timerfd_settime umask unlinkat unshare userfaultfd vmsplice write writev setfsuid setfsgid
     io_getevents epoll_wait epoll_pwait epoll_pwait2 semop semtimedop nanosleep clock_nanosleep poll accept connect
     recvfrom recvmsg recvmmsg sendmmsg pause select mount wait4 exit exit_group mkdirat mknodat linkat symlinkat
-    utimensat statx setdomainname sethostname setns flock shutdown
+    utimensat statx setdomainname sethostname setns flock shutdown readv preadv2 pwritev2 sendfile
 """
 
 CONSTANTS = """

@@ -63,6 +63,7 @@ _AGAIN = ffi.new(
         lib.SYS_io_getevents,
         lib.SYS_accept,
         lib.SYS_accept4,
+        lib.SYS_connect,
         lib.SYS_recvfrom,
         lib.SYS_recvmsg,
         lib.SYS_recvmmsg,
@@ -70,6 +71,13 @@ _AGAIN = ffi.new(
         lib.SYS_sendmsg,
         lib.SYS_sendmmsg,
         lib.SYS_read,
+        lib.SYS_readv,
+        lib.SYS_preadv2,
+        lib.SYS_write,
+        lib.SYS_writev,
+        lib.SYS_pwritev2,
+        lib.SYS_sendfile,
+        lib.SYS_splice,
     ),
 )
 

@@ -7,7 +7,8 @@ with the original's when the thread goes on: it restarts the call, or ends it wi
 signal (restored too) says. But the copy has no restart block, so a call that the kernel would resume from one is made
 anew, unless a handler ends it: nanosleep and clock_nanosleep with the remaining time (which the kernel has just
 written, if the caller gave it a place), the others (poll, a futex wait with a relative time, a sleep without a place)
-with their full time, so they are never cut short. A futex call that needs to write the word (FUTEX_LOCK_PI, …) gets
+with their full time, so they are never cut short. Of one that was stopped twice the kernel no longer tells the number;
+kernel/restarted.py finds it. A futex call that needs to write the word (FUTEX_LOCK_PI, …) gets
 EFAULT where only a pager could bring the page, so those pages are brought before. Source: signal(7), kernel/futex.
 """
 
@@ -21,7 +22,7 @@ import msgspec
 
 from lazyrestore._native import _core
 from lazyrestore.errors import NoSuchProcess
-from lazyrestore.kernel import procfs
+from lazyrestore.kernel import procfs, restarted
 from lazyrestore.kernel.tracee import ERESTART_RESTARTBLOCK, Frozen, Registers, call_again, check
 from lazyrestore.program import OpList, Pointer, Program, lib
 
@@ -170,7 +171,10 @@ def _resumable(frozen: Frozen, tid: int) -> Registers:
     registers = frozen.registers[tid]
     if not registers.in_syscall or registers.result != -ERESTART_RESTARTBLOCK or frozen.handler_waits(tid):
         return registers
-    number, registers = registers["orig_rax"], call_again(registers)
+    number = registers["orig_rax"]
+    if number == lib.SYS_restart_syscall:  # it was stopped before: by a snapshot, SIGSTOP, a debugger
+        number = restarted.interrupted_call(registers, frozen.read)
+    registers = call_again(registers, number)
     if number == lib.SYS_nanosleep and registers["rsi"]:
         registers["rdi"] = registers["rsi"]
     elif number == lib.SYS_clock_nanosleep and registers["r10"]:

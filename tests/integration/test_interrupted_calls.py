@@ -29,7 +29,11 @@ CALLS = {
     "sigtimedwait": 128,
     "read": 0,
     "read_restart": 0,
+    "sleep": 35,
+    "clock_nanosleep": 230,
+    "readv": 19,
 }
+SENDERS = {"write": 1, "writev": 20, "sendfile": 40, "connect": 42}
 ACCEPT, GETPID = 43, 39
 RESTART = 219  # restart_syscall: one with a timeout goes on
 ENDED = {name: ("waits" if name == "read_restart" else "EINTR", 1) for name in CALLS}
@@ -43,10 +47,10 @@ def victim(run: Path, victims: Victims, build: Builder) -> Victim:
     return victim
 
 
-def all_wait(pid: int) -> bool:
+def all_wait(pid: int, expected: dict[str, int] = CALLS) -> bool:
     """Whether each thread is in its call: a signal that comes before does not end it."""
     calls = {name: int((task / "syscall").read_text().split()[0]) for name, task in tasks(pid).items()}
-    wanted = CALLS | {"interrupted": ACCEPT}
+    wanted = expected | {"interrupted": ACCEPT}
     return calls.keys() == wanted.keys() and all(calls[name] in (wanted[name], RESTART) for name in calls)
 
 
@@ -68,8 +72,8 @@ def state(task: Path) -> str:
     return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
-def send_all(pid: int) -> None:
-    for number in range(len(CALLS)):
+def send_all(pid: int, count: int = len(CALLS)) -> None:
+    for number in range(count):
         os.kill(pid, signal.SIGRTMIN + number)
 
 
@@ -132,6 +136,34 @@ def test_no_signal(run: Path, victim: Victim, copies: Copies) -> None:
     send_all(copy.pid)
     check(run / "control", ENDED)
     copy.check()
+
+
+def test_a_second_snapshot(run: Path, victim: Victim, copies: Copies) -> None:
+    """The first has made restart_syscall() of calls with a time-out; a copy has nothing that this could restart."""
+    copies.snapshot(victim.pid, "x")
+    victim.until(lambda: all_wait(victim.pid), "threads that wait again")
+    snapshot = copies.snapshot(victim.pid, "y")
+    victim.kill()
+    copy = copies.restore(snapshot)
+    copy.until(lambda: all_wait(copy.pid), "threads that wait again")
+    assert report(run / "control") == dict.fromkeys(CALLS, ("waits", 0))
+    send_all(copy.pid)
+    check(run / "control", ENDED)
+    copy.check()
+
+
+def test_senders_with_a_timeout(run: Path, victims: Victims, build: Builder) -> None:
+    """A stop ends them with EINTR; they are made again."""
+    calls = CALLS | SENDERS
+    victim = victims.start([build.c("interrupted"), run / "control", "senders"])
+    for _ in range(2):
+        victim.until(lambda: all_wait(victim.pid, calls), "threads that wait")
+        with Frozen(victim.pid):
+            pass
+    assert report(run / "control") == dict.fromkeys(calls, ("waits", 0))
+    victim.until(lambda: all_wait(victim.pid, calls), "threads that wait again")
+    send_all(victim.pid, len(calls))
+    check(run / "control", ENDED | dict.fromkeys(SENDERS, ("EINTR", 1)))
 
 
 def test_an_exec_before_the_freeze(victims: Victims, monkeypatch: pytest.MonkeyPatch) -> None:
