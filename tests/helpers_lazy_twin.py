@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from helpers import Victim, Victims, ask
@@ -98,6 +98,10 @@ def twins_in(
         yield twins
     finally:
         twins.close()
+
+
+InArena = Callable[..., AbstractContextManager[Twins]]
+"""The fixture in_arena: twins of victims/twin.c whose maps begin at ARENA and end at ARENA_END, or where it is told."""
 
 
 def resident(pid: int) -> int:

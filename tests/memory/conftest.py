@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 from helpers import Builder, Victims
+from helpers_lazy_twin import InArena, Twins, twins_in
+from helpers_twin import ARENA, ARENA_END
 
 import lazyrestore
 from lazyrestore.pager import launch
+
+arenas = itertools.count()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
@@ -53,3 +59,14 @@ def victims(run: Path) -> Iterator[Victims]:
     started = Victims(run)
     yield started
     started.end()
+
+
+@pytest.fixture
+def in_arena(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path) -> InArena:
+    program = build.c("twin")
+
+    def start(end: int = ARENA_END) -> AbstractContextManager[Twins]:
+        directory = run / f"arena{next(arenas)}"
+        return twins_in(victims, store, directory, lambda control: [program, control, hex(ARENA), hex(end)])
+
+    return start

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers import Builder, Victims
 from helpers_facts import read_memory
-from helpers_lazy_twin import Twins, twins_in
+from helpers_lazy_twin import InArena, Twins
 from helpers_twin import ANONYMOUS, ARENA, ARENA_END, PAGE, SHARED, Pair, random_program, run_program
 
 import lazyrestore
@@ -29,10 +29,8 @@ numbers = itertools.count()
 
 
 @pytest.fixture
-def twins(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path) -> Iterator[Twins]:
-    program = build.c("twin")
-    directory = run / f"generations{next(numbers)}"
-    with twins_in(victims, store, directory, lambda control: [program, control, hex(ARENA), hex(END)]) as twins:
+def twins(in_arena: InArena) -> Iterator[Twins]:
+    with in_arena(END) as twins:
         yield twins
 
 

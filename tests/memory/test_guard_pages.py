@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from pathlib import Path
 
 import pytest
-from helpers import Builder, Victims
-from helpers_lazy_twin import twins_in
-from helpers_twin import ANONYMOUS, ARENA, ARENA_END, PAGE, SHARED
-
-import lazyrestore
+from helpers_lazy_twin import InArena
+from helpers_twin import ANONYMOUS, ARENA, PAGE, SHARED
 
 DONTNEED, GUARD_INSTALL, GUARD_REMOVE = 4, 102, 103
 
@@ -25,14 +21,11 @@ def has_guard_pages() -> bool:
 
 
 @pytest.mark.requires("root")
-def test_guard_pages(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path) -> None:
+def test_guard_pages(in_arena: InArena) -> None:
     if not has_guard_pages():
         pytest.skip("needs Linux 6.15")
-    program = build.c("twin")
     empty = ARENA + 128 * PAGE
-    with twins_in(
-        victims, store, run / "guards", lambda control: [program, control, hex(ARENA), hex(ARENA_END)]
-    ) as twins:
+    with in_arena() as twins:
         twins.both("map", ARENA, 64 * PAGE, 3, ANONYMOUS, 0, 0)
         twins.both("write", ARENA, 64 * PAGE, 5)
         twins.both("map", empty, 16 * PAGE, 3, ANONYMOUS, 0, 0)
@@ -59,14 +52,11 @@ def test_guard_pages(victims: Victims, build: Builder, store: lazyrestore.Store,
 
 @pytest.mark.requires("root")
 @pytest.mark.parametrize("kind", [ANONYMOUS, SHARED], ids=["private", "shared"])
-def test_guards_of_a_copy(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path, kind: int) -> None:
+def test_guards_of_a_copy(in_arena: InArena, kind: int) -> None:
     """A copy makes guard pages of memory that has not arrived, between pages that arrive."""
     if not has_guard_pages():
         pytest.skip("needs Linux 6.15")
-    program = build.c("twin")
-    with twins_in(
-        victims, store, run / f"made-{kind}", lambda control: [program, control, hex(ARENA), hex(ARENA_END)]
-    ) as twins:
+    with in_arena() as twins:
         twins.both("map", ARENA, 256 * PAGE, 3, kind, 0, 0)
         twins.both("write", ARENA, 256 * PAGE, 5)
         twins.copy = twins.snapshot().restore(record=False)  # while it records, a fault brings one page

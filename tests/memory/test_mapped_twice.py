@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from helpers import Builder, Victims
-from helpers_lazy_twin import twins_in
-from helpers_twin import ARENA, ARENA_END, PAGE, SHARED
-
-import lazyrestore
+from helpers_lazy_twin import InArena
+from helpers_twin import ARENA, PAGE, SHARED
 
 MAYMOVE_FIXED = 3
 
 
-def test_shared_memory_mapped_twice(victims: Victims, build: Builder, store: lazyrestore.Store, run: Path) -> None:
-    program = build.c("twin")
+def test_shared_memory_mapped_twice(in_arena: InArena) -> None:
     second = ARENA + 128 * PAGE
-    with twins_in(
-        victims, store, run / "mapped-twice", lambda control: [program, control, hex(ARENA), hex(ARENA_END)]
-    ) as twins:
+    with in_arena() as twins:
         twins.both("map", ARENA, 64 * PAGE, 3, SHARED, 0, 0)
         twins.both("write", ARENA, 64 * PAGE, 5)
         twins.restore()

@@ -7,11 +7,8 @@ import resource
 from pathlib import Path
 
 import pytest
-from helpers import Builder, Victims
-from helpers_lazy_twin import twins_in
+from helpers_lazy_twin import InArena
 from helpers_twin import ADVICE, ANONYMOUS, ARENA, PAGE, SHARED
-
-import lazyrestore
 
 SPARE = 8 << 20  # what the process itself may still map
 
@@ -25,14 +22,9 @@ def mapped(pid: int, limit: int) -> int:
 
 
 @pytest.mark.parametrize("limit", [resource.RLIMIT_AS, resource.RLIMIT_DATA], ids=["as", "data"])
-def test_what_it_would_have_covered_is_still_there(
-    victims: Victims, build: Builder, store: lazyrestore.Store, run: Path, limit: int
-) -> None:
-    program = build.c("twin")
+def test_what_it_would_have_covered_is_still_there(in_arena: InArena, limit: int) -> None:
     end = ARENA + 16384 * PAGE
-    with twins_in(
-        victims, store, run / f"refused-{limit}", lambda control: [program, control, hex(ARENA), hex(end)]
-    ) as twins:
+    with in_arena(end) as twins:
         for kind, first in ((ANONYMOUS, 16), (SHARED, 100), (ANONYMOUS, 200)):
             twins.both("map", ARENA + first * PAGE, 64 * PAGE, 3, kind, 0, 0)
             twins.both("write", ARENA + first * PAGE, 64 * PAGE, 5)
