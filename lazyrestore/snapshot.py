@@ -255,6 +255,8 @@ def _capture(
         timers = posix_timers.capture(frozen)
         captured = [threads.capture(frozen, tid) for tid in frozen.tids]
         handlers = signals.capture(frozen)
+        pending = [*handlers.pending, *(info for thread in captured for info in thread.pending)]
+        timers = posix_timers.ask_again(frozen, timers, pending)
         whole = attributes.capture(frozen, stopped=stopped)
         plan.runs = [_read_unreadable(frozen, run) if run.forced and run.lazy else run for run in plan.runs]
         frozen.end_calls()

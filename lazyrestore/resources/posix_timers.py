@@ -8,7 +8,7 @@ PR_TIMER_CREATE_RESTORE_IDS (6.15) as timer_create() is asked to. A program keep
 Choice. Timers go on with the time that they had left, as timerfd does: the time between snapshot and restore does not
 exist for them. They are made when all threads are there, since some notify one (SIGEV_THREAD_ID). Before 6.15 as many
 timers are made, and removed again, as there are numbers below. They are asked for the time that is left before the
-queued signals are read: an expiry in between comes twice, rather than never.
+queued signals are read, and those that have one queued once more, behind: so an expiry in between comes once.
 
 Cost. An alarm at a point of wall-clock time (TIMER_ABSTIME) comes later by the time that the process did not exist.
 Clocks of single threads and of other processes are refused. What timer_getoverrun() says begins again at 0.
@@ -20,7 +20,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -41,6 +41,7 @@ CLOCKS = (
 )
 NOTIFICATIONS = {b"signal": 0, b"none": 1, b"thread": 2}  # SIGEV_SIGNAL, SIGEV_NONE, SIGEV_THREAD
 TO_THREAD = 4  # SIGEV_THREAD_ID
+SI_TIMER = -2  # asm-generic/siginfo.h; si_timerid follows
 MOST_NUMBERS = 1 << 12  # that are made one after the other, some 2 µs each; they are in the program, 64 bytes each
 _SIGEVENT = struct.Struct("<QiiI44x")
 _TIMER = re.compile(
@@ -83,13 +84,25 @@ def unsupported(pid: int) -> list[str]:
 
 
 def capture(frozen: Frozen) -> list[PosixTimer]:
+    return _ask(frozen, parse(procfs.read(frozen.pid, "timers")))
+
+
+def ask_again(frozen: Frozen, timers: list[PosixTimer], pending: Iterable[bytes]) -> list[PosixTimer]:
+    """The timers, of those whose signal is in `pending` (siginfo_t) with the time that is left now."""
+    infos = (struct.unpack_from("<8xi4xi", info) for info in pending)
+    expired = {number for code, number in infos if code == SI_TIMER}
+    asked = {timer.number: timer for timer in _ask(frozen, [timer for timer in timers if timer.number in expired])}
+    return [asked.get(timer.number, timer) for timer in timers]
+
+
+def _ask(frozen: Frozen, timers: list[PosixTimer]) -> list[PosixTimer]:
     pid = frozen.pid
-    timers = []
+    found = []
     with frozen.calls(pid) as call:
-        for timer in parse(procfs.read(pid, "timers")):
+        for timer in timers:
             check(call(lib.SYS_timer_gettime, timer.number, frozen.scratch), pid, "timer_gettime")
-            timers.append(msgspec.structs.replace(timer, times=frozen.read(frozen.scratch, ITIMERSPEC)))
-    return timers
+            found.append(msgspec.structs.replace(timer, times=frozen.read(frozen.scratch, ITIMERSPEC)))
+    return found
 
 
 def restore(timers: Sequence[PosixTimer], program: Program, ops: OpList) -> None:

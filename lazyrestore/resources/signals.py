@@ -9,6 +9,8 @@ default, so SIGTRAP's action is set last, by the tracer.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
+from signal import SIGALRM, SIGPROF, SIGVTALRM
 
 import msgspec
 
@@ -18,7 +20,7 @@ from lazyrestore.program import OpList, Program, lib
 from lazyrestore.resources.threads import pending_signals
 
 SIGACTION = 32  # bytes of the kernel's struct sigaction: handler, flags, restorer, mask
-ITIMERS = (0, 1, 2)  # ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF
+ITIMERS = {0: SIGALRM, 1: SIGVTALRM, 2: SIGPROF}  # ITIMER_REAL, ITIMER_VIRTUAL, ITIMER_PROF
 
 
 class Signals(msgspec.Struct, frozen=True):
@@ -43,11 +45,19 @@ def capture(frozen: Frozen) -> Signals:
                 check(call(lib.SYS_rt_sigaction, signal, 0, frozen.scratch, 8), pid, "rt_sigaction")
                 actions[signal] = frozen.read(frozen.scratch, SIGACTION)
         for which in ITIMERS:
-            check(call(lib.SYS_getitimer, which, frozen.scratch), pid, "getitimer")
-            value = frozen.read(frozen.scratch, 32)
-            if any(value):  # a timer whose signal is still pending has an interval, and no time left
-                timers[which] = value
-    return Signals(actions, timers, pending_signals(pid, shared=True))
+            timers[which] = _time_left(frozen, call, which)
+        pending = pending_signals(pid, shared=True)
+        queued = {struct.unpack_from("<i", info)[0] for info in pending}
+        for which, signal in ITIMERS.items():
+            if signal in queued and any(timers[which]):  # it may have expired in between: it must not once more
+                timers[which] = _time_left(frozen, call, which)
+    # A timer whose signal is still pending has an interval, and no time left.
+    return Signals(actions, {which: value for which, value in timers.items() if any(value)}, pending)
+
+
+def _time_left(frozen: Frozen, call: Callable[..., int], which: int) -> bytes:
+    check(call(lib.SYS_getitimer, which, frozen.scratch), frozen.pid, "getitimer")
+    return frozen.read(frozen.scratch, 32)
 
 
 def restore(signals: Signals, program: Program, ops: OpList) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
+import struct
 from pathlib import Path
 
 import pytest
-from helpers import SYSTEM_PYTHON, VICTIMS, Victim, Victims, ask
+from helpers import SYSTEM_PYTHON, VICTIMS, Victim, Victims, ask, until
 from helpers_cli import run_cli
 from helpers_copies import Copies
 
 import lazyrestore
 from lazyrestore import errors
-from lazyrestore.kernel import libc
+from lazyrestore.kernel import libc, procfs
+from lazyrestore.resources import signals, threads
 
 TICKING = ("status", "tasks")  # a signal may be pending at the instant at which /proc is read
 SECOND = 1_000_000_000
@@ -62,6 +65,43 @@ def test_the_original_keeps_them(run: Path, victim: Victim, copies: Copies) -> N
         lambda: all(now > then + 3 for now, then in zip(json.loads(ask(control, "counts")), counts, strict=True)),
         "both timers' signals",
     )
+
+
+TWO_TIMERS = """
+import ctypes, signal, struct, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM, signal.SIGRTMIN})
+libc, number = ctypes.CDLL(None), ctypes.c_int()
+about = struct.pack("<QiiI44x", 0, signal.SIGRTMIN, 0, 0)
+assert libc.syscall(222, time.CLOCK_MONOTONIC, about, ctypes.byref(number)) == 0
+assert libc.syscall(223, number, 0, struct.pack("<4q", 0, 0, 2, 0), None) == 0
+signal.setitimer(signal.ITIMER_REAL, 2)
+print("set", flush=True)
+time.sleep(1000000)
+"""
+
+
+def test_an_expiry_during_the_snapshot_comes_once(
+    victims: Victims, copies: Copies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that fire once do so after their time was asked for, and before the queue of signals is read."""
+    victim = victims.start([SYSTEM_PYTHON, "-c", TWO_TIMERS])
+    victim.until(lambda: "set" in victim.log.read_text(), "the timers")
+    read = threads.pending_signals
+
+    def wait_first(tid: int, *, shared: bool) -> list[bytes]:
+        wanted = 1 << signal.SIGALRM - 1 | 1 << signal.SIGRTMIN - 1
+        until(lambda: pending(tid) & wanted == wanted, "both signals")
+        return read(tid, shared=shared)
+
+    monkeypatch.setattr(signals, "pending_signals", wait_first)
+    manifest = copies.snapshot(victim.pid, "x").manifest
+    assert {struct.unpack_from("<i", info)[0] for info in manifest.signals.pending} == {signal.SIGALRM, signal.SIGRTMIN}
+    assert not manifest.signals.timers
+    assert [any(timer.times) for timer in manifest.posix_timers] == [False]
+
+
+def pending(pid: int) -> int:
+    return int(procfs.parse_status(procfs.read(pid, "status"))["ShdPnd"], 16)
 
 
 def test_one_of_a_threads_clock_is_refused(run: Path, store: lazyrestore.Store, victims: Victims) -> None:
