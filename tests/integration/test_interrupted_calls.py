@@ -16,6 +16,7 @@ import pytest
 from helpers import Builder, Stuck, Victim, Victims, ask, until
 from helpers_copies import Copies
 
+import lazyrestore
 from lazyrestore.kernel.tracee import Frozen
 
 # Thread → its call's number; in the order of their signals, SIGRTMIN + 0, ….
@@ -122,6 +123,16 @@ def test_signals_while_frozen(run: Path, victim: Victim, diverted: bool) -> None
     check(run / "control", ENDED)
 
 
+def a_copy_waits(run: Path, copies: Copies, snapshot: lazyrestore.Snapshot) -> None:
+    """Nothing ends in it, until a signal comes."""
+    copy = copies.restore(snapshot)
+    copy.until(lambda: all_wait(copy.pid), "threads that wait again")
+    assert report(run / "control") == dict.fromkeys(CALLS, ("waits", 0))
+    send_all(copy.pid)
+    check(run / "control", ENDED)
+    copy.check()
+
+
 def test_no_signal(run: Path, victim: Victim, copies: Copies) -> None:
     """Nothing ends, in the original and in the copy; and a signal that comes later ends it as ever."""
     snapshot = copies.snapshot(victim.pid, "x")
@@ -130,12 +141,7 @@ def test_no_signal(run: Path, victim: Victim, copies: Copies) -> None:
     send_all(victim.pid)
     check(run / "control", ENDED)
     victim.kill()
-    copy = copies.restore(snapshot)
-    copy.until(lambda: all_wait(copy.pid), "threads that wait again")
-    assert report(run / "control") == dict.fromkeys(CALLS, ("waits", 0))
-    send_all(copy.pid)
-    check(run / "control", ENDED)
-    copy.check()
+    a_copy_waits(run, copies, snapshot)
 
 
 def test_a_second_snapshot(run: Path, victim: Victim, copies: Copies) -> None:
@@ -144,12 +150,7 @@ def test_a_second_snapshot(run: Path, victim: Victim, copies: Copies) -> None:
     victim.until(lambda: all_wait(victim.pid), "threads that wait again")
     snapshot = copies.snapshot(victim.pid, "y")
     victim.kill()
-    copy = copies.restore(snapshot)
-    copy.until(lambda: all_wait(copy.pid), "threads that wait again")
-    assert report(run / "control") == dict.fromkeys(CALLS, ("waits", 0))
-    send_all(copy.pid)
-    check(run / "control", ENDED)
-    copy.check()
+    a_copy_waits(run, copies, snapshot)
 
 
 def test_senders_with_a_timeout(run: Path, victims: Victims, build: Builder) -> None:
