@@ -31,6 +31,7 @@ def test_a_child_is_found_by_what_it_touches(
     assert read_memory(child, BASE, 1) == image.raw(BASE, 1)
     assert clone.ask("crc", BASE, 4 * CHUNK) and pids(client) == {0: clone.pid, 1: 0}
     assert clone.ask_child("touch", BASE + 16 * CHUNK) == str(image.raw(BASE + 16 * CHUNK, 1)[0])
+    assert clone.ask_child("touch", BASE + 32 * CHUNK)  # which is served once it was found
     assert pids(client) == {0: clone.pid, 1: child}
     other.clone(client, BASE, LENGTH)
     assert sorted(space.pid for space in client.stats().spaces) == sorted((clone.pid, other.pid, child))

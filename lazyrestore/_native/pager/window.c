@@ -72,8 +72,8 @@ static struct event *find_move(struct window *window, uint64_t start, uint64_t e
 
 /* Was the unmapping undone? Facts (mm/vma.c, Linux 6.12 to 6.18; tried): mmap(MAP_FIXED) that is refused, by RLIMIT_AS, RLIMIT_DATA or
  * overcommit, puts back what it had unmapped, but tells of it. The VMA at the range's start stays cut there, where one that grew over
- * what was unmapped goes on. Of several threads, one may also have moved there what once was there (MREMAP_DONTUNMAP, and back): not where none
- * has moved anything yet. And while installs are refused the caller has done nothing since. */
+ * what was unmapped goes on. Of several threads, one may also have moved there what once was there (MREMAP_DONTUNMAP, and back): not where nothing
+ * was moved yet. And while installs are refused the caller has done nothing since. */
 static bool is_undone(struct space *space, uint64_t start, uint64_t end) {
 	struct interval piece = {.end = start};
 	struct proc_place place;
@@ -85,7 +85,7 @@ static bool is_undone(struct space *space, uint64_t start, uint64_t end) {
 		return false;
 	struct origin origin = space_origin(space, piece.start);
 	return origin.known && belongs(piece, piece.start, origin) &&
-	       (space->window.in_order || (!space->window.remap_ns && uffd_changing(space->uffd)));
+	       (space->window.in_order || (!space->window.moved && uffd_changing(space->uffd)));
 }
 
 int window_unmap(struct space *space, uint64_t start, uint64_t end) {
@@ -110,6 +110,7 @@ int window_remove(struct space *space, uint64_t start, uint64_t end) {
 
 int window_remap(struct space *space, uint64_t from, uint64_t to, uint64_t length, bool sleeps) {
 	struct event event = {.kind = UFFD_EVENT_REMAP, .start = from, .end = from + length, .to = to};
+	space->window.moved = true;
 	if (on_event(space)->in_order)
 		return take(space, event);
 	space->window.remap_ns = now_ns();
@@ -178,6 +179,7 @@ static void give_birth(struct space *parent) {
 		parent->window.unborn = child->next;
 		child->next = NULL;
 		child->window.open = true; /* there may be suspects */
+		child->window.moved = parent->window.moved;
 		struct lr_error error = space_start(child);
 		if (error.code)
 			space_orphan(parent, child, error);

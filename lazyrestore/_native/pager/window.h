@@ -70,6 +70,7 @@ struct window {
 	struct displaced *displaced; /* by REMAPs and UNMAPs, the oldest first */
 	uint32_t n_displaced, displaced_capacity;
 	uint64_t remap_ns; /* when the last REMAP was read that may not be in order; 0: none. It outlives the window */
+	bool moved; /* something was, ever, or by a parent: then two places may show the same */
 	struct call *calls; /* in which threads slept before the event that is being read (callers.h) */
 	uint32_t n_calls, calls_capacity;
 	int32_t running; /* the one thread that seems to run, and was seen in none of them; 0: none, -1: several */
