@@ -49,6 +49,7 @@ RESTARTED = (-ERESTARTSYS, -ERESTARTNOINTR, -ERESTARTNOHAND)
 SYSCALL_LENGTH = 2  # bytes of the syscall instruction
 STUB_PREFIX = b"\x0f\x05\x48\xbf"  # syscall; movabs …, %rdi
 FREEZE_MS = 10000
+MAIN_EXITED = "its main thread has exited, which is not supported"
 
 # Calls that return -EINTR to a thread that was only stopped and continued; each may be made again.
 _AGAIN = ffi.new(
@@ -231,7 +232,7 @@ class Frozen:
                 raise NoSuchProcess(f"process {self.pid}", "attach", "it ended")
         self.tids = [self.pid, *sorted(self._seized - {self.pid})]
         if self.pid not in self._seized:
-            raise SnapshotFailed(f"process {self.pid}", "freeze", "its main thread has exited, which is not supported")
+            raise SnapshotFailed(f"process {self.pid}", "freeze", MAIN_EXITED)
 
     def _stop(self, tid: int) -> None:
         """Seize and stop one thread, and at once put right what the stop did to it.
@@ -249,9 +250,20 @@ class Frozen:
             self._seized.add(tid)
             advice = "it may be in an uninterruptible wait"
             raise SnapshotFailed(f"thread {tid}", "freeze", f"did not stop within {FREEZE_MS / 1000:.0f} s", advice)
-        if result < 0 and self._tracer():
-            by = f"already traced by process {self._tracer()}"
-            raise AlreadyTraced(f"process {self.pid}", "attach", by, "detach that tracer first")
+        if result == -errno.EPERM:  # also what a thread answers whose end nobody has collected yet
+            try:
+                status = procfs.parse_status(procfs.read(self.pid, f"task/{tid}/status"))
+            except NoSuchProcess:
+                return
+            if status["State"][0] in "ZX":
+                if tid == self.pid and self._seized:
+                    raise SnapshotFailed(f"process {self.pid}", "freeze", MAIN_EXITED)
+                if tid == self.pid:
+                    raise NoSuchProcess(f"process {self.pid}", "attach", "it ended")
+                return
+            if tracer := int(status.get("TracerPid", "0")):
+                by = f"already traced by process {tracer}"
+                raise AlreadyTraced(f"process {self.pid}", "attach", by, "detach that tracer first")
         check(result, self.pid, "attach")
         self._seized.add(tid)
         if result == 2:
@@ -276,9 +288,6 @@ class Frozen:
     def handler_waits(self, tid: int) -> bool:
         """Whether a signal waits for the thread whose handler will run before the thread goes on."""
         return bool(lib.lr_signal_waits(tid, self._caught & ~self.masks[tid]))
-
-    def _tracer(self) -> int:
-        return int(procfs.parse_status(procfs.read(self.pid, "status")).get("TracerPid", "0"))
 
     def _rseq_abort(self, tid: int, rip: int) -> int:
         """The abort handler of the rseq critical section that `rip` is in, 0 if it is in none; the section is left."""
