@@ -160,6 +160,14 @@ def threads(pid: int) -> list[int]:
         raise NoSuchProcess(f"process {pid}", "list threads", "no such process") from error
 
 
+def is_exiting(pid: int, tid: int) -> bool:
+    """Whether a thread ends, or has: it gives back what it shares (descriptors, namespaces) before it goes."""
+    try:
+        return bool(parse_stat(read(pid, f"task/{tid}/stat")).flags & 0x00000004)  # PF_EXITING, include/linux/sched.h
+    except NoSuchProcess:
+        return True
+
+
 def children(pid: int) -> list[int]:
     """The children of all of a process's threads."""
     found: list[int] = []

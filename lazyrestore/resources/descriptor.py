@@ -105,6 +105,14 @@ class View(Struct, frozen=True):
     def identity(self) -> tuple[int, int]:
         return self.stat.st_dev, self.stat.st_ino
 
+    def is_open(self) -> bool:
+        """Whether it is still what it was: a running process, say a busy server, may have closed it meanwhile."""
+        try:
+            status = os.stat(f"/proc/{self.survey.pid}/fd/{self.numbers[0]}")
+        except FileNotFoundError:
+            return False
+        return (status.st_dev, status.st_ino) == self.identity
+
     @contextmanager
     def duplicate(self) -> Iterator[int]:
         """A descriptor of ours for the same description, closed at the end. Gone, OSError."""
@@ -114,6 +122,9 @@ class View(Struct, frozen=True):
         if number < 0:
             raise OSError(-number, os.strerror(-number))
         try:
+            status = os.fstat(number)
+            if (status.st_dev, status.st_ino) != self.identity:
+                raise Gone  # the number means something else by now
             yield number
         finally:
             os.close(number)

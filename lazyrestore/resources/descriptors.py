@@ -229,7 +229,8 @@ def _survey(survey: Survey, same_table: Callable[[int, int], bool]) -> FdTable:
         except Gone:
             continue
         except (Unsupported, ValueError) as reason:
-            unsupported.append(f"{_number_list(view.numbers)} ({_link_name(view.link)}): {reason}")
+            if view.is_open():
+                unsupported.append(f"{_number_list(view.numbers)} ({_link_name(view.link)}): {reason}")
             continue
         if owner is not None:
             owners.append(owner)
@@ -319,11 +320,12 @@ def _owner(view: View, description: int) -> Owner:
 
 def _private_tables(pid: int, same_table: Callable[[int, int], bool]) -> list[str]:
     """Complaints about threads that have a descriptor table of their own."""
-    threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+    from lazyrestore.kernel import procfs
+
     found = []
-    for thread in threads:
+    for thread in procfs.threads(pid):
         try:
-            if thread != pid and not same_table(pid, thread):
+            if thread != pid and not same_table(pid, thread) and not procfs.is_exiting(pid, thread):
                 found.append(f"thread {thread}: has a descriptor table of its own (CLONE_FILES), which is not restored")
         except ProcessLookupError:
             continue
@@ -472,11 +474,8 @@ def title(number: int, record: Description) -> str:
 
 
 def _items(table: FdTable) -> list[Item[Description]]:
-    numbers = table.numbers()
-    return [
-        Item(index, record, numbers[index], title(numbers[index][0], record))
-        for index, record in enumerate(table.descriptions)
-    ]
+    records, numbers = enumerate(table.descriptions), table.numbers()
+    return [Item(index, record, numbers[index], title(numbers[index][0], record)) for index, record in records]
 
 
 def _set_owner(item: Item[Description], owner: Owner, build: Build) -> None:

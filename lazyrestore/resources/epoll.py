@@ -8,19 +8,27 @@ one). A one-shot entry that has fired shows no events but its flags.
 Consequence. An entry whose number no longer means its file cannot be added again: refused. All others are added when
 every descriptor has its final number. A pending readiness is found again by the kernel when an entry is added.
 
-Cost. An edge-triggered entry may report an edge once more that was already reported, which epoll(7) permits; a fired
-one-shot entry may report EPOLLERR or EPOLLHUP, which the kernel always adds.
+Choice. Which entries those are is decided once the process stands still. A server closes connections between the look
+at its epoll and the one at their numbers, and was refused for them, or said to be gone (kcmp: ENOENT).
+
+Cost. What is refused for such an entry has been frozen for a moment. An edge-triggered entry may report an edge once
+more that was already reported, which epoll(7) permits; a fired one-shot entry may report EPOLLERR or EPOLLHUP, which
+the kernel always adds.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from lazyrestore._native import _core
 from lazyrestore.resources.descriptor import Build, Item, Unsupported, View
+
+if TYPE_CHECKING:
+    from lazyrestore.kernel import fdinfo
 
 lib = _core.lib
 
@@ -48,8 +56,13 @@ def capture(view: View) -> Epoll | None:
     from lazyrestore.kernel import fdinfo
 
     targets = sorted(fdinfo.targets(view.info.rest))  # the kernel's order is that of addresses
-    if not targets:
-        return Epoll(view.flags, ())
+    if targets and view.survey.contents:
+        _check(targets, view)
+    return Epoll(view.flags, tuple(Target(target.number, target.events, target.data) for target in targets))
+
+
+def _check(targets: list[fdinfo.Target], view: View) -> None:
+    """Refuse entries for closed files of a frozen process. Unsupported."""
     from lazyrestore.kernel import libc
 
     seen: set[int] = set()
@@ -60,7 +73,6 @@ def capture(view: View) -> Epoll | None:
         if not same or not libc.epoll_watches(view.survey.pid, target.number, view.numbers[0], target.number):
             raise Unsupported(f"it still watches a closed file that was descriptor {target.number}")
         seen.add(target.number)
-    return Epoll(view.flags, tuple(Target(target.number, target.events, target.data) for target in targets))
 
 
 def restore(items: list[Item[Epoll]], build: Build) -> None:

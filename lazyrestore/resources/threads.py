@@ -81,23 +81,25 @@ def unsupported(pid: int) -> list[str]:
     """What a thread of the process has that threads usually share, or that cannot be given to another; a line each."""
     from lazyrestore.kernel import libc
 
-    lines = []
+    lines: list[str] = []
     leader, spaces = _own_lines(pid, pid), _namespaces(pid, pid)
     for tid in procfs.threads(pid):
         try:
+            found = []
             own = leader if tid == pid else _own_lines(pid, tid)
             if own[-1] != b"Seccomp:\t0":
-                lines.append("seccomp filters" + (f" of thread {tid}" if tid != pid else ""))
+                found.append("seccomp filters" + (f" of thread {tid}" if tid != pid else ""))
             if os.sched_getscheduler(tid) & ~os.SCHED_RESET_ON_FORK == SCHED_DEADLINE:
-                lines.append(f"thread {tid} is scheduled by deadlines (SCHED_DEADLINE)")
-            if tid == pid:
-                continue
-            if own[:-1] != leader[:-1]:
-                lines.append(f"thread {tid} has credentials of its own")
-            if _namespaces(pid, tid) != spaces:
-                lines.append(f"thread {tid} is in a namespace of its own")
-            if not libc.same_place(pid, tid):
-                lines.append(f"thread {tid} has a working directory, root and umask of its own (CLONE_FS)")
+                found.append(f"thread {tid} is scheduled by deadlines (SCHED_DEADLINE)")
+            if tid != pid:
+                if own[:-1] != leader[:-1]:
+                    found.append(f"thread {tid} has credentials of its own")
+                if _namespaces(pid, tid) != spaces:
+                    found.append(f"thread {tid} is in a namespace of its own")
+                if not libc.same_place(pid, tid):
+                    found.append(f"thread {tid} has a working directory, root and umask of its own (CLONE_FS)")
+            if found and (tid == pid or not procfs.is_exiting(pid, tid)):
+                lines += found
         except (NoSuchProcess, ProcessLookupError):
             continue
     return lines
@@ -115,6 +117,10 @@ def _namespaces(pid: int, tid: int) -> list[str]:
         return [os.readlink(f"/proc/{pid}/task/{tid}/ns/{kind}") for kind in ("net", "ipc", "uts", "cgroup")]
     except FileNotFoundError as error:
         raise NoSuchProcess(f"thread {tid}", "read its namespaces", "no such thread") from error
+    except PermissionError as error:  # so is a thread refused that has given back its memory
+        if not procfs.is_exiting(pid, tid):
+            raise
+        raise NoSuchProcess(f"thread {tid}", "read its namespaces", "it ends") from error
 
 
 def capture(frozen: Frozen, tid: int) -> Thread:
