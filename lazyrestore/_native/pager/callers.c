@@ -121,6 +121,36 @@ static int fit(const struct window *window, const struct proc_task *task, uint64
 	}
 }
 
+bool callers_last(const struct window *window, struct event *last) {
+	const struct proc_task *task = window->calls ? &window->calls[0].task : NULL;
+	if (window->n_calls != 1 || window->running)
+		return false;
+	const uint64_t *with = task->arguments;
+	*last = (struct event){.start = with[0], .end = with[0] + pages(with[1])};
+	if (task->call == SYS_madvise && (with[2] == MADV_DONTNEED || with[2] == MADV_DONTNEED_LOCKED)) {
+		last->kind = UFFD_EVENT_REMOVE;
+		return true;
+	}
+	if (task->call != SYS_mremap)
+		return false;
+	if (with[3] & MREMAP_DONTUNMAP) {
+		last->kind = UFFD_EVENT_REMAP;
+		last->to = with[4];
+		return with[3] & MREMAP_FIXED;
+	}
+	last->kind = UFFD_EVENT_UNMAP;
+	return with[1] && has_moved(window, task);
+}
+
+bool callers_still(struct space *space) {
+	struct window *window = &space->window;
+	struct proc_task before = window->calls[0].task;
+	look_at_all(space);
+	const struct proc_task *task = window->calls ? &window->calls[0].task : NULL;
+	return window->n_calls == 1 && !window->running && task->thread == before.thread && task->call == before.call &&
+	       !memcmp(task->arguments, before.arguments, sizeof before.arguments);
+}
+
 int32_t callers_of_unmap(struct window *window, uint64_t start, uint64_t end, bool *moves) {
 	struct proc_task *found = NULL;
 	int best = 0;

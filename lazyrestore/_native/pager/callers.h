@@ -24,6 +24,13 @@ struct call {
 enum look { LOOK_NOT_NEEDED, LOOKED, LOOKED_IN_VAIN /* there is no message */ };
 enum look callers_look(struct space *space);
 
+/* Is one call all that is under way, does its thread sleep before its last event, which is `last` then, and does no other thread run? What
+ * the kernel shows until that event is read is what it shows when all of the calls are over. Not for a munmap, which may wait for a lock. */
+bool callers_last(const struct window *window, struct event *last);
+
+/* Looks once more: has nothing changed? */
+bool callers_still(struct space *space);
+
 /* When no call can be under way. */
 void callers_forget(struct window *window);
 

@@ -165,21 +165,20 @@ static void reorder(const struct history *history, struct event *events, const u
 	}
 }
 
-enum probe history_find(struct space *space, struct event *events, uint32_t n, struct interval_map *shown, bool *found, int *error) {
+void history_find_of(struct space *space, struct event *events, uint32_t n, struct interval_map *shown, bool *found, int *error) {
 	uint32_t low[MAX_EVENTS], host[MAX_EVENTS], begun[MAX_EVENTS];
 	struct history history = {
 		.space = space, .events = events, .n = n, .truth = shown, .low = low, .host = host, .begun = begun, .budget = BUDGET};
 	struct best best = {0};
 	*found = false;
 	*error = 0;
-	if (space->pidfd < 0 || is_simple(events, n))
-		return PROBE_NOT_ONE;
+	if (n > MAX_EVENTS)
+		return;
 	interval_map_init(&history.scene);
 	interval_map_init(&history.now);
 	find_calls(&history);
 	*error = scene_set(&history);
-	enum probe quiet = uffd_probe(space->uffd, NOWHERE, NOWHERE + LR_PAGE);
-	if (!*error && quiet == PROBE_NOT_ONE)
+	if (!*error)
 		*error = find(&history, &best);
 	if (!*error && best.found)
 		reorder(&history, events, best.order);
@@ -187,6 +186,17 @@ enum probe history_find(struct space *space, struct event *events, uint32_t n, s
 	interval_map_deinit(&history.scene);
 	interval_map_deinit(&history.now);
 	free(history.anchors);
+}
+
+enum probe history_find(struct space *space, struct event *events, uint32_t n, struct interval_map *shown, bool *found, int *error) {
+	*found = false;
+	*error = 0;
+	if (space->pidfd < 0 || is_simple(events, n))
+		return PROBE_NOT_ONE;
+	*error = scene_ask(space, events, n, shown);
+	enum probe quiet = uffd_probe(space->uffd, NOWHERE, NOWHERE + LR_PAGE);
+	if (!*error && quiet == PROBE_NOT_ONE)
+		history_find_of(space, events, n, shown, found, error);
 	return quiet;
 }
 

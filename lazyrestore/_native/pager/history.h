@@ -16,9 +16,11 @@
 #include "uffd.h"
 
 /* Puts the events of a window that is about to close into the order in which their calls were made. `found`: there is one, and the kernel
- * could be asked; `shown`, which is empty before: what it shows where the events have to do, and right behind. PROBE_BUSY: another call was made
- * meanwhile, and nothing is known; PROBE_NOT_ONE: none was. `error`: 0 or ENOMEM. */
+ * could be asked; `shown`: what it shows where the events have to do, and right behind. PROBE_BUSY: another call was made
+ * meanwhile, and nothing is known; PROBE_NOT_ONE: none was. `error`: 0 or ENOMEM.
+ * history_find() asks now, `shown` is empty before; history_find_of() is told what the kernel showed when all of the calls were over. */
 enum probe history_find(struct space *space, struct event *events, uint32_t n, struct interval_map *shown, bool *found, int *error);
+void history_find_of(struct space *space, struct event *events, uint32_t n, struct interval_map *shown, bool *found, int *error);
 
 /* After the events were applied: what has grown, and may be cut off from what it grew from, is entered into the map as zeros. 0 or ENOMEM. */
 int history_record_grown(struct space *space, const struct event *events, uint32_t n, const struct interval_map *shown);

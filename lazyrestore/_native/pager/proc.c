@@ -144,6 +144,10 @@ static bool read_call(int directory, const char *thread, struct proc_task *task)
 	uint64_t *with = task->arguments;
 	snprintf(path, sizeof path, "%.16s/syscall", thread);
 	scoped_fd file = openat(directory, path, O_RDONLY | O_CLOEXEC);
+	if (file < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOMEM)) {
+		*task = (struct proc_task){.thread = atoi(thread), .call = -1, .runs = true}; /* for all that is known */
+		return true;
+	}
 	ssize_t length = file >= 0 ? read(file, text, sizeof text - 1) : -1;
 	if (length <= 0)
 		return false;

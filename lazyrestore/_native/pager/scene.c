@@ -19,10 +19,6 @@ static int add_scene(struct history *history, struct range range) {
 	for (uint64_t at = range.start;
 	     !error && interval_map_next(&history->space->map, at, &piece) && piece.start < range.end; at = piece.end)
 		error = interval_map_insert(&history->scene, piece);
-	for (uint64_t at = range.start; !error && space_mapped(history->space, at, range.end, &piece); at = piece.end)
-		error = interval_map_insert(history->truth, piece);
-	if (!error && space_mapped(history->space, range.end, range.end + 1, &piece))
-		error = interval_map_insert(history->truth, piece);
 	return error;
 }
 
@@ -34,6 +30,29 @@ int scene_set(struct history *history) {
 			error = add_scene(history, (struct range){event->start, event->end});
 		if (!error)
 			error = add_scene(history, destination(event));
+	}
+	return error;
+}
+
+static int ask(struct space *space, struct range range, struct interval_map *truth) {
+	struct interval piece;
+	int error = 0;
+	if (range.start >= range.end)
+		return 0;
+	for (uint64_t at = range.start; !error && space_mapped(space, at, range.end, &piece); at = piece.end)
+		error = interval_map_insert(truth, piece);
+	if (!error && space_mapped(space, range.end, range.end + 1, &piece))
+		error = interval_map_insert(truth, piece);
+	return error;
+}
+
+int scene_ask(struct space *space, const struct event *events, uint32_t n, struct interval_map *truth) {
+	int error = 0;
+	for (uint32_t i = 0; !error && i < n; i++) {
+		if (events[i].kind != UFFD_EVENT_FORK)
+			error = ask(space, (struct range){events[i].start, events[i].end}, truth);
+		if (!error)
+			error = ask(space, destination(&events[i]), truth);
 	}
 	return error;
 }

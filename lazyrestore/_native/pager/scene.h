@@ -58,8 +58,11 @@ static inline struct range destination(const struct event *event) {
 	return is_move(event) ? (struct range){event->to, event->to + (event->end - event->start)} : (struct range){0, 0};
 }
 
-/* Fills scene and truth. 0 or ENOMEM. */
+/* Fills the scene. 0 or ENOMEM. */
 int scene_set(struct history *history);
+
+/* What the kernel shows now where events have to do, and right behind, goes to `truth`. 0 or ENOMEM. */
+int scene_ask(struct space *space, const struct event *events, uint32_t n, struct interval_map *truth);
 
 /* `order`: the numbers of the events, without those that belong to another's call. */
 struct outcome scene_replay(struct history *history, const uint32_t *order);

@@ -222,6 +222,7 @@ bool space_drain(struct space *space, uint32_t *n_read) {
 		enum look look = callers_look(space);
 		if (look == LOOKED_IN_VAIN)
 			break;
+		window_look(space);
 		__attribute__((cleanup(removal_end))) struct removal_guard guard = removal_begin(space);
 		if (guard.read == REMOVAL_NOTHING)
 			break;

@@ -6,20 +6,32 @@
 #include "history.h"
 #include "pieces.h"
 #include "proc.h"
+#include "scene.h"
 #include "space.h"
 #include "uffd.h"
 #include <errno.h>
 #include <linux/userfaultfd.h>
 #include <string.h>
 
+enum { LONG = 12 /* events: a window in which looking at what the kernel shows is worth while */ };
+
 void window_init(struct window *window) {
-	*window = (struct window){0};
+	*window = (struct window){.next_look = LONG};
+	interval_map_init(&window->shown);
+}
+
+static void forget_shown(struct window *window) {
+	interval_map_deinit(&window->shown);
+	interval_map_init(&window->shown);
+	window->last = false;
 }
 
 static void forget(struct window *window) {
 	window->n_events = window->n_read = window->n_moves = window->n_displaced = 0;
 	window->open = window->changed = window->forked = false;
 	window->attempts = 0;
+	window->next_look = LONG;
+	forget_shown(window);
 	callers_forget(window);
 }
 
@@ -41,6 +53,16 @@ static struct window *on_event(struct space *space) {
 	return window;
 }
 
+static int settle_early(struct space *space);
+
+/* Was this event expected as the last one? */
+static bool is_last(const struct window *window, const struct event *event) {
+	if (!window->last)
+		return false;
+	const struct event *last = &window->events[window->n_events];
+	return event->kind == last->kind && event->start == last->start && event->end == last->end && event->to == last->to;
+}
+
 /* In order, the map follows at once; else it waits until all that belongs to the event was read. */
 static int take(struct space *space, struct event event) {
 	struct window *window = &space->window;
@@ -51,8 +73,9 @@ static int take(struct space *space, struct event event) {
 	if (!events)
 		return ENOMEM;
 	window->events = events;
+	bool last = is_last(window, &event);
 	window->events[window->n_events++] = event;
-	return 0;
+	return last ? settle_early(space) : 0;
 }
 
 /* The REMAP, if any, that tells of the same move as this UNMAP: of the same thread, else one of which it is sure to come, else the last. */
@@ -100,7 +123,7 @@ int window_unmap(struct space *space, uint64_t start, uint64_t end) {
 	move->done = ++window->n_read; /* that is all it tells, but who made it */
 	move->slept = true;
 	move->by = move->by ? move->by : by;
-	return 0;
+	return is_last(window, &(struct event){.kind = UFFD_EVENT_UNMAP, .start = start, .end = end}) ? settle_early(space) : 0;
 }
 
 int window_remove(struct space *space, uint64_t start, uint64_t end) {
@@ -197,6 +220,40 @@ static int apply_all(struct space *space) {
 			space_orphan(space, event->child, lr_fail("interval map", error, 0));
 	}
 	window->n_events = 0;
+	return error;
+}
+
+void window_look(struct space *space) {
+	struct window *window = &space->window;
+	struct event last;
+	forget_shown(window);
+	if (window->n_events < window->next_look || window->in_order || window->forked || !callers_last(window, &last))
+		return;
+	struct event *events = array_room(window->events, window->n_events, &window->events_capacity, sizeof last);
+	if (!events)
+		return;
+	window->events = events;
+	window->events[window->n_events] = last;
+	window->next_look = window->n_events + window->n_events / 2;
+	window->last = !scene_ask(space, window->events, window->n_events + 1, &window->shown) && callers_still(space);
+}
+
+/* The last event of the only call under way was just read: if the order is found, what was read is applied, though another call may
+ * have begun. 0 or ENOMEM. */
+static int settle_early(struct space *space) {
+	struct window *window = &space->window;
+	uint32_t n = window->n_events;
+	int error;
+	history_find_of(space, window->events, n, &window->shown, &window->ordered, &error);
+	if (!window->ordered || error)
+		return error;
+	error = apply_all(space);
+	if (!error)
+		error = history_record_grown(space, window->events, n, &window->shown);
+	window->n_moves = window->n_displaced = 0; /* whatever took it away has been told */
+	window->ordered = window->changed = false;
+	window->attempts = 0;
+	window->next_look = LONG;
 	return error;
 }
 

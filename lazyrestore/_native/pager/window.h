@@ -13,6 +13,8 @@
  * of each REMAP whether its UNMAP came, that is, whether its caller slept until then. If so, what the kernel shows at its destination when
  * the REMAP is read is what was moved. If not, the source is still mapped: the kernel is asked about it before the REMAP is read, while its caller
  * sleeps; where nobody looked, the map is taken to be right about it.
+ * A thread that calls without a pause keeps it open for hundreds of events, whose order nobody finds. So a long one is closed, too, where
+ * all threads sleep, one of them before the last event of its call and the others in none: what the kernel shows then is how the calls ended.
  * When it closes, the events are put into the order in which their calls were made, if one is found (history.h); then each changes the map as
  * it stands. What follows is for windows for which none is found, and for forked children.
  * Only these orders matter to a program that does not itself race for an address:
@@ -73,6 +75,9 @@ struct window {
 	bool moved; /* something was, ever, or by a parent: then two places may show the same */
 	struct call *calls; /* in which threads slept before the event that is being read (callers.h) */
 	uint32_t n_calls, calls_capacity;
+	bool last;                 /* the event behind the last one is expected; when it is read all calls are over, see window_look() */
+	struct interval_map shown; /* what the kernel shows then */
+	uint32_t next_look;        /* at how many events */
 	int32_t running; /* the one thread that seems to run, and was seen in none of them; 0: none, -1: several */
 	struct space *unborn; /* chained: children whose map is made */
 };
@@ -84,6 +89,10 @@ void window_abandon(struct space *space);
 
 /* No child may be unborn. */
 void window_deinit(struct window *window);
+
+/* To be called after callers_look(), before a message is read: a window in which a thread calls without a pause would grow for ever; so where
+ * it is certain what the kernel shows at the end of the call under way, its events are applied then. */
+void window_look(struct space *space);
 
 /* The events, as they are read. 0 or an errno: the map can no longer be trusted. */
 int window_unmap(struct space *space, uint64_t start, uint64_t end);
