@@ -194,13 +194,6 @@ static void close_window(void) {
 		check_page("parent", &space.map, &now, page);
 }
 
-static bool is_over(void) {
-	for (int i = 0; i < n_threads; i++)
-		if (threads[i].phase != IDLE || threads[i].calls_left)
-			return false;
-	return !space.window.open;
-}
-
 /* Nobody will call any more. */
 static bool is_quiet(void) {
 	for (int i = 0; i < n_threads; i++)
@@ -230,7 +223,7 @@ static void play(int calls, int blocks) {
 	for (int i = 0; i < n_threads; i++)
 		threads[i].calls_left = calls;
 	int eager = 1 + below(4), patience = seed % 8 ? 1 : 1000;
-	while (!is_over() && !wrong) {
+	while (!(is_quiet() && !space.window.open) && !wrong) {
 		if (below(n_threads + eager) < n_threads) {
 			step(&threads[below(n_threads)]);
 		} else if (n_queued) {

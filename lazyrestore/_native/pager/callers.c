@@ -121,9 +121,14 @@ static int fit(const struct window *window, const struct proc_task *task, uint64
 	}
 }
 
+/* The one call that is under way, where no other thread runs; else NULL. */
+static const struct proc_task *only_call(const struct window *window) {
+	return window->n_calls == 1 && !window->running ? &window->calls[0].task : NULL;
+}
+
 bool callers_last(const struct window *window, struct event *last) {
-	const struct proc_task *task = window->calls ? &window->calls[0].task : NULL;
-	if (window->n_calls != 1 || window->running)
+	const struct proc_task *task = only_call(window);
+	if (!task)
 		return false;
 	const uint64_t *with = task->arguments;
 	*last = (struct event){.start = with[0], .end = with[0] + pages(with[1])};
@@ -143,11 +148,10 @@ bool callers_last(const struct window *window, struct event *last) {
 }
 
 bool callers_still(struct space *space) {
-	struct window *window = &space->window;
-	struct proc_task before = window->calls[0].task;
+	struct proc_task before = space->window.calls[0].task;
 	look_at_all(space);
-	const struct proc_task *task = window->calls ? &window->calls[0].task : NULL;
-	return window->n_calls == 1 && !window->running && task->thread == before.thread && task->call == before.call &&
+	const struct proc_task *task = only_call(&space->window);
+	return task && task->thread == before.thread && task->call == before.call &&
 	       !memcmp(task->arguments, before.arguments, sizeof before.arguments);
 }
 

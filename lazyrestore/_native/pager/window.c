@@ -223,6 +223,18 @@ static int apply_all(struct space *space) {
 	return error;
 }
 
+/* The window's events, in the order in which they stand: all of their calls are over, and `shown` is what the kernel showed then. 0 or ENOMEM. */
+static int settle_calls(struct space *space, const struct interval_map *shown) {
+	struct window *window = &space->window;
+	uint32_t n = window->n_events;
+	int error = apply_all(space);
+	if (!error && window->ordered)
+		error = history_record_grown(space, window->events, n, shown);
+	window->ordered = false;
+	window->n_displaced = 0; /* whatever took it away has been told */
+	return error;
+}
+
 void window_look(struct space *space) {
 	struct window *window = &space->window;
 	struct event last;
@@ -242,17 +254,13 @@ void window_look(struct space *space) {
  * have begun. 0 or ENOMEM. */
 static int settle_early(struct space *space) {
 	struct window *window = &space->window;
-	uint32_t n = window->n_events;
 	int error;
-	history_find_of(space, window->events, n, &window->shown, &window->ordered, &error);
+	history_find_of(space, window->events, window->n_events, &window->shown, &window->ordered, &error);
 	if (!window->ordered || error)
 		return error;
-	error = apply_all(space);
-	if (!error)
-		error = history_record_grown(space, window->events, n, &window->shown);
-	window->n_moves = window->n_displaced = 0; /* whatever took it away has been told */
-	window->ordered = window->changed = false;
-	window->attempts = 0;
+	error = settle_calls(space, &window->shown);
+	window->n_moves = window->attempts = 0;
+	window->changed = false;
 	window->next_look = LONG;
 	return error;
 }
@@ -274,22 +282,17 @@ enum closing window_close(struct space *space) {
 	__attribute__((cleanup(interval_map_deinit))) struct interval_map shown;
 	interval_map_init(&shown);
 	int error = 0;
-	uint32_t n = window->n_events;
 	if (!window->in_order) {
-		quiet = history_find(space, window->events, n, &shown, &window->ordered, &error);
+		quiet = history_find(space, window->events, window->n_events, &shown, &window->ordered, &error);
 		if (quiet == PROBE_GONE || (quiet == PROBE_BUSY && ++window->attempts < MAX_ATTEMPTS))
 			return quiet == PROBE_GONE ? WINDOW_GONE : WINDOW_OPEN;
 	}
 	if (!error)
-		error = apply_all(space);
-	if (!error && window->ordered)
-		error = history_record_grown(space, window->events, n, &shown);
+		error = settle_calls(space, &shown);
 	if (error) {
 		space_kill(space, strerror(error));
 		return WINDOW_GONE;
 	}
-	window->ordered = false;
-	window->n_displaced = 0; /* whatever took it away has been told */
 	enum closing result = settle_all(space);
 	if (result != WINDOW_CLOSED)
 		return result;
