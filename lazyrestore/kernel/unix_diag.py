@@ -47,6 +47,11 @@ class UnixSocket(NamedTuple):
     backlog: int
     shutdown: int
 
+    @property
+    def in_flight(self) -> int:
+        """What it has sent and nobody has read yet, as the kernel accounts for it; not of a listener."""
+        return self.backlog
+
 
 class UnixDiag:
     """An open NETLINK_SOCK_DIAG socket; a context manager."""

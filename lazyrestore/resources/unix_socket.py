@@ -1,21 +1,22 @@
 """Unix sockets: socket pairs inside the process with what is queued, listeners, datagram and unconnected sockets.
 
 Facts. Who the other end is, only NETLINK_SOCK_DIAG tells. One recv(MSG_PEEK) returns all that a stream holds; packets
-are walked with SO_PEEK_OFF. A peer that is gone has no inode any more, and a stream's survivor is shut down both
-ways; a connection that waits in a listener's queue has no inode either, but its other end is not shut down. When the
-dead end had unread bytes, the survivor has ECONNRESET pending (POLLERR). A bound socket's file keeps its name when
-the process dies, and bind() then fails with EADDRINUSE. connect() of a datagram socket to such a file leaves no trace
-at another: ECONNREFUSED means that nobody is bound to it; with a socket of another kind there it is EPROTOTYPE, whether
-that one listens or not (unix_find_bsd in net/unix/af_unix.c).
+are walked with SO_PEEK_OFF. A peer that is gone has no inode any more, and a stream's survivor is shut down both ways;
+a connection that waits in a listener's queue has no inode either, but its other end is not shut down. When the dead end
+had unread bytes, the survivor has ECONNRESET pending (POLLERR), which a look at packets takes away, and one at a stream
+does not. A bound socket's file keeps its name when the process dies, and bind() then fails with EADDRINUSE. connect()
+of a datagram socket to such a file leaves no trace at another: ECONNREFUSED means that nobody is bound to it; with a
+socket of another kind there it is EPROTOTYPE, whether that one listens or not (unix_find_bsd in net/unix/af_unix.c).
 
 Consequence. A pair is made again and each queue filled by sending from the other end, with a send buffer large enough
 for the while. A stale socket file is unlinked before the new process starts, if no socket is bound to it any more;
 mode and owner are set before listen().
 
-Cost. An empty datagram in a queue is seen by the first snapshot of a process only: the kernel marks it. SO_PEERCRED
-of a pair tells the credentials at restore. The process's working directory is entered to bind relative names. Not
-restored, refused: connections to other processes, descriptors in flight, named pairs, queued datagrams of bound
-sockets.
+Cost. An empty datagram in a queue is seen by the first snapshot of a process only: the kernel marks it, and hides it
+from later ones, which find that the sender has more in flight than they see, and refuse. SO_PEERCRED of a pair tells
+the credentials at restore. The process's working directory is entered to bind relative names. Not restored, refused:
+connections to other processes, descriptors and credentials in flight, urgent bytes, packets behind a pending error,
+named pairs, queued datagrams of bound sockets.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import socket
 import stat as modes
 import struct
 import termios
+from contextlib import suppress
 from fcntl import ioctl
 from typing import TYPE_CHECKING
 
@@ -176,10 +178,19 @@ def _capture_pair(view: View, sock: socket.socket, state: unix_diag.UnixSocket, 
     if _name(sock) or (inside and _encode(sock.getpeername())):
         raise Unsupported("a connection of the process with itself through a named socket is not restored")
     poll = select.poll()
-    poll.register(sock, 0)
-    reset = any(ready & select.POLLERR for _, ready in poll.poll(0))
+    poll.register(sock, select.POLLPRI)
+    ready = sum(events for _, events in poll.poll(0))
+    if ready & select.POLLPRI:
+        raise Unsupported("an urgent byte (MSG_OOB) waits in it")
+    reset = bool(ready & select.POLLERR)
+    if reset and (sock.type == socket.SOCK_DGRAM or (sock.type == socket.SOCK_SEQPACKET and _unread(sock))):
+        raise Unsupported("an error (ECONNRESET) waits in it that has not been read")
     options = socket_options.capture(sock, view.survey)
-    messages = _queued(sock, state) if view.survey.contents else ()
+    messages: tuple[bytes, ...] = ()
+    if view.survey.contents and not (reset and sock.type != socket.SOCK_STREAM):
+        messages = _queued(sock, state)
+        if inside and sock.type != socket.SOCK_STREAM and _hides_some(messages, sock.type, view, state.peer):
+            raise Unsupported("an empty datagram waits in it that was looked at before (MSG_PEEK, a snapshot)")
     return UnixPair(
         view.flags,
         int(sock.type),
@@ -187,7 +198,7 @@ def _capture_pair(view: View, sock: socket.socket, state: unix_diag.UnixSocket, 
         state.peer if inside else 0,
         messages,
         sock.getsockopt(*_SNDBUF),
-        state.shutdown if inside else 0,
+        state.shutdown if inside or sock.type == socket.SOCK_DGRAM else 0,
         reset,
         options,
     )
@@ -208,28 +219,62 @@ def _socket_file(view: View, address: bytes, state: unix_diag.UnixSocket) -> Soc
 
 def _queued(sock: socket.socket, state: unix_diag.UnixSocket) -> tuple[bytes, ...]:
     """What waits to be read, without consuming it: one piece of a stream, or the packets."""
-    if sock.type == socket.SOCK_STREAM:
-        count = _unread(sock)
-        data = sock.recv(count, socket.MSG_PEEK | socket.MSG_DONTWAIT) if count else b""
-        if len(data) != count:
-            raise Unsupported(f"only {len(data)} of the {count} bytes in it could be read")
-        return (data,) if data else ()
     before = sock.getsockopt(socket.SOL_SOCKET, _PEEK_OFF)
+    if before < 0 and sock.type == socket.SOCK_STREAM:
+        return _stream(sock)
     sock.setsockopt(socket.SOL_SOCKET, _PEEK_OFF, 0)
+    try:
+        return _stream(sock) if sock.type == socket.SOCK_STREAM else _packets(sock, state)
+    finally:
+        sock.setsockopt(socket.SOL_SOCKET, _PEEK_OFF, before)
+
+
+def _stream(sock: socket.socket) -> tuple[bytes, ...]:
+    count = _unread(sock)
+    data = _peek(sock, count) if count else b""
+    if len(data) != count:
+        raise Unsupported(f"only {len(data)} of the {count} bytes in it could be read")
+    return (data,) if data else ()
+
+
+def _packets(sock: socket.socket, state: unix_diag.UnixSocket) -> tuple[bytes, ...]:
     packets: list[bytes] = []
     total = _unread(sock) if sock.type == socket.SOCK_SEQPACKET else -1
     try:
         while True:
-            data, _, flags, _ = sock.recvmsg(_PEEK_LIMIT, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-            if flags & socket.MSG_TRUNC:
-                raise Unsupported(f"a packet in it is larger than {_PEEK_LIMIT} bytes")
+            data = _peek(sock, _PEEK_LIMIT)
             if not data and state.shutdown & 1 and sum(map(len, packets)) == total:
                 return tuple(packets)
             packets.append(data)
-    except (BlockingIOError, ConnectionResetError):
+    except BlockingIOError:
         return tuple(packets)
-    finally:
-        sock.setsockopt(socket.SOL_SOCKET, _PEEK_OFF, before)
+
+
+def _peek(sock: socket.socket, room: int) -> bytes:
+    data, _, flags, _ = sock.recvmsg(room, 0, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    if flags & socket.MSG_TRUNC:
+        raise Unsupported(f"a packet in it is larger than {room} bytes")
+    if flags & socket.MSG_CTRUNC:
+        raise Unsupported("what waits in it carries its sender's credentials (SO_PASSCRED) or another control message")
+    return data
+
+
+def _hides_some(packets: tuple[bytes, ...], kind: int, view: View, peer: int) -> bool:
+    """Whether the peer has more in flight than `packets`: at least one that is empty and was peeked at before."""
+    found = view.survey.diag.find(peer)
+    if found is None or not found.in_flight:
+        return False
+    sender, receiver = socket.socketpair(socket.AF_UNIX, kind)
+    with sender, receiver:
+        for name in (socket.SO_SNDBUF, lib.SO_SNDBUFFORCE):
+            with suppress(OSError):
+                sender.setsockopt(socket.SOL_SOCKET, name, _room(packets))
+        seen = 0
+        for packet in (*packets, b""):
+            seen = _integer(sender, termios.TIOCOUTQ)
+            sender.send(packet, socket.MSG_DONTWAIT)
+        empty = _integer(sender, termios.TIOCOUTQ) - seen
+    return found.in_flight >= seen + empty
 
 
 def _restore_single(item: Item[UnixRecord], record: UnixSocket, build: Build) -> None:
@@ -276,13 +321,16 @@ def _restore_pair(ends: list[tuple[Item[UnixRecord], UnixPair]], build: Build) -
 
 def _send(messages: tuple[bytes, ...], sender: int, build: Build) -> None:
     """Append what fills the other end's queue. The kernel accounts up to a few KiB more for each message."""
-    needed = 2 * sum(map(len, messages)) + 4096 * len(messages) + 65536
-    value = build.place(struct.pack("=i", needed))
+    value = build.place(struct.pack("=i", _room(messages)))
     for name in (socket.SO_SNDBUF, lib.SO_SNDBUFFORCE):
         build.ops.try_call(lib.SYS_setsockopt, sender, socket.SOL_SOCKET, name, value, 4, note="room for the queue")
     flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
     for message in messages:
         build.ops.call_expecting(len(message), lib.SYS_sendto, sender, build.place(message), len(message), flags, 0, 0)
+
+
+def _room(messages: tuple[bytes, ...]) -> int:
+    return 2 * sum(map(len, messages)) + 4096 * len(messages) + 65536
 
 
 def _enter(name: bytes, build: Build) -> None:
@@ -297,7 +345,11 @@ def _sockaddr(name: bytes, build: Build) -> tuple[Pointer, int]:
 
 
 def _unread(sock: socket.socket) -> int:
-    return int(struct.unpack("=i", ioctl(sock, termios.FIONREAD, bytes(4)))[0])
+    return _integer(sock, termios.FIONREAD)
+
+
+def _integer(sock: socket.socket, request: int) -> int:
+    return int(struct.unpack("=i", ioctl(sock, request, bytes(4)))[0])
 
 
 def _encode(name: str | bytes) -> bytes:
