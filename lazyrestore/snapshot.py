@@ -257,6 +257,8 @@ def _capture(
         handlers = signals.capture(frozen)
         pending = [*handlers.pending, *(info for thread in captured for info in thread.pending)]
         timers = posix_timers.ask_again(frozen, timers, pending)
+        handlers = replace(handlers, pending=posix_timers.without_dropped(handlers.pending, timers))
+        captured = [replace(each, pending=posix_timers.without_dropped(each.pending, timers)) for each in captured]
         whole = attributes.capture(frozen, stopped=stopped)
         plan.runs = [_read_unreadable(frozen, run) if run.forced and run.lazy else run for run in plan.runs]
         frozen.end_calls()

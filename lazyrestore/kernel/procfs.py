@@ -107,6 +107,8 @@ class Stat(msgspec.Struct, frozen=True):
     env_end: int
     rt_priority: int
     policy: int
+    pending: int
+    """Bit n-1: signal n waits for the thread itself; the first 31 only."""
 
     @property
     def kernel_thread(self) -> bool:
@@ -119,7 +121,7 @@ def parse_stat(text: bytes) -> Stat:
     return Stat(
         os.fsdecode(name),
         f[3].decode(),
-        *(int(f[n]) for n in (4, 5, 6, 7, 9, 19, 26, 27, 28, 45, 46, 47, 48, 49, 50, 51, 40, 41)),
+        *(int(f[n]) for n in (4, 5, 6, 7, 9, 19, 26, 27, 28, 45, 46, 47, 48, 49, 50, 51, 40, 41, 31)),
     )
 
 

@@ -4,14 +4,18 @@ Facts. /proc/PID/timers tells each timer's number, clock and notification, timer
 periodic timer whose signal is still queued, that to its next expiry. Nothing tells that a time was absolute, nor which
 thread's clock a timer of CLOCK_THREAD_CPUTIME_ID counts. The kernel numbers the timers of a process from 0, and with
 PR_TIMER_CREATE_RESTORE_IDS (6.15) as timer_create() is asked to. A program keeps the numbers: glibc's timer_t is one.
+Since 6.13 a queued signal whose timer has been deleted or set anew stays queued, and is dropped when its turn comes.
 
 Choice. Timers go on with the time that they had left, as timerfd does: the time between snapshot and restore does not
 exist for them. They are made when all threads are there, since some notify one (SIGEV_THREAD_ID). Before 6.15 as many
 timers are made, and removed again, as there are numbers below. They are asked for the time that is left before the
-queued signals are read, and those that have one queued once more, behind: so an expiry in between comes once.
+queued signals are read, and those that have one queued once more, behind: so an expiry in between comes once. A signal
+is left out that the kernel would drop, where that shows: its timer is gone, or has more time left than its interval.
 
-Cost. An alarm at a point of wall-clock time (TIMER_ABSTIME) comes later by the time that the process did not exist.
-Clocks of single threads and of other processes are refused. What timer_getoverrun() says begins again at 0.
+Cost. Of a timer that was stopped, or set anew for no longer than its interval, while its signal was queued, that signal
+comes: nothing tells it from one that is due. Before 6.15 all of them come, as before 6.13 the kernel has it. An alarm
+at a point of wall-clock time (TIMER_ABSTIME) comes later by the time that the process did not exist. Clocks of single
+threads and of other processes are refused. What timer_getoverrun() says begins again at 0.
 """
 
 from __future__ import annotations
@@ -93,6 +97,27 @@ def ask_again(frozen: Frozen, timers: list[PosixTimer], pending: Iterable[bytes]
     expired = {number for code, number in infos if code == SI_TIMER}
     asked = {timer.number: timer for timer in _ask(frozen, [timer for timer in timers if timer.number in expired])}
     return [asked.get(timer.number, timer) for timer in timers]
+
+
+def without_dropped(pending: list[bytes], timers: Sequence[PosixTimer]) -> list[bytes]:
+    """Queued signals (siginfo_t) without those that the kernel will drop; timers: as ask_again() has them."""
+    from lazyrestore.kernel import libc
+
+    if not pending or not libc.timers_take_numbers():
+        return pending
+    by_number = {timer.number: timer for timer in timers}
+    return [info for info in pending if not _is_dropped(info, by_number)]
+
+
+def _is_dropped(info: bytes, timers: dict[int, PosixTimer]) -> bool:
+    code, number = struct.unpack_from("<8xi4xi", info)
+    if code != SI_TIMER:
+        return False
+    if number not in timers:
+        return True
+    seconds, nanoseconds, seconds_left, nanoseconds_left = struct.unpack("<4q", timers[number].times)
+    # 1 ns left is what the kernel says of a timer that is due and has not fired.
+    return (seconds_left, nanoseconds_left) > (seconds, nanoseconds + 1)
 
 
 def _ask(frozen: Frozen, timers: list[PosixTimer]) -> list[PosixTimer]:

@@ -46,7 +46,7 @@ def capture(frozen: Frozen) -> Signals:
                 actions[signal] = frozen.read(frozen.scratch, SIGACTION)
         for which in ITIMERS:
             timers[which] = _time_left(frozen, call, which)
-        pending = pending_signals(pid, shared=True)
+        pending = pending_signals(pid, int(status["ShdPnd"], 16), shared=True)
         queued = {struct.unpack_from("<i", info)[0] for info in pending}
         for which, signal in ITIMERS.items():
             if signal in queued and any(timers[which]):  # it may have expired in between: it must not once more

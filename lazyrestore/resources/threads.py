@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 import struct
+from signal import SIGKILL, SIGSTOP
 
 import msgspec
 
@@ -152,7 +153,7 @@ def capture(frozen: Frozen, tid: int) -> Thread:
         robust_length=length[0],
         rseq=(rseq.pointer, rseq.size, rseq.signature),
         signal_stack=SignalStack(address, flags & ~1, size),  # SS_ONSTACK tells where it is, it is not a setting
-        pending=pending_signals(tid, shared=False),
+        pending=pending_signals(tid, stat.pending, shared=False),
         nice=stat.nice,
         policy=os.sched_getscheduler(tid),
         rt_priority=stat.rt_priority,
@@ -162,12 +163,20 @@ def capture(frozen: Frozen, tid: int) -> Thread:
     )
 
 
-def pending_signals(tid: int, *, shared: bool) -> list[bytes]:
-    """The siginfo_t of every queued signal, of the thread or (shared) of its process, in order."""
+def pending_signals(tid: int, known: int, *, shared: bool) -> list[bytes]:
+    """The siginfo_t of every signal that waits for the thread or (shared) for its process, in order.
+
+    known: those that are known to wait, bit n-1 for signal n. What is not in the queue among them, for want of room
+    (RLIMIT_SIGPENDING), will come with an empty siginfo_t, as the kernel has it then.
+    """
     room = ffi.new(f"char[{64 * SIGINFO}]")
     infos: list[bytes] = []
     while (count := lib.lr_peek_signals(tid, shared, len(infos), room, 64)) > 0:
         infos += (bytes(ffi.buffer(room + index * SIGINFO, SIGINFO)) for index in range(count))
+    if known:
+        queued = {struct.unpack_from("<i", info)[0] for info in infos}
+        waiting = {signal for signal in range(1, 65) if known >> (signal - 1) & 1} - {SIGKILL, SIGSTOP}
+        infos += (struct.pack(f"<i{SIGINFO - 4}x", signal) for signal in sorted(waiting - queued))
     return infos
 
 

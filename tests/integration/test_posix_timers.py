@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import struct
 from pathlib import Path
@@ -88,16 +89,64 @@ def test_an_expiry_during_the_snapshot_comes_once(
     victim.until(lambda: "set" in victim.log.read_text(), "the timers")
     read = threads.pending_signals
 
-    def wait_first(tid: int, *, shared: bool) -> list[bytes]:
+    def wait_first(tid: int, known: int, *, shared: bool) -> list[bytes]:
         wanted = 1 << signal.SIGALRM - 1 | 1 << signal.SIGRTMIN - 1
         until(lambda: pending(tid) & wanted == wanted, "both signals")
-        return read(tid, shared=shared)
+        return read(tid, known, shared=shared)
 
     monkeypatch.setattr(signals, "pending_signals", wait_first)
     manifest = copies.snapshot(victim.pid, "x").manifest
     assert {struct.unpack_from("<i", info)[0] for info in manifest.signals.pending} == {signal.SIGALRM, signal.SIGRTMIN}
     assert not manifest.signals.timers
     assert [any(timer.times) for timer in manifest.posix_timers] == [False]
+
+
+DROPPED = """
+import ctypes, os, resource, signal, struct, sys, time
+signals = [signal.SIGRTMIN + number for number in range(4)]
+signal.pthread_sigmask(signal.SIG_BLOCK, [*signals, signal.SIGUSR1, signal.SIGUSR2, signal.SIGURG])
+came = []
+for each in (*signals, signal.SIGUSR1, signal.SIGURG):
+    signal.signal(each, lambda number, frame: came.append(number - signal.SIGRTMIN))
+libc, timers = ctypes.CDLL(None), []
+def arm(timer, seconds, interval=0):
+    assert libc.syscall(223, timer, 0, struct.pack("<4q", interval, 0, *divmod(seconds, 10**9)), None) == 0
+for each in signals:
+    number = ctypes.c_int()
+    assert libc.syscall(222, time.CLOCK_MONOTONIC, struct.pack("<QiiI44x", 0, each, 0, 0), ctypes.byref(number)) == 0
+    timers.append(number.value)
+for timer, interval in zip(timers, (0, 0, 1000, 1000)):
+    arm(timer, 1, interval)
+while not signal.sigpending() >= set(signals):
+    pass
+deleted, once, every, _ = timers
+assert libc.syscall(226, deleted) == 0
+arm(once, 1000 * 10**9)
+arm(every, 5000 * 10**9, 1000)
+resource.setrlimit(resource.RLIMIT_SIGPENDING, (0, 0))
+signal.raise_signal(signal.SIGUSR1)
+libc.sigqueue(os.getpid(), signal.SIGURG, None)
+print("set", flush=True)
+signal.sigwait([signal.SIGUSR2])
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+print("came", sorted(came), flush=True)
+time.sleep(1000000)
+"""
+
+
+def test_which_of_the_signals_that_wait_come(victims: Victims, copies: Copies) -> None:
+    """Of four timers one was deleted and two were set anew since; two others have no place in the queue."""
+    if not libc.timers_take_numbers():
+        pytest.skip("the kernel delivers them all: Linux 6.15")
+    victim = victims.start([SYSTEM_PYTHON, "-c", DROPPED])
+    victim.until(lambda: "set" in victim.log.read_text(), "the signals")
+    manifest = copies.snapshot(victim.pid, "x").manifest
+    waiting = [*manifest.signals.pending, *manifest.threads[0].pending]
+    os.kill(victim.pid, signal.SIGUSR2)
+    victim.until(lambda: "came" in victim.log.read_text(), "what came")
+    came = json.loads(victim.log.read_text().rpartition("came ")[2])
+    assert came == [signal.SIGUSR1 - signal.SIGRTMIN, signal.SIGURG - signal.SIGRTMIN, 3]
+    assert sorted(struct.unpack_from("<i", info)[0] - signal.SIGRTMIN for info in waiting) == came
 
 
 def pending(pid: int) -> int:
