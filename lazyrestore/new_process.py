@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 lib, ffi = _core.lib, _core.ffi
 
+PAGE = 4096
 LOCKS = ("flock", "POSIX lock", "OFDLCK lock")  # how the operations that take locks are called (resources/files.py)
 MAPPING_CALLS = ("mmap", "mprotect", "mremap")
 NO_ROOM = "raise vm.max_map_count, or the restorer's limit on its address space (ulimit -v)"
@@ -32,15 +33,18 @@ Piece = tuple[Written, int, bytes]  # address, contents
 class NewProcess:
     """The new process under its program; the calling thread is its tracer."""
 
-    def __init__(self, plan: RestorePlan, image: StoredImage, named: Callable[[], Program], pid: int) -> None:
-        """named: makes the plan's program again, with the names of what its operations serve."""
+    def __init__(
+        self, plan: RestorePlan, image: StoredImage, named: Callable[[], Program], pid: int, *, renumbered: bool
+    ) -> None:
+        """named: makes the plan's program again, with the names of what its operations serve. renumbered: it has a PID
+        namespace of its own, so that we see its threads under other ids than the plan's."""
         self.plan = plan
         self._image = image
         self._named = named
         self.pid = pid
         self.tids = [thread.tid for thread in plan.threads]  # as we see them, once they have started
         self._status, self._index = ffi.new("int32_t *"), ffi.new("uint64_t *")
-        self._started = ffi.new("int32_t[]", len(self.tids) - 1)
+        self._started = ffi.new("int32_t[]", len(self.tids) - 1 if renumbered else 0)
         self._why, self._result = ffi.new("uint64_t *"), ffi.new("int64_t *")
 
     def start(self) -> None:
@@ -49,10 +53,10 @@ class NewProcess:
         try:
             # The end of a leader is not to be seen until its other threads are collected. With TRACEEXIT it stops
             # first, so a process that is killed by somebody else is noticed by who waits for any of its threads.
-            # TRACECLONE tells the threads' ids. /proc/PID/task would, too, but who collects the ended process takes
-            # what was looked up there out of the kernel's cache, as its last thread does: while that one is kept
-            # from running, the other spins, for milliseconds.
-            options = lib.PTRACE_O_TRACEEXIT | lib.PTRACE_O_TRACECLONE
+            # TRACECLONE tells the threads' ids, with a stop for each. /proc/PID/task would, too, but who collects the
+            # ended process takes what was looked up there out of the kernel's cache, as its last thread does: while
+            # that one is kept from running, the other spins, for milliseconds.
+            options = lib.PTRACE_O_TRACEEXIT | (lib.PTRACE_O_TRACECLONE if len(self._started) else 0)
             spawn.enter(self.pid, self.plan.compiled.linked, self.plan.compiled.layout.program, options, kernel)
         except (NoSuchProcess, ProcessLookupError) as error:
             raise self._ended("enter program") from error
@@ -66,10 +70,11 @@ class NewProcess:
     def run_to_end(self) -> None:
         """The rest of the leader's list, then each thread's list."""
         self._next(self.pid, 0, lib.LR_STOP_END)
-        self.tids = [self.pid, *self._started]
+        self.tids = [self.pid, *(self._started if len(self._started) else self.tids[1:])]
         for tid in self.tids[1:]:
             self._must(lib.lr_wait(tid, self._status), f"wait for thread {tid}")
             self._must(lib.lr_continue(tid, 0), f"start thread {tid}")
+        self._fetch_futex_words()  # while they run
         for number, tid in enumerate(self.tids[1:], 1):
             self._next(tid, number, lib.LR_STOP_END, resume=False)
 
@@ -121,7 +126,6 @@ class NewProcess:
 
     def let_go(self, *, parked: bool) -> None:
         """Remove what is ours from the address space, set every thread's state, detach."""
-        self._fetch_futex_words()
         linked = self.plan.compiled.linked
         here = self._registers(self.pid)
         syscall = linked.base + linked.image.index(spawn.SYSCALL)
@@ -144,9 +148,8 @@ class NewProcess:
     def _fetch_futex_words(self) -> None:
         """The kernel changes some futex words in a way that cannot wait for a pager: bring their pages first."""
         buffer, failed = ffi.new("char[4]"), ffi.new("uint64_t *")
-        for thread in self.plan.threads:
-            for address in thread.futex_words:
-                lib.lr_copy_runs(self.pid, ffi.new("struct lr_run *", (address, 0, 4)), 1, buffer, 1, failed)
+        for page in {word // PAGE * PAGE for thread in self.plan.threads for word in thread.futex_words}:
+            lib.lr_copy_runs(self.pid, ffi.new("struct lr_run *", (page, 0, 4)), 1, buffer, 1, failed)
 
     # -- underneath ----------------------------------------------------------------------------------------------------
 

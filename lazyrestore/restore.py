@@ -281,7 +281,8 @@ def run(
             raise
         phases.done("spawn")
         try:
-            process = NewProcess(plan, prepared.image, partial(_named_program, checked, plan), child.pid)
+            named = partial(_named_program, checked, plan)
+            process = NewProcess(plan, prepared.image, named, child.pid, renumbered=options.new_pid)
             process.start()  # it maps its memory meanwhile
             process.set_attributes()
             if not plan.files.with_content:
