@@ -14,11 +14,9 @@ everything under the lowest free numbers and moves all at once, as the kinds nee
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import stat as modes
-import struct
 import time
 from collections.abc import Callable, Iterable
 from errno import EIO, ENOENT, ESRCH
@@ -36,12 +34,13 @@ from lazyrestore.resources import (
     files,
     inet_socket,
     memfd,
+    owner,
     pipe,
     signalfd,
     timerfd,
     unix_socket,
 )
-from lazyrestore.resources.descriptor import O_ASYNC, Build, Gone, Item, RestoreContext, Survey, Unsupported, View
+from lazyrestore.resources.descriptor import Build, Gone, Item, RestoreContext, Survey, Unsupported, View
 from lazyrestore.resources.devices import Device, Terminal
 from lazyrestore.resources.epoll import Epoll
 from lazyrestore.resources.eventfd import Eventfd
@@ -50,6 +49,7 @@ from lazyrestore.resources.files import Directory, Location, RegularFile
 from lazyrestore.resources.inet_socket import TcpListener, TcpSocket, UdpSocket
 from lazyrestore.resources.listeners import replaced
 from lazyrestore.resources.memfd import Memfd, shared_object_key
+from lazyrestore.resources.owner import Owner
 from lazyrestore.resources.pipe import ExternalPipe, PipeEnd
 from lazyrestore.resources.signalfd import Signalfd
 from lazyrestore.resources.timerfd import Timerfd
@@ -106,17 +106,6 @@ class Descriptor(msgspec.Struct, frozen=True):
     number: int
     cloexec: bool
     description: int
-
-
-class Owner(msgspec.Struct, frozen=True):
-    """Who gets the signal of a description in O_ASYNC mode: type as in F_SETOWN_EX, always the process itself; signal
-    0: SIGIO.
-    """
-
-    description: int
-    type: int
-    pid: int
-    signal: int
 
 
 class FdTable(msgspec.Struct, frozen=True):
@@ -225,15 +214,15 @@ def _survey(survey: Survey, same_table: Callable[[int, int], bool]) -> FdTable:
     for view in groups:
         try:
             record = _capture(view)
-            owner = _owner(view, len(descriptions)) if view.info.flags & O_ASYNC else None
+            found = owner.capture(view, len(descriptions), outside=isinstance(record, ExternalPipe))
         except Gone:
             continue
         except (Unsupported, ValueError) as reason:
             if view.is_open():
                 unsupported.append(f"{_number_list(view.numbers)} ({_link_name(view.link)}): {reason}")
             continue
-        if owner is not None:
-            owners.append(owner)
+        if found is not None:
+            owners.append(found)
         descriptors += (Descriptor(number, cloexec[number], len(descriptions)) for number in view.numbers)
         descriptions.append(record)
     descriptors.sort(key=lambda descriptor: descriptor.number)
@@ -306,16 +295,6 @@ def _capture(view: View) -> Description:
         if record is not None:
             return record
     raise Unsupported("this kind of descriptor is not restored")
-
-
-def _owner(view: View, description: int) -> Owner:
-    """Who is signalled by an O_ASYNC description. Unsupported if it is another process."""
-    with view.duplicate() as number:
-        kind, pid = struct.unpack("=ii", fcntl.fcntl(number, 16, bytes(8)))  # F_GETOWN_EX
-        signal = fcntl.fcntl(number, fcntl.F_GETSIG)
-    if pid != view.survey.pid:
-        raise Unsupported(f"sends its signals (O_ASYNC) to {pid}, not to the process itself")
-    return Owner(description, kind, pid, signal)
 
 
 def _private_tables(pid: int, same_table: Callable[[int, int], bool]) -> list[str]:
@@ -443,8 +422,8 @@ def compile(table: FdTable, ops: OpList, fds: Descriptors, context: RestoreConte
     for callback in build.settled:
         callback()
     titles = {item.index: item for item in items}
-    for owner in table.owners:
-        _set_owner(titles[owner.description], owner, build)
+    for whom in table.owners:
+        owner.restore(titles[whom.description], whom, build)
 
 
 def is_reusable(table: FdTable) -> bool:
@@ -476,15 +455,6 @@ def title(number: int, record: Description) -> str:
 def _items(table: FdTable) -> list[Item[Description]]:
     records, numbers = enumerate(table.descriptions), table.numbers()
     return [Item(index, record, numbers[index], title(numbers[index][0], record)) for index, record in records]
-
-
-def _set_owner(item: Item[Description], owner: Owner, build: Build) -> None:
-    number = item.numbers[0]
-    with build.serving(item):
-        whom = build.place(struct.pack("=ii", owner.type, owner.pid))
-        build.ops.call(lib.SYS_fcntl, number, lib.F_SETOWN_EX, whom, note="F_SETOWN_EX")
-        build.ops.call(lib.SYS_fcntl, number, lib.F_SETSIG, owner.signal, note="F_SETSIG")
-        build.ops.call(lib.SYS_fcntl, number, lib.F_SETFL, item.record.flags | O_ASYNC)
 
 
 def _number_list(numbers: Iterable[int]) -> str:

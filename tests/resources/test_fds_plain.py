@@ -316,6 +316,20 @@ def test_async_mode_is_restored_for_the_process_itself() -> None:
         assert complaint.startswith("fd 3 (pipe:[") and "O_ASYNC" in complaint
 
 
+def test_an_owner_who_waits_for_the_mode_is_kept() -> None:
+    """F_SETOWN and F_SETSIG may come long before O_ASYNC."""
+
+    def body() -> None:
+        for number in os.pipe():  # 3, 4
+            fcntl.fcntl(number, fcntl.F_SETSIG, signal.SIGUSR2)
+        fcntl.fcntl(3, fcntl.F_SETOWN, os.getpid())
+
+    with child(body) as original:
+        first, second = original.survey().owners
+        assert (first.pid, first.signal, first.on) == (original.pid, signal.SIGUSR2, False)
+        assert (second.pid, second.signal, second.on) == (0, signal.SIGUSR2, False)
+
+
 def test_what_became_of_a_file_is_checked(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(bytes(100))
