@@ -178,6 +178,8 @@ def _capture_tcp(view: View, sock: socket.socket) -> TcpListener | TcpSocket:
     if unread or events & select.POLLERR:
         raise Unsupported("a broken connection whose error or last bytes have not been read")
     options = socket_options.capture(sock, view.survey)
+    if dead:
+        options = socket_options.without_traces(options)
     return TcpSocket(view.flags, int(sock.family), sock.proto, None if dead else _bound(sock), dead, options)
 
 

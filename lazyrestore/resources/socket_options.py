@@ -32,6 +32,9 @@ class Option(msgspec.Struct, frozen=True, array_like=True):
 _SNDBUF = (socket.SOL_SOCKET, socket.SO_SNDBUF)
 _RCVBUF = (socket.SOL_SOCKET, socket.SO_RCVBUF)
 _BUF_LOCK = (socket.SOL_SOCKET, int(lib.SO_BUF_LOCK))
+# What a connection leaves in them, or allows, a socket without one may not take:
+# TCP_MAXSEG, WINDOW_CLAMP, RTO_MIN_US, DELACK_MAX_US, SO_TIMESTAMPING_OLD, _NEW.
+_TRACES = {(6, 2), (6, 10), (6, 45), (6, 46), (1, 37), (1, 65)}
 _LOCKED = {_SNDBUF: 1, _RCVBUF: 2}
 _FORCE = {_SNDBUF: int(lib.SO_SNDBUFFORCE), _RCVBUF: int(lib.SO_RCVBUFFORCE)}
 
@@ -46,13 +49,23 @@ _IP = [
         socket.IP_MULTICAST_LOOP,
         socket.IP_MULTICAST_IF,
         socket.IP_TRANSPARENT,
+        6,  # IP_RECVOPTS
+        7,  # IP_RETOPTS
         8,  # IP_PKTINFO
         10,  # IP_MTU_DISCOVER
         11,  # IP_RECVERR
         12,  # IP_RECVTTL
         socket.IP_RECVTOS,
         15,  # IP_FREEBIND
+        18,  # IP_PASSSEC
+        20,  # IP_RECVORIGDSTADDR
+        21,  # IP_MINTTL
+        23,  # IP_CHECKSUM
         24,  # IP_BIND_ADDRESS_NO_PORT
+        25,  # IP_RECVFRAGSIZE
+        26,  # IP_RECVERR_RFC4884
+        49,  # IP_MULTICAST_ALL
+        51,  # IP_LOCAL_PORT_RANGE
     )
 ]
 _IPV6 = [
@@ -67,9 +80,28 @@ _IPV6 = [
         socket.IPV6_RECVHOPLIMIT,
         socket.IPV6_RECVTCLASS,
         socket.IPV6_TCLASS,
+        2,  # IPV6_2292PKTINFO
+        3,  # IPV6_2292HOPOPTS
+        4,  # IPV6_2292DSTOPTS
+        5,  # IPV6_2292RTHDR
+        8,  # IPV6_2292HOPLIMIT
+        11,  # IPV6_FLOWINFO
         23,  # IPV6_MTU_DISCOVER
         25,  # IPV6_RECVERR
+        29,  # IPV6_MULTICAST_ALL
+        31,  # IPV6_RECVERR_RFC4884
+        33,  # IPV6_FLOWINFO_SEND
+        socket.IPV6_RECVHOPOPTS,
+        socket.IPV6_RECVRTHDR,
+        socket.IPV6_RECVDSTOPTS,
+        60,  # IPV6_RECVPATHMTU
+        62,  # IPV6_DONTFRAG
+        70,  # IPV6_AUTOFLOWLABEL
+        72,  # IPV6_ADDR_PREFERENCES
+        73,  # IPV6_MINHOPCOUNT
+        74,  # IPV6_RECVORIGDSTADDR
         75,  # IPV6_TRANSPARENT
+        77,  # IPV6_RECVFRAGSIZE
         78,  # IPV6_FREEBIND
     )
 ]
@@ -77,6 +109,8 @@ _TCP = [
     (socket.IPPROTO_TCP, number)
     for number in (
         socket.TCP_NODELAY,
+        socket.TCP_MAXSEG,
+        socket.TCP_WINDOW_CLAMP,
         socket.TCP_DEFER_ACCEPT,
         socket.TCP_KEEPIDLE,
         socket.TCP_KEEPINTVL,
@@ -87,8 +121,16 @@ _TCP = [
         socket.TCP_LINGER2,
         socket.TCP_CORK,
         socket.TCP_CONGESTION,
+        16,  # TCP_THIN_LINEAR_TIMEOUTS
         25,  # TCP_NOTSENT_LOWAT
         27,  # TCP_SAVE_SYN
+        30,  # TCP_FASTOPEN_CONNECT
+        34,  # TCP_FASTOPEN_NO_COOKIE
+        36,  # TCP_INQ
+        37,  # TCP_TX_DELAY
+        44,  # TCP_RTO_MAX_MS
+        45,  # TCP_RTO_MIN_US
+        46,  # TCP_DELACK_MAX_US
     )
 ]
 # UDP_CORK, ENCAP, NO_CHECK6_TX, NO_CHECK6_RX, SEGMENT, GRO
@@ -112,9 +154,18 @@ _SOCKET = [
         socket.SO_PASSCRED,
         int(lib.SO_PASSSEC),
         int(lib.SO_PEEK_OFF),
+        29,  # SO_TIMESTAMP_OLD
+        35,  # SO_TIMESTAMPNS_OLD
+        63,  # SO_TIMESTAMP_NEW
+        64,  # SO_TIMESTAMPNS_NEW
+        76,  # SO_PASSPIDFD
+        83,  # SO_PASSRIGHTS
     )
 ]
 _COMMON = [*_SOCKET, _BUF_LOCK, _SNDBUF, _RCVBUF]
+# SO_NO_CHECK, TIMESTAMPING_OLD, RXQ_OVFL, SELECT_ERR_QUEUE, BUSY_POLL, MAX_PACING_RATE, ZEROCOPY, TXTIME,
+# TIMESTAMPING_NEW, PREFER_BUSY_POLL, BUSY_POLL_BUDGET, TXREHASH, RCVMARK, RCVPRIORITY
+_INET = [(socket.SOL_SOCKET, number) for number in (11, 37, 40, 45, 46, 47, 60, 61, 65, 69, 70, 74, 75, 82)]
 
 
 def capture(sock: socket.socket, survey: Survey) -> tuple[Option, ...]:
@@ -138,6 +189,11 @@ def capture(sock: socket.socket, survey: Survey) -> tuple[Option, ...]:
         elif defaults.get(name) != value or name == (socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
             options.append(Option(*name, value))
     return tuple(options)
+
+
+def without_traces(options: tuple[Option, ...]) -> tuple[Option, ...]:
+    """The options of a socket that was connected once, without those that tell of its connection."""
+    return tuple(option for option in options if (option.level, option.name) not in _TRACES)
 
 
 def restore(options: tuple[Option, ...], number: int, build: Build) -> None:
@@ -170,7 +226,7 @@ def _read(sock: socket.socket) -> dict[tuple[int, int], bytes]:
     elif sock.family == socket.AF_INET6:
         names = [*_IPV6, *_IP, *_COMMON]
     if sock.family != socket.AF_UNIX:
-        names = [*names, *(_TCP if sock.type == socket.SOCK_STREAM else _UDP)]
+        names = [*names, *_INET, *(_TCP if sock.type == socket.SOCK_STREAM else _UDP)]
     found = {}
     for level, name in names:
         try:

@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from resources.interpreter import child, make_addresses_free, record, restored, 
 
 from lazyrestore._native import _core
 from lazyrestore.errors import RestoreError
+from lazyrestore.resources import socket_options
 from lazyrestore.resources.inet_socket import TcpListener, TcpSocket, UdpSocket, format_address
 from lazyrestore.resources.pipe import ExternalPipe
 from lazyrestore.resources.unix_socket import UnixPair, UnixSocket
@@ -415,6 +417,30 @@ def test_options_of_datagram_sockets_are_read_back() -> None:
         one.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 9)
         one.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_LOOP, 0)
         one.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+        one.setsockopt(socket.SOL_SOCKET, 29, 1)  # SO_TIMESTAMP
+        one.setsockopt(socket.SOL_SOCKET, 37, 1 << 3 | 1 << 4)  # SO_TIMESTAMPING: of software, received
+        one.setsockopt(socket.SOL_SOCKET, 60, 1)  # SO_ZEROCOPY
+        one.setsockopt(socket.SOL_SOCKET, 61, struct.pack("iI", 11, 0))  # SO_TXTIME, CLOCK_TAI
+        one.setsockopt(socket.IPPROTO_IP, 49, 0)  # IP_MULTICAST_ALL
         one.detach()
 
-    assert len(record(round_trip(body), 3).options) == 5
+    assert len(record(round_trip(body), 3).options) == 10
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+@pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET, socket.AF_INET6])
+def test_every_option_that_is_read_can_be_set(family: socket.AddressFamily, kind: socket.SocketKind) -> None:
+    """To another value than a fresh socket's, where the kernel takes one."""
+
+    def body() -> None:
+        one = socket.socket(family, kind)
+        for (level, name), value in socket_options._read(one).items():
+            if len(value) == 4 and name not in (socket.SO_MARK, lib.SO_BUF_LOCK):
+                for other in (1, 0, 1500):
+                    with suppress(OSError):
+                        one.setsockopt(level, name, other)
+                    if one.getsockopt(level, name, 64) != value:
+                        break
+        one.detach()
+
+    assert len(record(round_trip(body), 3).options) >= (10 if family == socket.AF_UNIX else 30)
