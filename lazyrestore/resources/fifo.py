@@ -83,7 +83,10 @@ def _restore_fifo(path: bytes, ends: list[Item[Fifo]], build: Build) -> None:
             ops.call(lib.SYS_fcntl, helper, lib.F_SETPIPE_SZ, size, note="F_SETPIPE_SZ")
         fill(build, helper, messages)
     for item in ends:
-        build.create(item, lib.SYS_openat, lib.AT_FDCWD, name, item.record.flags | os.O_CLOEXEC, 0)
+        flags = item.record.flags
+        number = build.create(item, lib.SYS_openat, lib.AT_FDCWD, name, flags & ~os.O_DIRECT | os.O_CLOEXEC, 0)
+        if flags & os.O_DIRECT:
+            ops.call(lib.SYS_fcntl, number, lib.F_SETFL, flags, note="packet mode")
     build.fds.close(helper)
 
 

@@ -1,9 +1,10 @@
 """Pipes: those inside the process with their bytes, those to other processes as the restorer's standard streams.
 
 Facts. Both ends of a pipe have one inode. FIONREAD works on either end; tee() copies a pipe's buffers to another pipe
-without consuming them, needs a read end, and keeps the packet boundaries of a pipe in packet mode (O_DIRECT); the
-copy needs as many slots as the original. poll() tells POLLHUP when no writer is left anywhere, POLLERR when no reader
-is.
+without consuming them, needs a read end, and keeps the ends of packets (what was written in O_DIRECT mode, up to a page
+each; the mode may have changed since); the copy needs as many slots as the original. A read goes on behind bytes of a
+stream, and stops behind a packet. fcntl() sets O_DIRECT of a pipe or FIFO, open() refuses it. poll() tells POLLHUP when
+no writer is left anywhere, POLLERR when no reader is.
 
 Consequence. A pipe is inside if the process holds both directions of it, or if its other end is closed everywhere;
 otherwise it leads to another process, and the restorer's standard streams stand in for it. A second description of
@@ -22,6 +23,7 @@ import select
 import stat as modes
 import struct
 import termios
+from contextlib import suppress
 
 import msgspec
 
@@ -31,11 +33,14 @@ from lazyrestore.resources.descriptor import READ, WRITE, Build, Item, Unsupport
 lib = _core.lib
 
 DEFAULT_SIZE = 65536
+PAGE = 4096
+_BEHIND = b"."  # written behind a copy, to see whether that ends with a packet
 
 
 class PipeEnd(msgspec.Struct, frozen=True, tag="pipe"):
-    """size: the pipe's capacity in bytes; messages: what is in it, in the pieces in which it will be read (packet
-    mode), held by one reading description only; inode: tells which ends belong together.
+    """size: the pipe's capacity in bytes; messages: what is in it, in the pieces in which it will be read: each but the
+    last one ends with a packet, and the last one, if it is not empty, with bytes of a stream; inode: tells which ends
+    belong together.
     """
 
     flags: int
@@ -77,14 +82,21 @@ def pending(number: int) -> tuple[bytes, ...]:
 
     reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, fcntl.fcntl(number, fcntl.F_GETPIPE_SZ))
+        size = fcntl.fcntl(number, fcntl.F_GETPIPE_SZ)
+        try:
+            fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, size + PAGE)
+        except PermissionError:  # it is as large as this user's may be
+            fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, size)
         copied = libc.tee(number, writer, count)
         if copied != count:
             raise Unsupported(f"only {copied} of the {count} bytes in it could be read")
+        with suppress(BlockingIOError):
+            copied += os.write(writer, _BEHIND)
         messages = []
         while copied:
             messages.append(os.read(reader, copied))
             copied -= len(messages[-1])
+        messages[-1] = messages[-1].removesuffix(_BEHIND)
         return tuple(messages)
     finally:
         os.close(reader)
@@ -92,9 +104,23 @@ def pending(number: int) -> tuple[bytes, ...]:
 
 
 def fill(build: Build, number: int, messages: tuple[bytes, ...]) -> None:
-    """Append the writes of `messages` to a non-blocking write end."""
-    for message in messages:
-        build.ops.call_expecting(len(message), lib.SYS_write, number, build.place(message), len(message))
+    """Append the writes of `messages` to a non-blocking write end that is not in packet mode; it may be afterwards."""
+    mode = os.O_NONBLOCK
+
+    def write(data: bytes, wanted: int) -> None:
+        nonlocal mode
+        if not data:
+            return
+        if wanted != mode:
+            build.ops.call(lib.SYS_fcntl, number, lib.F_SETFL, wanted, note="packet mode")
+            mode = wanted
+        build.ops.call_expecting(len(data), lib.SYS_write, number, build.place(data), len(data))
+
+    for message in messages[:-1]:
+        start = (len(message) - 1) // PAGE * PAGE  # whole pages, so that the packet begins one
+        write(message[:start], os.O_NONBLOCK)
+        write(message[start:], os.O_NONBLOCK | os.O_DIRECT)
+    write(b"".join(messages[-1:]), os.O_NONBLOCK)
 
 
 def restore(items: list[Item[PipeEnd | ExternalPipe]], build: Build) -> None:
@@ -113,10 +139,7 @@ def restore(items: list[Item[PipeEnd | ExternalPipe]], build: Build) -> None:
 def _restore_pipe(ends: list[tuple[Item[PipeEnd | ExternalPipe], PipeEnd]], build: Build) -> None:
     ops = build.ops
     messages = next((record.messages for _, record in ends if record.messages), ())
-    packets = os.O_DIRECT if any(record.flags & os.O_DIRECT for _, record in ends) else 0
-    reader, writer = build.fds.create_pair(
-        lib.SYS_pipe2, ops.program.reserve(8), os.O_CLOEXEC | os.O_NONBLOCK | packets
-    )
+    reader, writer = build.fds.create_pair(lib.SYS_pipe2, ops.program.reserve(8), os.O_CLOEXEC | os.O_NONBLOCK)
     if ends[0][1].size != DEFAULT_SIZE:
         ops.call(lib.SYS_fcntl, writer, lib.F_SETPIPE_SZ, ends[0][1].size, note="F_SETPIPE_SZ")
     fill(build, writer, messages)
@@ -127,7 +150,7 @@ def _restore_pipe(ends: list[tuple[Item[PipeEnd | ExternalPipe], PipeEnd]], buil
             number = build.made[item.index] = unused.pop(access)
             ops.call(lib.SYS_fcntl, number, lib.F_SETFL, record.flags)
         else:
-            number = build.reopen(item, reader, record.flags | os.O_NONBLOCK)
+            number = build.reopen(item, reader, record.flags & ~os.O_DIRECT | os.O_NONBLOCK)
             ops.call(lib.SYS_fcntl, number, lib.F_SETFL, record.flags)
     for number in unused.values():
         build.fds.close(number)

@@ -59,6 +59,50 @@ def test_a_full_pipe_of_another_size_and_one_in_packet_mode() -> None:
     round_trip(body, check)
 
 
+def test_a_pipe_whose_packet_mode_was_switched(tmp_path: Path) -> None:
+    """What was written before keeps its ends; open() takes O_DIRECT of no pipe."""
+    packets, stream = os.O_DIRECT | os.O_NONBLOCK, os.O_NONBLOCK
+
+    def switched(reader: int, writer: int, *writes: tuple[int, bytes]) -> None:
+        for mode, data in writes:
+            fcntl.fcntl(writer, fcntl.F_SETFL, mode)
+            os.write(writer, data)
+        os.set_blocking(reader, False)
+
+    def body() -> None:
+        switched(*os.pipe(), (packets, b"one"), (packets, b"two"), (stream, b"3"))  # 3, 4
+        switched(*os.pipe(), (packets, b"one"))  # 5, 6
+        fcntl.fcntl(6, fcntl.F_SETFL, stream)
+        switched(*os.pipe(), (stream, bytes(4096)), (packets, b"one"), (packets, b"."))  # 7, 8
+        switched(*os.pipe(), (stream, b"one"))  # 9, 10
+        fcntl.fcntl(10, fcntl.F_SETFL, packets)
+        path = tmp_path / "fifo"
+        os.mkfifo(path)
+        end = os.open(path, os.O_RDWR | os.O_NONBLOCK)  # 11
+        switched(end, end, (packets, b"one"), (packets, b"two"))
+
+    def check() -> None:
+        found = []
+        for reader, writer in ((3, 4), (5, 6), (7, 8), (9, 10), (11, 11)):
+            os.write(writer, b"new")
+            found.append([data[-4:] for data in iter(lambda reader=reader: read(reader), b"")])  # type: ignore[misc]
+        assert found == [
+            [b"one", b"two", b"3new"],
+            [b"one", b"new"],
+            [b"\0one", b".", b"new"],
+            [b"enew"],
+            [b"one", b"two", b"new"],
+        ]
+
+    def read(number: int) -> bytes:
+        try:
+            return os.read(number, 1 << 16)
+        except BlockingIOError:
+            return b""
+
+    round_trip(body, check)
+
+
 def test_pipes_whose_other_end_is_closed() -> None:
     def body() -> None:
         reader, writer = os.pipe()  # 3
