@@ -186,7 +186,7 @@ def _refuse_unsupported(pid: int, pidfd: int) -> None:
     items = _unsupported_attributes(pid)
     mappings = procfs.parse_maps(procfs.read(pid, "smaps"))
     items += vma.unsupported(mappings) + vma.out_of_reach(pid, mappings)
-    items += descriptors.survey(pid, pidfd).unsupported
+    items += descriptors.lasting_complaints(pid, pidfd)
     if items:
         raise UnsupportedResources(f"process {pid}", items)
 

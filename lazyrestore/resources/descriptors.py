@@ -69,6 +69,7 @@ __all__ = [
     "compile",
     "highest_number",
     "is_reusable",
+    "lasting_complaints",
     "opened_paths",
     "queued_bytes",
     "shared_object_key",
@@ -201,6 +202,15 @@ def survey(pid: int, pidfd: int, contents: bool | None = None) -> FdTable:
 
         check(-(ESRCH if error.errno == ENOENT else error.errno or EIO), pid, "descriptors")
         raise
+
+
+def lasting_complaints(pid: int, pidfd: int) -> list[str]:
+    """What cannot be restored of a running process, as two looks agree: a busy one opens and closes between our look at
+    one descriptor and that at another, say at the two ends of a pair. Complaints name inodes for that. As survey().
+    """
+    found = survey(pid, pidfd).unsupported
+    again = survey(pid, pidfd).unsupported if found else []
+    return [line for line in found if line in again]
 
 
 def _survey(survey: Survey, same_table: Callable[[int, int], bool]) -> FdTable:

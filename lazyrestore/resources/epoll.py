@@ -9,11 +9,12 @@ Consequence. An entry whose number no longer means its file cannot be added agai
 every descriptor has its final number. A pending readiness is found again by the kernel when an entry is added.
 
 Choice. Which entries those are is decided once the process stands still. A server closes connections between the look
-at its epoll and the one at their numbers, and was refused for them, or said to be gone (kcmp: ENOENT).
+at its epoll and the one at their numbers. Of a running process, what two looks find (descriptors.lasting_complaints)
+is believed where inodes tell: of sockets, pipes and terminals.
 
-Cost. What is refused for such an entry has been frozen for a moment. An edge-triggered entry may report an edge once
-more that was already reported, which epoll(7) permits; a fired one-shot entry may report EPOLLERR or EPOLLHUP, which
-the kernel always adds.
+Cost. What is refused for an entry of an eventfd, a timerfd and the like has been frozen for a moment. An edge-triggered
+entry may report an edge once more that was already reported, which epoll(7) permits; a fired one-shot entry may report
+EPOLLERR or EPOLLHUP, which the kernel always adds.
 """
 
 from __future__ import annotations
@@ -56,22 +57,27 @@ def capture(view: View) -> Epoll | None:
     from lazyrestore.kernel import fdinfo
 
     targets = sorted(fdinfo.targets(view.info.rest))  # the kernel's order is that of addresses
-    if targets and view.survey.contents:
+    if targets:
         _check(targets, view)
     return Epoll(view.flags, tuple(Target(target.number, target.events, target.data) for target in targets))
 
 
 def _check(targets: list[fdinfo.Target], view: View) -> None:
-    """Refuse entries for closed files of a frozen process. Unsupported."""
+    """Refuse entries for closed files. Unsupported: of a running process only for the moment."""
     from lazyrestore.kernel import libc
 
+    frozen = view.survey.contents
     seen: set[int] = set()
     for target in targets:
-        known = view.survey.objects.get(target.number)
-        device = os.makedev(target.device >> 20, target.device & 0xFFFFF)
-        same = known == (device, target.inode) and target.number not in seen
-        if not same or not libc.epoll_watches(view.survey.pid, target.number, view.numbers[0], target.number):
-            raise Unsupported(f"it still watches a closed file that was descriptor {target.number}")
+        file = os.makedev(target.device >> 20, target.device & 0xFFFFF), target.inode
+        if not frozen and file == view.identity:
+            continue
+        same = view.survey.objects.get(target.number) == file and target.number not in seen
+        if not same or (
+            frozen and not libc.epoll_watches(view.survey.pid, target.number, view.numbers[0], target.number)
+        ):
+            which = f"descriptor {target.number} (inode {target.inode})"
+            raise Unsupported(f"it still watches a closed file that was {which}")
         seen.add(target.number)
 
 

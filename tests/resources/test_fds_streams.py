@@ -323,4 +323,6 @@ def test_an_epoll_that_watches_a_closed_number_is_refused() -> None:
     for body in (closed, replaced):
         with child(body) as original:
             (complaint,) = original.survey().unsupported
-            assert complaint == "fd 4 (eventpoll): it still watches a closed file that was descriptor 3"
+            assert complaint.startswith(
+                "fd 4 (eventpoll): it still watches a closed file that was descriptor 3 (inode "
+            )

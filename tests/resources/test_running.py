@@ -28,19 +28,22 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _complaints(number: int, change: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a survey of this process says of `number`, when `change` comes between its two looks."""
+    """What is said of `number` of this process, when `change` comes between finding the first descriptors and looking
+    at them."""
     group = descriptors._group
+    changes = [change]
 
     def and_change(*arguments: object) -> object:
         views = group(*arguments)  # type: ignore[arg-type]
-        change()
+        if changes:
+            changes.pop()()
         return views
 
     pidfd = os.pidfd_open(os.getpid())
     try:
         with monkeypatch.context() as patch:
             patch.setattr(descriptors, "_group", and_change)
-            found = descriptors.survey(os.getpid(), pidfd, contents=False).unsupported
+            found = descriptors.lasting_complaints(os.getpid(), pidfd)
     finally:
         os.close(pidfd)
     return [line for line in found if line.startswith(f"fd {number} ")]
@@ -52,6 +55,38 @@ def test_an_epoll_whose_connection_is_closed(how: str, monkeypatch: pytest.Monke
         epoll.register(sock, select.EPOLLIN)
         change = sock.close if how == "close" else lambda: epoll.unregister(sock)
         assert _complaints(epoll.fileno(), change, monkeypatch) == []
+
+
+def test_an_epoll_that_watches_a_closed_connection_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    with select.epoll() as epoll, socket.socket() as sock:
+        number, inode = sock.fileno(), os.fstat(sock.fileno()).st_ino
+        epoll.register(sock, select.EPOLLIN)
+        kept = os.dup(number)
+        sock.close()
+        (complaint,) = _complaints(epoll.fileno(), lambda: None, monkeypatch)
+        assert complaint.endswith(f"it still watches a closed file that was descriptor {number} (inode {inode})")
+        os.close(kept)
+
+
+def test_a_pair_that_another_thread_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first look sees one end only, as when it comes between the two numbers of a new pair."""
+    left, right = socket.socketpair()
+    accesses = []
+
+    def forget(survey: descriptors.Survey, *arguments: object) -> object:
+        views = group(survey, *arguments)  # type: ignore[arg-type]
+        if not accesses:
+            accesses.append(survey.accesses.pop((os.fstat(left.fileno()).st_dev, os.fstat(left.fileno()).st_ino)))
+        return views
+
+    group = descriptors._group
+    pidfd = os.pidfd_open(os.getpid())
+    with left, right, monkeypatch.context() as patch:
+        patch.setattr(descriptors, "_group", forget)
+        found = descriptors.lasting_complaints(os.getpid(), pidfd)
+        assert accesses
+        assert [line for line in found if line.startswith(f"fd {right.fileno()} ")] == []
+    os.close(pidfd)
 
 
 def test_a_number_that_means_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,7 +111,8 @@ def test_a_file_that_is_deleted_and_closed(tmp_path: Path, monkeypatch: pytest.M
 def test_a_file_that_is_deleted_and_kept_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     with path.open("w") as file:
-        (complaint,) = _complaints(file.fileno(), path.unlink, monkeypatch)
+        path.unlink()
+        (complaint,) = _complaints(file.fileno(), lambda: None, monkeypatch)
         assert "path" in complaint
 
 
