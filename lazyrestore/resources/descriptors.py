@@ -175,6 +175,7 @@ KINDS = (
     Kind((UnixSocket, UnixPair), _captured_with_another, unix_socket.restore, unix_socket.describe),
     Kind((Epoll,), epoll.capture, epoll.restore, epoll.describe),
 )
+_KEEP_LOCKS = (RegularFile, Directory, Terminal, ExternalPipe)  # the last two are the restorer's own
 _KIND_OF = {record: kind for kind in KINDS for record in kind.records}
 
 
@@ -303,6 +304,8 @@ def _capture(view: View) -> Description:
     for kind in KINDS:
         record: Description | None = kind.capture(view)
         if record is not None:
+            if b"lock:" in view.info.rest and not isinstance(record, _KEEP_LOCKS):
+                raise Unsupported("holds a lock (flock, fcntl), which is restored of files and directories only")
             return record
     raise Unsupported("this kind of descriptor is not restored")
 

@@ -13,7 +13,8 @@ Choice. At restore a regular file may have grown, shrunk or been replaced, as fi
 process could not make sense of: it is gone, it is another kind of thing, or its end now lies before the offset at
 which the process reads.
 
-Cost. Leases, and files without a path (deleted, O_TMPFILE), are not restored: the snapshot is refused.
+Cost. Leases, and files without a path (deleted, O_TMPFILE), are not restored: the snapshot is refused. Where a file of
+/proc was read in part, the kernel keeps the rest of the text from the moment of lseek(), in the midst of the restore.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _FLOCK = struct.Struct("=hh4xqqi4x")  # struct flock of x86-64: type, whence, st
 _LOCK_SH, _LOCK_EX, _LOCK_NB = 1, 2, 4
 _F_RDLCK, _F_WRLCK = 0, 1
 _F_SETLK, _F_OFD_SETLK = 6, 37
+_OF_OTHERS = (b"fd/", b"fdinfo/", b"map_files/")
 _KINDS = {
     modes.S_IFREG: "regular file",
     modes.S_IFDIR: "directory",
@@ -111,6 +113,8 @@ def reachable_path(view: View) -> bytes:
         raise Unsupported("its path does not lead to it (replaced, mounted over, or of another mount namespace)")
     if path.startswith(own + b"task/") and not path.startswith(own + b"task/%d/" % view.survey.pid):
         raise Unsupported("in /proc it belongs to a thread, and threads are made after the descriptors")
+    if path.startswith(own) and path[len(own) :].removeprefix(b"task/%d/" % view.survey.pid).startswith(_OF_OTHERS):
+        raise Unsupported("in /proc it belongs to a descriptor or a mapping, which may be made after it")
     return b"/proc/self/" + path[len(own) :] if path.startswith(own) else path
 
 

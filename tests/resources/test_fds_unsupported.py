@@ -85,6 +85,12 @@ def test_all_at_once(tmp_path: Path) -> None:
         program = struct.pack("HxxxxxxQ", 1, ctypes.addressof(instruction))
         filtered.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
         os.dup2(filtered.detach(), 125)
+        os.dup2(os.open("/proc/self/fdinfo/0", os.O_RDONLY), 126)
+        os.dup2(os.open(f"/proc/self/task/{os.getpid()}/fdinfo/0", os.O_RDONLY), 127)
+        os.mkfifo(tmp_path / "fifo")
+        fifo = os.open(tmp_path / "fifo", os.O_RDWR)
+        fcntl.flock(fifo, fcntl.LOCK_EX)
+        os.dup2(fifo, 128)
         os.closerange(3, 100)
 
     expected = {
@@ -108,6 +114,9 @@ def test_all_at_once(tmp_path: Path) -> None:
         123: "in flight",
         124: "LEASE",
         125: "filter is attached",
+        126: "belongs to a descriptor",
+        127: "belongs to a descriptor",
+        128: "holds a lock",
     }
     before = open_descriptors()
     with child(body) as original:
