@@ -26,6 +26,7 @@ _KCMP_EPOLL_TFD = 7
 _SPLICE_F_NONBLOCK = 2
 _PR_TIMER_CREATE_RESTORE_IDS, _GET = 77, 2
 _SOL_SOCKET, _SO_GET_FILTER = 1, 26
+_MCAST_MSFILTER = 48
 
 
 def _checked(result: int) -> int:
@@ -110,6 +111,17 @@ def has_socket_filter(number: int) -> bool:
     except PermissionError:  # EACCES: an eBPF program, which cannot be read back
         return True
     return count.value > 0
+
+
+def multicast_filter(number: int, level: int, interface: int, group: bytes) -> tuple[int, int] | None:
+    """(mode, number of sources) of a socket's membership in a group (a struct sockaddr_storage); None: it has none."""
+    filter = ctypes.create_string_buffer(struct.pack("=I4x128sII", interface, group, 0, 0), 144)
+    length = ctypes.c_uint(len(filter))
+    call = ctypes.c_int(number), ctypes.c_int(level), ctypes.c_int(_MCAST_MSFILTER), filter, ctypes.byref(length)
+    if _libc.getsockopt(*call) < 0:
+        return None
+    mode, sources = struct.unpack_from("=II", filter, 136)
+    return mode, sources
 
 
 def _kcmp(pid: int, other: int, kind: int, first: int, second: ctypes.Array[ctypes.c_char] | None) -> int:

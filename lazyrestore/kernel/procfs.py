@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import os
 import re
+import socket
+import struct
 
 import msgspec
 
@@ -184,3 +186,30 @@ def children(pid: int) -> list[int]:
 
 def auxv(pid: int) -> bytes:
     return read(pid, "auxv")
+
+
+def multicast_groups() -> list[tuple[int, int, bytes]]:
+    """The groups that the interfaces of our network namespace are in: (IPPROTO_IP or IPPROTO_IPV6, interface, group as
+    a struct sockaddr_storage)."""
+    found = []
+    interface = 0
+    for line in _lines("/proc/self/net/igmp")[1:]:
+        words = line.split()
+        if line[:1].isdigit():
+            interface = int(words[0])
+        else:
+            address = struct.pack("=HxxI120x", socket.AF_INET, int(words[0], 16))
+            found.append((int(socket.IPPROTO_IP), interface, address))
+    for line in _lines("/proc/self/net/igmp6"):
+        number, _, group, *_ = line.split()
+        address = struct.pack("=Hxx4x16s104x", socket.AF_INET6, bytes.fromhex(group))
+        found.append((int(socket.IPPROTO_IPV6), int(number), address))
+    return found
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path) as file:
+            return file.readlines()
+    except FileNotFoundError:  # a kernel without it
+        return []

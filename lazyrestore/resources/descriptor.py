@@ -65,6 +65,7 @@ class Survey(Struct):
     """When every fdinfo had been read (monotonic, ns)."""
     option_defaults: dict[tuple[int, int, int], dict[tuple[int, int], bytes]] = field(default_factory=dict)
     _mapped: set[tuple[int, int]] | None = None
+    _groups: list[tuple[int, int, bytes]] | None = None
 
     def mapped(self) -> set[tuple[int, int]]:
         """(device, inode) of every file that the process maps."""
@@ -77,6 +78,14 @@ class Survey(Struct):
                         major, minor = device.split(b":")
                         self._mapped.add((os.makedev(int(major, 16), int(minor, 16)), int(inode)))
         return self._mapped
+
+    def multicast_groups(self) -> list[tuple[int, int, bytes]]:
+        """(IPPROTO_IP or IPPROTO_IPV6, interface, struct sockaddr_storage) of each group that the network is in."""
+        if self._groups is None:
+            from lazyrestore.kernel import procfs
+
+            self._groups = procfs.multicast_groups()
+        return self._groups
 
 
 class View(Struct, frozen=True):

@@ -28,7 +28,7 @@ from fcntl import ioctl
 import msgspec
 
 from lazyrestore._native import _core
-from lazyrestore.resources import socket_options
+from lazyrestore.resources import multicast, socket_options
 from lazyrestore.resources.descriptor import Build, Item, Unsupported, View
 from lazyrestore.resources.socket_options import Option
 from lazyrestore.restore_plan import Address
@@ -113,7 +113,7 @@ def capture(view: View, sock: socket.socket) -> InetRecord | None:
     if sock.type == socket.SOCK_DGRAM and sock.proto == socket.IPPROTO_UDP:
         peer = _peer(sock)
         address = _bound(sock)
-        options = socket_options.capture(sock, view.survey)
+        options = socket_options.capture(sock, view.survey) + multicast.capture(sock, view.survey)
         return UdpSocket(view.flags, int(sock.family), sock.proto, address, peer, options)
     raise Unsupported(f"{sock.type.name} sockets of protocol {sock.proto} are not restored")
 

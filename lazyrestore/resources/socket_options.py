@@ -2,12 +2,10 @@
 
 Facts. getsockopt() through a duplicate reads any option; there is no list of what was set, so a fresh socket of the
 same kind is the yardstick. SO_SNDBUF and SO_RCVBUF read as twice what was set, and setting one switches its
-autotuning off, which SO_BUF_LOCK (5.14) tells. Multicast memberships and attached programs cannot be read back.
+autotuning off, which SO_BUF_LOCK (5.14) tells. Attached programs cannot be read back; multicast.py reads memberships.
 
 Consequence. Only differing options are recorded; buffer sizes only if they are locked. A filter, whose presence can
 be seen, is refused.
-
-Cost. Multicast memberships are lost without notice: nothing tells of them.
 """
 
 from __future__ import annotations

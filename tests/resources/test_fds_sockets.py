@@ -427,6 +427,38 @@ def test_options_of_datagram_sockets_are_read_back() -> None:
     assert len(record(round_trip(body), 3).options) == 10
 
 
+def test_multicast_groups_are_joined_again() -> None:
+    four = struct.pack("4s4si", socket.inet_aton("239.1.2.3"), bytes(4), 1)
+    six = struct.pack("16si", socket.inet_pton(socket.AF_INET6, "ff15::7"), 1)
+
+    def body() -> None:
+        one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        one.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, four)
+        both = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        both.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_JOIN_GROUP, six)
+        both.setsockopt(socket.IPPROTO_IP, socket.IP_ADD_MEMBERSHIP, four)
+        one.detach()
+        both.detach()
+
+    def check() -> None:
+        with _own(3) as one, _own(4) as both:
+            one.setsockopt(socket.IPPROTO_IP, socket.IP_DROP_MEMBERSHIP, four)
+            both.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_LEAVE_GROUP, six)
+            both.setsockopt(socket.IPPROTO_IP, socket.IP_DROP_MEMBERSHIP, four)
+
+    round_trip(body, check)
+
+    def some() -> None:
+        one = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        source = socket.inet_aton("239.1.2.3") + socket.inet_aton("127.0.0.1") * 2
+        one.setsockopt(socket.IPPROTO_IP, 39, source)  # IP_ADD_SOURCE_MEMBERSHIP
+        one.detach()
+
+    with child(some) as original:
+        (complaint,) = original.survey().unsupported
+        assert complaint.endswith("in a multicast group for some sources only")
+
+
 @pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
 @pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET, socket.AF_INET6])
 def test_every_option_that_is_read_can_be_set(family: socket.AddressFamily, kind: socket.SocketKind) -> None:
