@@ -9,7 +9,10 @@ anew, unless a handler ends it: nanosleep and clock_nanosleep with the remaining
 written, if the caller gave it a place), the others (poll, a futex wait with a relative time, a sleep without a place)
 with their full time, so they are never cut short. Of one that was stopped twice the kernel no longer tells the number;
 kernel/restarted.py finds it. A futex call that needs to write the word (FUTEX_LOCK_PI, …) gets
-EFAULT where only a pager could bring the page, so those pages are brought before. Source: signal(7), kernel/futex.
+EFAULT where only a pager could bring the page, so those pages are brought before. So are those that the kernel itself
+writes when the thread ends, to tell others: what is held of its robust list, and the word at the tid address, by which
+it is joined. A thread that ends gets no userfaultfd (PF_EXITING, fs/userfaultfd.c): who waits would wait for ever.
+Source: signal(7), kernel/futex, get_robust_list(2).
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from lazyrestore.program import OpList, Pointer, Program, lib
 
 ffi = _core.ffi
 
+PAGE = 4096
 SIGINFO = 128  # bytes of a siginfo_t
+ROBUST_LIST_LIMIT = 2048  # linux/futex.h
 SCHED_DEADLINE = 6  # linux/sched.h
 SCHED_FLAG_RESET_ON_FORK = 1
 CPU_MASK = 1024  # bytes: for the 8192 CPUs that Linux can have on x86
@@ -76,6 +81,7 @@ class Thread(msgspec.Struct, frozen=True):
     affinity: list[int] | None  # None: all CPUs of the machine
     timer_slack: int
     io_priority: int
+    last_words: list[int] = []  # addresses that the kernel reads and writes when the thread ends
 
 
 def unsupported(pid: int) -> list[str]:
@@ -160,7 +166,27 @@ def capture(frozen: Frozen, tid: int) -> Thread:
         affinity=None if len(cpus) == os.cpu_count() else sorted(cpus),
         timer_slack=slack,
         io_priority=io_priority,
+        last_words=_last_words(frozen, tid, tid_address, head[0], rseq.pointer),
     )
+
+
+def _last_words(frozen: Frozen, tid: int, tid_address: int, head: int, rseq: int) -> list[int]:
+    """But for what the thread has touched by then: the pages of its rseq area, and of the start of its TLS."""
+    touched = {rseq // PAGE, frozen.registers[tid]["fs_base"] // PAGE}
+    words = {tid_address} if tid_address and tid_address // PAGE not in touched else set()
+    locks: list[int] = []
+    offset = 0
+    try:
+        entry, offset, pending = struct.unpack("<QqQ", frozen.read(head, 24)) if head else (0, 0, 0)
+        locks += [pending & ~1] if pending else []
+        while (entry := entry & ~1) != head and len(locks) < ROBUST_LIST_LIMIT:  # bit 0: it inherits priorities
+            locks.append(entry)
+            entry = struct.unpack("<Q", frozen.read(entry, 8))[0]
+    except (OSError, OverflowError, struct.error):  # the list leads nowhere: the kernel goes no further, either
+        pass
+    if locks:
+        words |= {head, *locks, *((lock + offset) % 2**64 for lock in locks)}
+    return sorted(words)
 
 
 def pending_signals(tid: int, known: int, *, shared: bool) -> list[bytes]:
@@ -198,11 +224,12 @@ def _resumable(frozen: Frozen, tid: int) -> Registers:
 
 
 def futex_words(thread: Thread) -> list[int]:
-    """The addresses that the thread's futex call names, if it may be made again."""
+    """The addresses that the thread's futex call names, if it may be made again, and those needed when it ends."""
     registers = Registers.unpack(thread.registers)
     if registers["orig_rax" if registers.in_syscall else "rax"] != lib.SYS_futex:
-        return []
-    return [registers["rdi"], *([registers["r8"]] if (registers["rsi"] & 0x7F) in FUTEX_TWO_WORDS else [])]
+        return thread.last_words
+    second = [registers["r8"]] if (registers["rsi"] & 0x7F) in FUTEX_TWO_WORDS else []
+    return [registers["rdi"], *second, *thread.last_words]
 
 
 # -- restore -----------------------------------------------------------------------------------------------------------

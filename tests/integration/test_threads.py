@@ -82,5 +82,16 @@ def test_locks_in_memory_that_only_the_kernel_needs(
 
     victim.until(all_wait, "four waiting threads")
     copy = copies.replace(victim)
+    copy.until(all_wait, "four waiting threads")  # one of the words does not change: who comes after the wake waits on
     assert ask(run / "control", "release") == "ok"
     assert copy.process.wait(60) == 0
+
+
+def test_what_a_thread_leaves_when_it_ends(run: Path, victims: Victims, copies: Copies, build: Builder) -> None:
+    """Its robust locks and the word at its tid address have not arrived when the kernel writes them."""
+    victim = victims.start([build.c("lastwords"), run / "control"])
+    victim.listens(run / "control")
+    copy = copies.replace(victim)
+    assert ask(run / "control", "end") == "owner died, 8 locks; tid 0"
+    assert copy.process.wait(60) == 0
+    assert any(len(thread.last_words) > 8 for thread in copy.snapshot.manifest.threads)
