@@ -108,8 +108,12 @@ static int by_number(const void *a, const void *b) {
 	return (x > y) - (x < y);
 }
 
-/* Maps pages that are there, by chunks, sorted here, in runs. False: the address space is gone. */
-static bool map_chunks(struct space *space, struct lr_touched *touched, uint32_t n) {
+/* Maps pages that are there, by chunks, sorted here, in runs. False: the address space is gone.
+ * Facts: a process touches its pages in about the order in which they are brought. One that comes too early waits; if it is answered at
+ * once, it is too early for the next page, too, and each time it costs two switches and a wake-up, 30 to 50 us.
+ * Choice: while the restorer may be the one who waits (`soon`), faults are answered between runs, later only when all are mapped, and the
+ * process has a hundred pages more. Cost: some 0.4 ms for who touches what is in no working set, and for an event. */
+static bool map_chunks(struct space *space, struct lr_touched *touched, uint32_t n, bool soon) {
 	const struct own_pages *own = &space->pager->own;
 	struct run run = {0};
 	unsigned runs = 0;
@@ -124,10 +128,13 @@ static bool map_chunks(struct space *space, struct lr_touched *touched, uint32_t
 			if (!image_has_page(touched[i].pages, page))
 				continue;
 			if (at != run.end || copy != run.copy || raw != (run.raw ? run.raw + (at - run.start) : NULL)) {
-				if (!map_run(space, run) || (++runs % RUNS_AT_ONCE == 0 && !serve_waiting(space)))
+				if (!map_run(space, run))
 					return false;
-				if (runs % RUNS_AT_ONCE == 0)
+				if (++runs % RUNS_AT_ONCE == 0) {
+					if (soon && !serve_waiting(space))
+						return false;
 					give_way(space->runs_ns);
+				}
 				run = (struct run){.start = at, .copy = copy, .raw = raw};
 			}
 			run.end = at + LR_PAGE;
@@ -162,7 +169,7 @@ static bool bring(struct space *space, struct lr_touched *touched, uint32_t n) {
 				alive = serve_waiting(space);
 		}
 		if (alive)
-			alive = map_chunks(space, touched + done, good - done);
+			alive = map_chunks(space, touched + done, good - done, !done);
 		done = end;
 	}
 	return alive;
