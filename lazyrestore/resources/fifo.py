@@ -7,6 +7,8 @@ opening for writing without waiting tells whether anybody reads.
 
 Consequence. A helper end (O_RDWR) is opened first and closed at the very end, so nothing waits. The saved bytes are
 written back only if at restore nobody else holds the FIFO: otherwise its bytes never went away.
+
+Cost. Bytes in a FIFO, as in a pipe, whose only ends are for writing are lost: they can be read by who opens it next.
 """
 
 from __future__ import annotations

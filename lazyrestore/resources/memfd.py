@@ -40,7 +40,7 @@ class Extent(msgspec.Struct, frozen=True):
 
 class Memfd(msgspec.Struct, frozen=True, tag="memfd"):
     """position and size in bytes; page_size: 0, or the huge page size in bytes; permissions: mode bits; contents: the
-    written parts, None if the restorer hands the file over.
+    written parts, None if the restorer hands the file over; owner: user and group, None in old snapshots.
     """
 
     name: bytes
@@ -53,6 +53,7 @@ class Memfd(msgspec.Struct, frozen=True, tag="memfd"):
     page_size: int
     permissions: int
     contents: tuple[Extent, ...] | None
+    owner: tuple[int, int] | None = None
 
 
 def shared_object_key(record: Memfd) -> tuple[int, int]:
@@ -93,6 +94,7 @@ def capture(view: View) -> Memfd | None:
         page_size,
         modes.S_IMODE(status.st_mode),
         contents,
+        (status.st_uid, status.st_gid),
     )
 
 
@@ -119,6 +121,8 @@ def _restore_file(key: tuple[int, int], items: list[Item[Memfd]], build: Build) 
                 items[0].title, "restore", "the snapshot does not hold its contents", "take a new snapshot"
             )
         own = source = _recreate(record, record.contents, build)
+    if record.owner is not None:  # who is not root owns what it makes, and may give it to its own groups only
+        ops.try_call(lib.SYS_fchownat, source, ops.program.string(b""), *record.owner, lib.AT_EMPTY_PATH)
     if record.permissions != _DEFAULT_MODE:
         ops.call(lib.SYS_fchmod, source, record.permissions)
     for item in items:

@@ -228,6 +228,7 @@ def test_an_unmapped_memfd_keeps_contents_and_seals() -> None:
         os.lseek(number, 77, os.SEEK_SET)
         os.open(f"/proc/self/fd/{number}", os.O_RDONLY)
         os.fchmod(number, 0o640)
+        os.fchown(number, 5, 6)
         fcntl.fcntl(number, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SHRINK)
         os.memfd_create("empty", 0)
         os.ftruncate(os.memfd_create("a hole", 0), 1 << 40)
@@ -235,6 +236,7 @@ def test_an_unmapped_memfd_keeps_contents_and_seals() -> None:
     def check() -> None:
         assert os.pread(3, 5, 0) == b"start"
         assert os.pread(4, 3, 200_000) == b"end"
+        assert (os.fstat(3).st_uid, os.fstat(3).st_gid, os.fstat(3).st_mode & 0o7777) == (5, 6, 0o640)
         assert os.lseek(3, 0, os.SEEK_CUR) == 77
         assert os.lseek(4, 0, os.SEEK_CUR) == 0
         with pytest.raises(PermissionError):
