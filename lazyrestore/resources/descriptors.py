@@ -116,6 +116,8 @@ class FdTable(msgspec.Struct, frozen=True):
     descriptions: tuple[Description, ...]
     unsupported: list[str]
     owners: tuple[Owner, ...] = ()
+    belongings: dict[int, tuple[int, int]] = {}
+    """Description → user and group of its pipe or socket, if not root's."""
 
     def numbers(self) -> dict[int, tuple[int, ...]]:
         """Description → the numbers that refer to it, sorted."""
@@ -176,6 +178,7 @@ KINDS = (
     Kind((Epoll,), epoll.capture, epoll.restore, epoll.describe),
 )
 _KEEP_LOCKS = (RegularFile, Directory, Terminal, ExternalPipe)  # the last two are the restorer's own
+_ANONYMOUS = (PipeEnd, TcpListener, TcpSocket, UdpSocket, UnixSocket, UnixPair)
 _KIND_OF = {record: kind for kind in KINDS for record in kind.records}
 
 
@@ -222,6 +225,7 @@ def _survey(survey: Survey, same_table: Callable[[int, int], bool]) -> FdTable:
     descriptors: list[Descriptor] = []
     descriptions: list[Description] = []
     owners: list[Owner] = []
+    belongings: dict[int, tuple[int, int]] = {}
     for view in groups:
         try:
             record = _capture(view)
@@ -234,10 +238,13 @@ def _survey(survey: Survey, same_table: Callable[[int, int], bool]) -> FdTable:
             continue
         if found is not None:
             owners.append(found)
+        belongs = view.stat.st_uid, view.stat.st_gid
+        if belongs != (0, 0) and isinstance(record, _ANONYMOUS):
+            belongings[len(descriptions)] = belongs
         descriptors += (Descriptor(number, cloexec[number], len(descriptions)) for number in view.numbers)
         descriptions.append(record)
     descriptors.sort(key=lambda descriptor: descriptor.number)
-    return FdTable(tuple(descriptors), tuple(descriptions), unsupported, tuple(owners))
+    return FdTable(tuple(descriptors), tuple(descriptions), unsupported, tuple(owners), belongings)
 
 
 def _group(survey: Survey, cloexec: dict[int, bool], unsupported: list[str]) -> list[View]:
@@ -435,6 +442,11 @@ def compile(table: FdTable, ops: OpList, fds: Descriptors, context: RestoreConte
     for callback in build.settled:
         callback()
     titles = {item.index: item for item in items}
+    for index, belongs in table.belongings.items():  # so that who is not root can open /proc/self/fd/N, and fchmod()
+        if index not in left_out:
+            with build.serving(titles[index]):
+                number, nothing = titles[index].numbers[0], ops.program.string(b"")
+                ops.try_call(lib.SYS_fchownat, number, nothing, *belongs, lib.AT_EMPTY_PATH)
     for whom in table.owners:
         owner.restore(titles[whom.description], whom, build)
 

@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import select
+import socket
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,29 @@ def test_a_pipe_whose_packet_mode_was_switched(tmp_path: Path) -> None:
             return os.read(number, 1 << 16)
         except BlockingIOError:
             return b""
+
+    round_trip(body, check)
+
+
+def test_pipes_and_sockets_belong_to_whom_they_did() -> None:
+    """A process that is not root opens what is its own: /dev/stdin, /proc/self/fd/N."""
+
+    def body() -> None:
+        os.pipe()  # 3, 4
+        for one in socket.socketpair():  # 5, 6
+            one.detach()
+        socket.create_server(("127.0.0.1", 0)).detach()  # 7
+        for number in (3, 5, 7):
+            os.fchown(number, 1234, 567)
+
+    def check() -> None:
+        owners = [(os.fstat(number).st_uid, os.fstat(number).st_gid) for number in range(3, 8)]
+        assert owners == [(1234, 567), (1234, 567), (1234, 567), (0, 0), (1234, 567)]
+        os.setgroups([])
+        os.setresgid(567, 567, 567)
+        os.setresuid(1234, 1234, 1234)
+        os.write(4, b"here")
+        assert os.read(os.open("/proc/self/fd/3", os.O_RDONLY), 10) == b"here"
 
     round_trip(body, check)
 
