@@ -91,6 +91,7 @@ class Planner:
         self._inherited: list[Piece] = []
         self._guards: Ranges = []  # guard pages of the mapping that is being planned
         self._files: dict[str, int] = {}
+        self._programs: set[str] = set()  # paths of the program, its libraries, and archives of a JVM's classes
         self._objects: dict[tuple[int, int], int] = {}
         self._pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
         self._descriptors: list[int] = []
@@ -101,6 +102,7 @@ class Planner:
         self._descriptors.clear()
 
     def build(self, mappings: list[Mapping]) -> Plan:
+        self._programs = {m.path for m in mappings if m.execute or m.path.endswith(".jsa")}
         for mapping in mappings:
             self._guards.clear()
             first_run = len(self.plan.runs)
@@ -225,7 +227,8 @@ class Planner:
             return self._make(m, "file", file=index)
         size = sum(end - start for start, end in written)
         end = self._end_of_file(m)
-        if end < m.end or (m.size > LARGE_FILE_MAPPING and size * 8 < m.size):
+        small = size <= LARGE_FILE_MAPPING and m.path not in self._programs
+        if small or end < m.end or (m.size > LARGE_FILE_MAPPING and size * 8 < m.size):
             return self._make(m, "file", self._add(m, written), file=index, written=written)
         return self._make(m, "lazy", self._add(m, [(m.start, end)]))
 

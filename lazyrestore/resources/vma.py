@@ -4,11 +4,13 @@ Facts. A restored VMA must have the address, size, protection and sharing it had
 (mremap refuses to cross a border). MAP_GROWSDOWN, MADV_WIPEONFORK and MADV_FREE are refused on file mappings, and the
 template is a file, so those VMAs come back anonymous and are written before the process runs. The kernel's zero page
 and absent pages hold no content. A page of a private file mapping that was written is anonymous memory: the mapping
-then no longer equals its file.
+then no longer equals its file. Its other pages follow the file, and a written one does after MADV_DONTNEED.
 
-Choice. `kind` says how a VMA is restored; see `Kind`. A private file mapping with written pages goes to the template as
-a whole, so that it stays one lazy VMA, unless it is large and little of it was written: then the file is mapped and the
-written pages are put in at once.
+Choice. `kind` says how a VMA is restored; see `Kind`. Of a private file mapping with written pages the file is mapped,
+and the written pages are put in at once. It goes to the template as a whole, so that it stays one lazy VMA, if the file
+is a program or library (something of it is executable, or it is a JVM's archive of classes: 10 MB written, 8 ms at
+once), whose data nobody drops and which nobody writes to, or if too much was written to be brought at once. The cost:
+then MADV_DONTNEED shows zeros, and the file's changes are not seen.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from lazyrestore.program import Descriptors, OpList, Program, lib
 from lazyrestore.restore_plan import SharedFile, Signature, signature_of
 
 PAGE = 4096
-LARGE_FILE_MAPPING = 64 << 20  # bytes; a larger file mapping of which less than 1/8 was written stays a file mapping
+LARGE_FILE_MAPPING = 64 << 20  # bytes; what was written of one is put in at once if it is no more than this, or 1/8
 SMALL_SHARED_FILE = 1 << 20  # bytes; the content of no larger one is kept in the manifest
 TEMPLATE_NAME = "/memfd:lazyrestore"
 HUGE_2MB = 21 << lib.MFD_HUGE_SHIFT  # the same bits in flags of mmap and memfd_create

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import Builder, Victim, Victims, ask, until
+from helpers import VICTIMS, Builder, Victim, Victims, ask, until
 from helpers_copies import Copies
 from helpers_facts import mappings
 
@@ -89,6 +90,26 @@ def test_a_small_shared_file_that_is_gone_is_made_again(run: Path, victims: Vict
         copy.process.send_signal(signal.SIGUSR1)
         until(lambda: (run / "shared").read_bytes()[:6] == b"bytes!", "what the copy writes is in the file")
         copy.kill()
+
+
+def test_a_written_private_mapping_is_still_one_of_its_file(run: Path, victims: Victims, copies: Copies) -> None:
+    """Pages that it never wrote follow the file, as do written ones once they are dropped; of a copy's copy, too."""
+    (run / "file").write_bytes(b"f" * (16 * 4096))
+    control = run / "control"
+    victim = victims.start([sys.executable, VICTIMS / "private_file.py", control, run / "file"])
+    victim.listens(control)
+    assert ask(control, "bytes") == "wf" * 8
+    first = copies.replace(victim)
+    assert ask(control, "bytes") == "wf" * 8
+    snapshot = copies.snapshot(first.pid, "second", kill=True)
+    first.process.wait(60)
+    copies.restore(snapshot)
+    status = (run / "file").stat()
+    with (run / "file").open("r+b") as file:
+        file.write(b"c" * (2 * 4096))
+    os.utime(run / "file", ns=(status.st_atime_ns, status.st_mtime_ns))  # for the next snapshot's restore
+    assert ask(control, "bytes") == "wc" + "wf" * 7
+    assert ask(control, "drop") == "cc" + "ff" * 7
 
 
 @pytest.mark.requires("root")
