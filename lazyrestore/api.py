@@ -273,6 +273,7 @@ class Snapshot:
         fill: str = "none",
         ready: ReadySocket | None = None,
         ends_with_caller: bool = False,
+        held: bool = False,
     ) -> RestoredProcess:
         """Start a copy of the process under its old process id, as a child of this process.
 
@@ -285,7 +286,8 @@ class Snapshot:
         `record`: the working set, True: even if one is known, which is extended; None: if none is known. `fill`: bring
         all of its private memory and not just what it touches, "now", or when the CPUs are "idle". `ready`: where it
         will say READY=1. `ends_with_caller`: with `new_pid`, it is killed when the calling thread ends, as by SIGKILL.
-        Raises ValueError, and RestoreError's subclasses; nothing is left of the new process then.
+        `held`: so it is, but only until that thread calls its let_go(). Raises ValueError, and RestoreError's
+        subclasses; nothing is left of the new process then.
         """
         from lazyrestore.restore_options import Options
 
@@ -298,6 +300,7 @@ class Snapshot:
             new_net,
             inherited,
             ends_with_caller=ends_with_caller,
+            held=held,
             record=record,
             fill=fill,
             mounts=mounts,
@@ -342,8 +345,9 @@ class Snapshot:
         streams: Sequence[int] = (0, 1, 2),
         record: bool | None = None,
         fill: str = "none",
+        held: bool = False,
     ) -> list[RestoredProcess]:
-        """Start `count` copies, each in a PID namespace of its own: all of them, or none.
+        """Start `count` copies, each in a PID namespace of its own: all of them, or none, even if the caller is killed.
 
         What listens needs `new_net`, `reuseport` or `inherit_fd`, since only one can have an address for itself.
         Parameters and errors as with restore().
@@ -360,8 +364,10 @@ class Snapshot:
                 streams=streams,
                 record=record,
                 fill=fill,
+                held=True,
             ),
             count,
+            held=held,
         )
 
     def pool(

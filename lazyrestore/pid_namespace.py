@@ -41,7 +41,8 @@ PASSED_ON = ((1 << 64) - 1) & ~sum(1 << (number - 1) for number in (lib.SIGKILL,
 
 
 class Namespace:
-    """A namespace whose init is stopped until watch() is called; whoever drops it before ends it."""
+    """A namespace whose init is stopped until watch() is called; whoever drops it before ends it, even by kill -9:
+    the kernel kills what is traced with PTRACE_O_EXITKILL when its tracer, the calling thread, has ended."""
 
     __slots__ = ("_init", "_watching", "descriptor", "pid")
 
@@ -51,8 +52,14 @@ class Namespace:
         self.pid = init.pid
         self.descriptor = -1  # the namespace's
 
+    def hold(self) -> None:
+        """Init stays stopped until watch() is called; nothing more is started in the namespace from here."""
+        self._close_namespace()
+
     def watch(self) -> None:
-        """Let init run: from now on it waits for the restored process, and ends with it."""
+        """Let init run, if it is not: from now on it waits for the restored process, and ends with it."""
+        if self._init.pidfd < 0:
+            return
         error = lib.lr_detach(self.pid, 0)
         self._close_namespace()
         if error < 0:
@@ -65,7 +72,8 @@ class Namespace:
         self._close_namespace()
 
     def collect(self) -> None:
-        """Wait for the end of init, once it was let go and the restored process has ended; if it is stopped, too."""
+        """Wait for the end of init, when the restored process has ended; if it is stopped, too."""
+        self.end()
         if self._watching >= 0:
             with suppress(ChildProcessError):  # collected, or our parent's, who forked us: then not to be killed
                 os.waitid(os.P_PIDFD, self._watching, os.WEXITED | os.WNOHANG | os.WNOWAIT)

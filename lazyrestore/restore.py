@@ -323,7 +323,7 @@ def run(
             process.run_to_end()
             process.let_go(parked=options.parked)
             if namespace:
-                namespace.watch()
+                namespace.hold() if options.held else namespace.watch()
         except BaseException:
             child.end()
             if namespace:

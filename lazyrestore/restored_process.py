@@ -90,6 +90,11 @@ class RestoredProcess:
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._pidfd, signal.SIGCONT)
 
+    def let_go(self) -> None:
+        """Let one that was restored `held` live on when the thread ends that restored it, which is to call this."""
+        if self._namespace is not None and self.poll() is None:
+            self._namespace.watch()
+
     def terminate(self) -> None:
         self.send_signal(signal.SIGTERM)
 

@@ -203,12 +203,13 @@ def _start_clones(snapshot: Snapshot, count: int, choices: Choices, json_output:
     """Start them and print a process id per line, or a JSON list; if nobody can read that, none is left."""
     from lazyrestore.fleet import clones
 
-    processes = snapshot.clones(count, **choices)
+    processes = snapshot.clones(count, **choices, held=True)
     try:
         if json_output:
             say(to_json([facts(process) for process in processes]))
         else:
             say("\n".join(str(process.pid) for process in processes))
+        clones.let_go(processes)
     except BaseException:
         clones.end(processes)
         raise

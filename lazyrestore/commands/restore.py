@@ -44,9 +44,10 @@ def restore(store: str, name: str, *, detach: bool, json_output: bool) -> int:
 def detached(snapshot: Snapshot, choices: Mapping[str, Any], json_output: bool) -> None:
     """Restore and say which process it is; if nobody can read that, none is left."""
     end_like_ctrl_c()
-    process = snapshot.restore(**choices)
+    process = snapshot.restore(**choices, held=choices.get("new_pid", False))
     with _ended_if_unheard(process):
         say(to_json(facts(process)) if json_output else _told(process))
+        process.let_go()
 
 
 @contextmanager

@@ -24,6 +24,13 @@ class Process(Protocol):
         """A descriptor that is readable once it has ended; -1 when it was collected."""
 
 
+class Held(Process, Protocol):
+    """One that may end with the thread that restored it."""
+
+    def let_go(self) -> None:
+        """Called by that thread: it lives on."""
+
+
 class Parked(Process, Protocol):
     """One that is stopped before its first instruction."""
 

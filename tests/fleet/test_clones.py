@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from helpers_fleet import descriptors, report, reporter
 
 import lazyrestore
 
+SYS_WRITE = 1
 RESTORER = """
 import os, sys, threading
 sys.path[:0] = sys.argv[4:]
@@ -211,3 +213,44 @@ def test_clones_that_nobody_hears_of_are_ended(run: Path, victims: Victims, stor
         ended = subprocess.run(command(run / "store", "restore", "x", "-n", 3), stdout=full, check=False)
     assert ended.returncode != 0
     assert set(victims.marked()) == {victim.pid}
+
+
+@pytest.mark.parametrize("choice", [("-n", 3), ("--detach", "--pid", "new")])
+def test_copies_end_with_a_restorer_that_is_killed_before_it_tells_of_them(
+    run: Path, victims: Victims, store: lazyrestore.Store, choice: tuple[str | int, ...]
+) -> None:
+    victim = reporter(run, victims)
+    store.snapshot(victim.pid, name="x").close()
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    with suppress(BlockingIOError):
+        while True:
+            os.write(write, bytes(4096))
+    os.set_blocking(write, True)
+    restorer = subprocess.Popen(command(run / "store", "restore", "x", *choice), stdout=write)
+    writes = f"{SYS_WRITE} 0x1 "
+    until(lambda: Path(f"/proc/{restorer.pid}/syscall").read_text().startswith(writes), "it tells of them")
+    copies = set(victims.marked()) - {victim.pid}
+    assert len(copies) == (3 if "-n" in choice else 1)
+    restorer.kill()
+    restorer.wait()
+    until(lambda: set(victims.marked()) == {victim.pid}, "the copies end")
+    os.close(read)
+    os.close(write)
+
+
+def test_held_clones_live_on_once_they_are_let_go(run: Path, victims: Victims, store: lazyrestore.Store) -> None:
+    victim = reporter(run, victims)
+    store.snapshot(victim.pid, name="x").close()
+    with store.get("x") as snapshot:
+        first, second = snapshot.clones(2, held=True)
+        init = set(children_of(os.getpid())) - {victim.pid, first.pid, second.pid}
+        first.kill()
+        assert first.wait() == -signal.SIGKILL
+        assert len(init & set(children_of(os.getpid()))) == 1
+        first.let_go()  # which does nothing any more
+        second.let_go()
+        second.let_go()
+        second.kill()
+        assert second.wait() == -signal.SIGKILL
+        assert not init & set(children_of(os.getpid()))
