@@ -1,7 +1,9 @@
-"""mmap(MAP_FIXED) refused for a limit puts back what it had unmapped (Linux 6.12), but tells that it was unmapped."""
+"""mmap(MAP_FIXED) and munmap, refused for a limit or a sealed mapping (mseal) in their range, put back what they had
+unmapped (Linux 6.12), but tell that it was unmapped."""
 
 from __future__ import annotations
 
+import errno
 import re
 import resource
 from pathlib import Path
@@ -40,4 +42,18 @@ def test_what_it_would_have_covered_is_still_there(in_arena: InArena, limit: int
             resource.prlimit(pid, limit, old)
         twins.both("fork", ARENA + 200 * PAGE, PAGE, 7)
         twins.both("unmap", ARENA + 230 * PAGE, PAGE)
+        twins.both("digest")
+
+
+def test_for_a_sealed_mapping_in_the_range(in_arena: InArena) -> None:
+    sealed, length = ARENA + 80 * PAGE, 80 * PAGE
+    with in_arena() as twins:
+        twins.both("map", ARENA + 16 * PAGE, 64 * PAGE, 3, ANONYMOUS, 0, 0)
+        twins.both("write", ARENA + 16 * PAGE, 64 * PAGE, 5)
+        twins.copy = twins.snapshot().restore(record=False)
+        twins.both("map", sealed, PAGE, 1, SHARED, 0, 0)
+        if twins.both("seal", sealed, PAGE).startswith(f"-1 {errno.ENOSYS} "):
+            pytest.skip("needs mseal(2), Linux 6.10")
+        assert twins.both("unmap", ARENA + 20 * PAGE, length).startswith(f"-1 {errno.EPERM} ")
+        assert twins.both("map", ARENA + 30 * PAGE, length, 3, ANONYMOUS, 0, 1).startswith(f"-1 {errno.EPERM} ")
         twins.both("digest")

@@ -19,6 +19,10 @@
 
 #include "control.h"
 
+#ifndef SYS_mseal
+#define SYS_mseal 462 /* Linux 6.10 */
+#endif
+
 #define PAGE 4096ul
 #define MEMFD_PAGES 64
 #define NUMBERS 6
@@ -393,6 +397,8 @@ static void serve(char *request)
 		forked(a[0], a[1], a[2], false);
 	else if (!strcmp(name, "vfork"))
 		forked(a[0], a[1], a[2], true);
+	else if (!strcmp(name, "seal"))
+		report(syscall(SYS_mseal, at(a[0]), a[1], 0), 0);
 	else if (!strcmp(name, "pipe"))
 		through_pipe(a[0], a[1]);
 	else if (!strcmp(name, "file"))
