@@ -8,7 +8,7 @@ then no longer equals its file. Its other pages follow the file, and a written o
 
 Choice. `kind` says how a VMA is restored; see `Kind`. Of a private file mapping with written pages the file is mapped,
 and the written pages are put in at once. It goes to the template as a whole, so that it stays one lazy VMA, if the file
-is a program or library (something of it is executable, or it is a JVM's archive of classes: 10 MB written, 8 ms at
+is a program or library (something of it is executable, or it is a JVM's archive of classes: 10 MB written, some ms at
 once), whose data nobody drops and which nobody writes to, or if too much was written to be brought at once. The cost:
 then MADV_DONTNEED shows zeros, and the file's changes are not seen.
 """
