@@ -213,6 +213,7 @@ def compile_program(
     for thread, own_ops in [*zip(others, lists, strict=True), (leader, ops)]:
         attributes.restore_credentials(manifest.attributes, own, program, own_ops)
         threads.restore_pending(thread, manifest.pid, program, own_ops)
+    descriptors.listen_again(manifest.descriptors, ops, layout.inherited)
     attributes.restore_after_credentials(manifest.attributes, ops)
 
     trap = manifest.signals.actions.get(lib.SIGTRAP)

@@ -70,6 +70,7 @@ __all__ = [
     "highest_number",
     "is_reusable",
     "lasting_complaints",
+    "listen_again",
     "opened_paths",
     "queued_bytes",
     "shared_object_key",
@@ -442,13 +443,19 @@ def compile(table: FdTable, ops: OpList, fds: Descriptors, context: RestoreConte
     for callback in build.settled:
         callback()
     titles = {item.index: item for item in items}
-    for index, belongs in table.belongings.items():  # so that who is not root can open /proc/self/fd/N, and fchmod()
+    for index, belongs in table.belongings.items():
         if index not in left_out:
-            with build.serving(titles[index]):
-                number, nothing = titles[index].numbers[0], ops.program.string(b"")
-                ops.try_call(lib.SYS_fchownat, number, nothing, *belongs, lib.AT_EMPTY_PATH)
+            owner.give(titles[index], belongs, build)
     for whom in table.owners:
         owner.restore(titles[whom.description], whom, build)
+
+
+def listen_again(table: FdTable, ops: OpList, inherited: Iterable[int]) -> None:
+    """Append what tells clients whose the Unix listeners are (SO_PEERCRED): with the process's credentials."""
+    left_out = replaced(table, inherited)
+    for item in _items(table):
+        if isinstance(item.record, UnixSocket) and item.index not in left_out:
+            unix_socket.listen_again(item.title, item.record, item.numbers[0], ops)
 
 
 def is_reusable(table: FdTable) -> bool:

@@ -59,3 +59,10 @@ def restore(item: Item[Any], owner: Owner, build: Build) -> None:
         build.ops.call(lib.SYS_fcntl, number, lib.F_SETSIG, owner.signal, note="F_SETSIG")
         if owner.on:
             build.ops.call(lib.SYS_fcntl, number, lib.F_SETFL, item.record.flags | O_ASYNC)
+
+
+def give(item: Item[Any], whom: tuple[int, int], build: Build) -> None:
+    """Give a pipe or socket to a user and group, so that who is not root can open /proc/self/fd/N, and fchmod() it."""
+    with build.serving(item):
+        nothing = build.ops.program.string(b"")
+        build.ops.try_call(lib.SYS_fchownat, item.numbers[0], nothing, *whom, lib.AT_EMPTY_PATH)

@@ -42,7 +42,7 @@ from lazyrestore.restore_plan import Address
 
 if TYPE_CHECKING:
     from lazyrestore.kernel import unix_diag
-    from lazyrestore.program import Pointer
+    from lazyrestore.program import OpList, Pointer
 
 lib = _core.lib
 
@@ -62,7 +62,7 @@ class SocketFile(msgspec.Struct, frozen=True):
 
 class UnixSocket(msgspec.Struct, frozen=True, tag="unix"):
     """address, peer: a sockaddr_un's sun_path, b"" if it is not bound, not connected (datagrams only); backlog: None
-    if it does not listen.
+    if it does not listen; own: the process itself made it listen, not who started it.
     """
 
     flags: int
@@ -72,6 +72,7 @@ class UnixSocket(msgspec.Struct, frozen=True, tag="unix"):
     backlog: int | None
     peer: bytes
     options: tuple[Option, ...]
+    own: bool = True
 
 
 class UnixPair(msgspec.Struct, frozen=True, tag="unix-pair"):
@@ -145,6 +146,13 @@ def restore(items: list[Item[UnixRecord]], build: Build) -> None:
             _restore_pair(ends, build)
 
 
+def listen_again(title: str, record: UnixSocket, number: int, ops: OpList) -> None:
+    """Append what makes a listener the process's: clients are told the credentials of the last listen()."""
+    if record.backlog is not None and record.own:
+        with ops.serving(title):
+            ops.call(lib.SYS_listen, number, record.backlog, note="with the process's credentials")
+
+
 def address_of(title: str, record: UnixRecord) -> Address | None:
     """What it will be bound to; None: nothing."""
     if isinstance(record, UnixPair) or not record.address:
@@ -169,7 +177,9 @@ def _capture_single(view: View, sock: socket.socket, state: unix_diag.UnixSocket
                 raise Unsupported("connected to a socket without a name in another process")
     file = _socket_file(view, address, state) if address and address[0] else None
     options = socket_options.capture(sock, view.survey)
-    return UnixSocket(view.flags, int(sock.type), address, file, state.backlog if listening else None, peer, options)
+    own = _peer_process(sock) == view.survey.pid
+    backlog = state.backlog if listening else None
+    return UnixSocket(view.flags, int(sock.type), address, file, backlog, peer, options, own)
 
 
 def _capture_pair(view: View, sock: socket.socket, state: unix_diag.UnixSocket, inside: bool) -> UnixPair:
@@ -366,5 +376,9 @@ def _printable(name: bytes) -> str:
 
 def _who(sock: socket.socket) -> str:
     peer = _printable(_encode(sock.getpeername()))
-    pid = struct.unpack("=iII", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
-    return f"{peer or 'a socket'} of process {pid}"
+    return f"{peer or 'a socket'} of process {_peer_process(sock)}"
+
+
+def _peer_process(sock: socket.socket) -> int:
+    """Who made the other end, or this one listen; 0 if nobody did."""
+    return int(struct.unpack_from("=i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0])

@@ -6,13 +6,15 @@ import json
 import os
 import resource
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import Victim, Victims, alive, ask, open_descriptors, until
+from helpers import SYSTEM_PYTHON, Victim, Victims, alive, ask, open_descriptors, until
 from helpers_cli import command
 from helpers_copies import Copies
 
@@ -177,3 +179,37 @@ def kinds_of(pid: int) -> dict[int, str]:
     """Descriptor → what it is, without inode numbers."""
     folder = Path(f"/proc/{pid}/fd")
     return {int(entry.name): os.readlink(entry).split(":[")[0] for entry in folder.iterdir()}
+
+
+LISTENER = """
+import os, socket, sys
+os.setresgid(567, 567, 567)
+os.setresuid(1234, 1234, 1234)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind("\\0" + sys.argv[1])
+listener.listen(3)
+while True:
+    connection, _ = listener.accept()
+    connection.close()
+"""
+
+
+def test_clients_are_told_whose_a_listener_is(run: Path, victims: Victims, copies: Copies) -> None:
+    """Not the restorer's, which is root here."""
+    name = f"\0{run}"
+
+    def told() -> tuple[int, ...]:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(name)
+            return struct.unpack("=3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+
+    def listens() -> bool:
+        try:
+            return bool(told())
+        except ConnectionRefusedError:
+            return False
+
+    victim = victims.start([SYSTEM_PYTHON, "-c", LISTENER, name[1:]])
+    victim.until(listens, "the listener")
+    copies.replace(victim)
+    assert told() == (victim.pid, 1234, 567)
